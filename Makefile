@@ -1,0 +1,39 @@
+# make demo and make test do all of their own set-up in .venv; the stamp makes the second call quick.
+.PHONY: demo demo-short test lint assets clean-demo
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed.stamp
+# With an NVIDIA GPU the environment sees the system's packages, and an installed torch is kept.
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
+
+demo: $(STAMP)
+	bash launch/demo.sh
+
+demo-short: $(STAMP)
+	DEMO_TRACES=128 DEMO_STEPS=20 DEMO_PROBLEMS=64 bash launch/demo.sh
+
+test: $(STAMP) assets lint
+	$(BIN)/python -m pytest -m "not real and not fault and not slurm and not hosts" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $$(git ls-files '*.sh' .ci/run)
+
+assets: $(STAMP)
+	bash tests/fetch_assets.sh
+
+$(STAMP): setup.cfg constraints.txt
+ifeq ($(HAS_GPU),1)
+	test -d .venv || $(PYTHON) -m venv --system-site-packages .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -c constraints.txt torch
+	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+else
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt torch
+	cp constraints.txt .venv/constraints.txt
+endif
+	$(BIN)/pip install -c .venv/constraints.txt -e '.[test]'
+	touch $(STAMP)

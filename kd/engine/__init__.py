@@ -1,0 +1,1 @@
+"""ZeRO engines: their JSON, their construction, their checkpoints. No other package imports deepspeed."""

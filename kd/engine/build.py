@@ -1,0 +1,70 @@
+"""Process group and engines: the one place that calls deepspeed.init_distributed and deepspeed.initialize."""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kd.errors import UserError
+
+T = TypeVar("T")
+
+# Longer than the slowest thing one rank does while the others wait: a download, tokenising, the export of a model.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+
+
+def init_distributed() -> torch.device:
+    """Join the launcher's process group, or make one of a single rank; returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # This op is compiled on first use (minutes), and an interrupted build leaves a lock that hangs later runs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, auto_mpi_discovery=False, verbose=False
+    )
+    return device
+
+
+def initialize(module: nn.Module, ds_config: dict[str, Any]) -> Any:
+    """A ZeRO engine around the module: with an optimizer when ds_config has one, else for inference."""
+    trained = [p for p in module.parameters() if p.requires_grad] if "optimizer" in ds_config else None
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=ds_config)
+    return engine
+
+
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """Call function on rank 0 alone; every rank returns its result, or raises its UserError.
+
+    The result travels by pickle between ranks of one run. Any other exception ends rank 0, and the launcher the rest.
+    """
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sums over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()

@@ -1,0 +1,183 @@
+"""Checkpoints that are whole or absent: written aside, listed in a manifest with checksums, then renamed.
+
+    checkpoints/step_40/          DeepSpeed's files of every rank, rng_rank*.safetensors
+    checkpoints/step_40/manifest.json   state of the loop, world size, size and SHA-256 of every file
+    checkpoints/.step_60.partial/ a save in progress, or one that was interrupted
+
+Every function here but `prune` and `step_folders` is called by all ranks; the folder is shared between them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kd.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write step_{step} with the engine, the random state of each rank and the loop's own `state` (JSON).
+
+    Raises UserError when it cannot be written (a full disk); earlier checkpoints are not touched.
+    """
+    final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    try:
+        if rank == 0:
+            remove_partial(folder)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+        save_file(_random_state(), partial / f"rng_rank{rank}.safetensors")
+        dist.barrier()
+        mine = {name: _checksum(partial / name, sync=True) for name in _files(partial)[rank::world_size]}
+        parts: list[Any] = [None] * world_size
+        dist.all_gather_object(parts, mine)
+        if rank == 0:
+            files = {name: entry for part in parts for name, entry in sorted(part.items())}
+            write_json(partial / MANIFEST, {"step": step, "world_size": world_size, "state": state, "files": files})
+            if final.exists():  # a damaged one that resume passed over
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync_folder(folder)
+        dist.barrier()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Space is given back by the rank that failed: the launcher ends the others, which may wait in a collective.
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(folder).free / 2**30
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder}: {first_line} ({free:.2f} GiB free). "
+            "Earlier checkpoints are whole: make room and continue with --resume auto"
+        ) from error
+
+
+def newest_whole(folder: Path, report: Any = print) -> Path | None:
+    """The newest checkpoint whose every file has the size and checksum of its manifest; damaged ones are reported."""
+    for path in reversed(step_folders(folder)):
+        damage = damage_of(path)
+        if damage is None:
+            return path
+        if dist.get_rank() == 0:
+            report(f"{path} is damaged ({damage}): trying the one before it")
+    return None
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; the ranks share the reading."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        damage = [
+            name for name in sorted(files)[rank::world_size] if _checksum(path / name, files[name]) != files[name]
+        ]
+        found = ", ".join(f"{name} differs from its checksum" for name in damage[:1])
+    except (OSError, ValueError, KeyError) as error:
+        found = str(error)
+    parts: list[Any] = [None] * world_size
+    dist.all_gather_object(parts, found)
+    return next((part for part in parts if part), None)
+
+
+def load_checkpoint(engine: Any, path: Path, *, weights_only: bool = False) -> dict[str, Any]:
+    """Restore the engine (and, unless weights_only, optimizer and random state); returns the loop's state.
+
+    Raises UserError when the number of ranks differs from the one that wrote it.
+    """
+    manifest = read_manifest(path)
+    if manifest["world_size"] != dist.get_world_size():
+        raise UserError(
+            f"{path} was written by {manifest['world_size']} ranks and this run has {dist.get_world_size()}: "
+            "resume with the same number of ranks"
+        )
+    loaded, _ = engine.load_checkpoint(
+        str(path.parent),
+        tag=path.name,
+        load_optimizer_states=not weights_only,
+        load_lr_scheduler_states=False,
+        load_module_only=weights_only,
+    )
+    if loaded is None:
+        raise UserError(f"{path}: DeepSpeed found no checkpoint in it; remove it and resume from an earlier one")
+    if not weights_only:
+        state = load_file(path / f"rng_rank{dist.get_rank()}.safetensors")
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+    return manifest["state"]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises UserError when path holds none."""
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"{path}: not a checkpoint (no {MANIFEST}); name a folder like RUN/checkpoints/step_40"
+        ) from None
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best one."""
+    for path in step_folders(folder)[:-keep_last]:
+        if path.name != f"step_{best_step}":
+            shutil.rmtree(path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what an interrupted save left."""
+    for leftover in folder.glob(".step_*.partial"):
+        shutil.rmtree(leftover)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside, sync it to disk and rename it: readers see the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _checksum(path: Path, expected: dict[str, Any] | None = None, *, sync: bool = False) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file; a size that differs from the expected one is returned without reading on."""
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+        if expected is not None and expected["bytes"] != size:
+            return {"bytes": size}
+        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state

@@ -1,0 +1,114 @@
+"""DeepSpeed JSON from ds_configs/, with what the recipe decides injected into it: one home for each knob."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from kd.errors import UserError
+from kd.recipe import ROOT, Recipe
+
+Role = Literal["student", "teacher"]
+
+# Keys of the JSON that the recipe decides, and where.
+RECIPE_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "optimizer": "training.learning_rate, adam_betas, adam_eps and weight_decay",
+    "scheduler": "training.schedule and warmup_fraction",
+    "tensorboard": "monitor.tensorboard",
+    "csv_monitor": "monitor.csv",
+    "wandb": "monitor.wandb_project",
+}
+
+
+def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
+    """The JSON that recipe.deepspeed names for a role, checked. Raises UserError naming the file and the key."""
+    name: str = getattr(recipe.deepspeed, role)
+    path = next((p for p in (ROOT / "ds_configs" / name, Path(name)) if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
+        raise UserError(f"deepspeed.{role} = {name!r}: no such file; ds_configs/ has {known}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    for key, home in RECIPE_KEYS.items():
+        if key in config:
+            raise UserError(f"{path}: {key} = {config[key]!r} is decided by the recipe ({home}); remove it here")
+    for key in _auto_keys(config):
+        raise UserError(f'{path}: {key} = "auto" is dropped silently outside the HF Trainer; write a value')
+    stage = _stage(config)
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16 needs loss scaling, which this loop does not do; use bf16")
+    if role == "teacher" and stage != 3:
+        raise UserError(f"{path}: deepspeed.teacher needs zero_optimization.stage = 3, found {stage}")
+    if role == "student" and stage not in (2, 3):
+        raise UserError(f"{path}: deepspeed.student needs zero_optimization.stage 2 or 3, found {stage}")
+    return config
+
+
+def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict[str, Any]:
+    """The student's complete configuration: ZeRO from the JSON; batch, optimizer, clipping, monitor from the recipe."""
+    training, monitor = recipe.training, recipe.monitor
+    config = read_ds_config(recipe, "student")
+    parameters: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "betas": list(training.adam_betas),
+        "eps": training.adam_eps,
+        "weight_decay": training.weight_decay,
+    }
+    if "offload_optimizer" not in config["zero_optimization"]:
+        # PyTorch's own AdamW: DeepSpeed's would be compiled on first use, on every node. With offload its CPU
+        # optimizer is the point, and is built.
+        parameters["torch_adam"] = True
+        if device_type == "cuda":
+            parameters["fused"] = True
+    config |= {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps(world_size),
+        "gradient_clipping": training.max_grad_norm,
+        "optimizer": {"type": "AdamW", "params": parameters},
+        "steps_per_print": 2**31,
+    }
+    folder = {"enabled": True, "output_path": str(recipe.run_dir / "monitor"), "job_name": recipe.run.name}
+    if monitor.tensorboard:
+        config["tensorboard"] = folder
+    if monitor.csv:
+        config["csv_monitor"] = folder
+    if monitor.wandb_project:
+        config["wandb"] = {"enabled": True, "project": monitor.wandb_project, "job_name": recipe.run.name}
+    return config
+
+
+def teacher_ds_config(recipe: Recipe) -> dict[str, Any]:
+    """The teacher's complete configuration: no optimizer, so that DeepSpeed only partitions and gathers."""
+    micro_batch_size = recipe.training.micro_batch_size
+    return read_ds_config(recipe, "teacher") | {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "steps_per_print": 2**31,
+    }
+
+
+def is_bf16(config: dict[str, Any]) -> bool:
+    return bool(config.get("bf16", {}).get("enabled", False))
+
+
+def is_zero3(config: dict[str, Any]) -> bool:
+    return _stage(config) == 3
+
+
+def _stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _auto_keys(config: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += _auto_keys(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(f"{prefix}{key}")
+    return found

@@ -1,0 +1,71 @@
+"""The only module that knows how ZeRO-3 stores parameters: partitioned loading, gathering, consolidation."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from kd.errors import UserError
+
+
+@contextlib.contextmanager
+def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Inside, from_pretrained() gives every rank its shard only, when ds_config is stage 3."""
+    handle = HfDeepSpeedConfig(ds_config)  # transformers keeps a weak reference: ours keeps it alive
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del handle
+
+
+def gathered(*parameters: nn.Parameter | None) -> contextlib.AbstractContextManager[None]:
+    """Inside, the given parameters are whole on every rank, for reading. Plain parameters pass unchanged."""
+    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    return GatheredParameters(partitioned, modifier_rank=None) if partitioned else contextlib.nullcontext()
+
+
+def set_moe_leaf_modules(model: nn.Module) -> list[str]:
+    """Make each mixture-of-experts block one unit of gathering, so that ranks that route differently stay in step.
+
+    Returns the class names of the blocks, an empty list for a dense model. Raises UserError for a model with experts
+    whose blocks are not recognised: it would hang.
+    """
+    config = model.config
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    if not any(count and count > 1 for count in counts):
+        return []
+    blocks = {type(m) for m in model.modules() if type(m).__name__.lower().endswith(("moeblock", "moe", "moemlp"))}
+    if not blocks:
+        raise UserError(
+            f"{type(model).__name__} has experts, but none of its modules is recognised as a mixture-of-experts block: "
+            "under ZeRO-3 it would hang. Use a dense model, or add the block's class name to kd/engine/zero3.py"
+        )
+    set_z3_leaf_modules(model, sorted(blocks, key=lambda block: block.__name__))
+    return sorted(block.__name__ for block in blocks)
+
+
+def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
+    """The module's whole state on the CPU, in the training dtype: on rank 0; other ranks may get None.
+
+    Every rank must call it.
+    """
+    if engine.zero_optimization_partition_weights():
+        return engine._zero3_consolidated_16bit_state_dict()
+    return {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()}
+
+
+def num_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Elements of the whole parameters, partitioned or not."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def shard_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of the parameters that this rank holds between steps."""
+    held = (getattr(p, "ds_tensor", None) if getattr(p, "ds_numel", None) else p for p in parameters)
+    return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)

@@ -1,0 +1,84 @@
+"""What a run measures: one JSON line per optimizer step, a progress bar, peak memory, and the versions it ran with."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "flash-attn", "triton", "pydantic")
+
+
+class MetricsLog:
+    """Rank 0's view of a run: appends records to metrics.jsonl and moves the progress bar.
+
+    Records of steps at or after `start_step` are cut: a run interrupted after its last checkpoint repeats them.
+    """
+
+    def __init__(self, path: Path, *, start_step: int, total_steps: int) -> None:
+        kept = [record for record in read_metrics(path) if record["step"] < start_step] if path.exists() else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        partial.rename(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._bar.set_postfix_str(f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False)
+        self._bar.update(1)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line torn by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this rank has held since the last call to reset: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, as written beside every run."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "cpu": platform.processor() or platform.machine(),
+        "num_cpus": os.cpu_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+" when tracked files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")

@@ -1,0 +1,1 @@
+"""Teacher and student: loading, the teacher's hidden states, and the student with its loss."""

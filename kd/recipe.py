@@ -1,0 +1,327 @@
+"""A recipe is one frozen value: every fact of a run, read from TOML, checked, and printed before anything starts.
+
+`recipes/NAME.toml` names a base (`recipes/bases/BASE.toml`) and overrides what differs; `--set section.key=value`
+overrides both. Loading a recipe touches no GPU, network or process group and imports no torch, so that it can be
+checked on a login node. Facts of ZeRO and of precision live in ds_configs/ and are not repeated here.
+
+Relative paths of inputs (models, data, templates) are looked up in the current directory, then in the repository;
+run.output_dir is relative to the current directory.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kd.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES_DIR = ROOT / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Attention = Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"]
+SectionName = Literal["prompt", "cot", "answer"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    name: str = Field("", description="folder of the run inside output_dir; the recipe's name when empty")
+    output_dir: str = "runs"
+    seed: int = 0
+
+
+class ModelSection(Section):
+    model: str = Field(description="a local folder or a hub id")
+    revision: str | None = None
+    attention: Attention = Field("auto", description="auto: the best that transformers reports as available")
+    trust_remote_code: bool = False
+
+
+class TeacherSection(ModelSection):
+    pass
+
+
+class StudentSection(ModelSection):
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: fresh weights from the model's config.json"
+    )
+    gradient_checkpointing: bool = True
+
+
+class DataSection(Section):
+    source: Literal["local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"] = "local"
+    path: str | None = Field(None, description="local JSONL or Parquet file, or a hub id; each hub source has its own")
+    revision: str | None = None
+    validation_path: str | None = Field(None, description="local file; otherwise num_validation rows are split off")
+    num_train: Positive | None = Field(None, description="rows after filters; all when absent")
+    num_validation: Annotated[int, Field(ge=0)] = 0
+    split_seed: int = 42
+    system_prompt: str | None = Field(
+        None, description="replaces the rows' own system message; none is sent when absent"
+    )
+    chat_template: str | None = Field(
+        None, description="a Jinja file; when absent the teacher's template, else the student's"
+    )
+    think_open: str = "<think>\n"
+    think_close: str = "\n</think>\n\n"
+    answer_open: str = Field("", description="between think_close and the answer, where the teacher learned one")
+    answer_close: str = Field("", description="between the answer and the end token")
+    end_token: str | None = Field(None, description="ends the answer; the student tokenizer's eos when absent")
+    loss_sections: Annotated[tuple[SectionName, ...], Field(min_length=1)] = ("prompt", "cot", "answer")
+    random_mask_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    on_bad_row: Literal["drop", "error"] = Field("drop", description="rows without markers, two thoughts, no answer")
+    num_proc: Positive = 1
+    cache_dir: str = "build/tokenized"
+
+    @model_validator(mode="after")
+    def _local_needs_path(self) -> "DataSection":
+        if self.source == "local" and self.path is None:
+            raise ValueError('source = "local" needs data.path: a .jsonl or .parquet file')
+        if len(set(self.loss_sections)) != len(self.loss_sections):
+            raise ValueError(f"loss_sections = {list(self.loss_sections)} names a section twice")
+        return self
+
+
+class TruncationSection(Section):
+    keep_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_tokens: Positive | None = Field(None, description="keep at most this many tokens, after keep_fraction")
+    window: Literal["head", "middle", "tail"] = "head"
+    window_context: Literal["drop", "keep"] = Field(
+        "drop", description="keep: tokens before the window are read, not supervised"
+    )
+    cut_after_think: bool = False
+    max_full_tokens: Positive | None = Field(None, description="examples longer than this, untruncated, are dropped")
+
+
+class LossSection(Section):
+    divergence: Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"] = (
+        "forward_kl"
+    )
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    mix_weight: Fraction = 0.5
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    kd_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    ce_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    chunk_size: Positive | None = None
+    logits_dtype: Literal["float32", "bfloat16"] | None = None
+    backend: Literal["auto", "torch", "reference"] = "auto"
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "LossSection":
+        if self.kd_weight == 0.0 and self.ce_weight == 0.0:
+            raise ValueError("kd_weight and ce_weight are both 0: nothing would be learned; set one of them")
+        return self
+
+
+class TrainingSection(Section):
+    epochs: Positive = 1
+    max_steps: Positive | None = Field(None, description="optimizer steps; replaces epochs when set")
+    global_batch_size: Positive = Field(8, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: Positive = Field(1, description="sequences per rank and forward pass")
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
+    schedule: Literal["one_cycle", "cosine", "constant"] = "cosine"
+    warmup_fraction: Fraction = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    skip_nonfinite: Annotated[int, Field(ge=0)] = Field(
+        0, description="optimizer steps with a loss or gradient that is not finite to skip before stopping"
+    )
+    checkpoint_every: Positive = Field(500, description="steps between checkpoints, each validated just before")
+    keep_last: Positive = Field(2, description="checkpoints kept besides the best one")
+
+
+class EvaluationSection(Section):
+    path: str | None = Field(None, description="local JSONL of problems: prompt, answer")
+    judge: Literal["math", "exact"] = "math"
+    max_new_tokens: Positive = 32768
+    temperature: Annotated[float, Field(ge=0.0)] = Field(0.6, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    batch_size: Positive = 16
+
+
+class MonitorSection(Section):
+    tensorboard: bool = False
+    csv: bool = False
+    wandb_project: str | None = None
+
+
+class DeepSpeedSection(Section):
+    student: str = Field("zero3_bf16.json", description="a file of ds_configs/, or a path")
+    teacher: str = "zero3_teacher.json"
+
+
+class Recipe(Section):
+    run: RunSection = RunSection()
+    teacher: TeacherSection | None = Field(None, description="absent: plain fine-tuning, loss.kd_weight must be 0")
+    student: StudentSection
+    data: DataSection
+    truncation: TruncationSection = TruncationSection()
+    loss: LossSection = LossSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    monitor: MonitorSection = MonitorSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Recipe":
+        if self.teacher is None and self.loss.kd_weight > 0:
+            raise ValueError("loss.kd_weight > 0 needs a [teacher]; name one or set loss.kd_weight = 0")
+        if self.teacher is not None and self.loss.kd_weight == 0:
+            raise ValueError("loss.kd_weight = 0 never uses the [teacher]; remove it or give it weight")
+        training = self.training
+        if training.global_batch_size % training.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
+                f"training.micro_batch_size = {training.micro_batch_size}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.output_dir) / self.run.name
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step: global / (micro * world_size). Raises when it does not divide."""
+        training = self.training
+        per_pass = training.micro_batch_size * world_size
+        if training.global_batch_size % per_pass:
+            raise UserError(
+                f"training.global_batch_size = {training.global_batch_size} cannot be divided over {world_size} ranks "
+                f"with training.micro_batch_size = {training.micro_batch_size}: use a multiple of {per_pass}, "
+                "or change the number of ranks"
+            )
+        return training.global_batch_size // per_pass
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Resolve a recipe by name (recipes/NAME.toml, a base among them) or by path, with `section.key=value` overrides.
+
+    Raises UserError that names the file, the key or value, and the nearest valid name.
+    """
+    layers = list(_layers(find_recipe(name)))
+    layers += [(f"--set {text}", _parse_override(text)) for text in overrides]
+    merged: dict[str, Any] = {}
+    for where, layer in layers:
+        _check_keys(where, layer)
+        for section, values in layer.items():
+            merged[section] = {**merged.get(section, {}), **values}
+    run = merged.setdefault("run", {})
+    run["name"] = run.get("name") or Path(name).stem
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_describe(error, layers)) from None
+
+
+def find_recipe(name: str) -> Path:
+    """The TOML file of a recipe's name or path. Raises UserError with the nearest names when there is none."""
+    if name.endswith(".toml"):
+        if Path(name).is_file():
+            return Path(name)
+        raise UserError(f"recipe {name!r}: no such file")
+    for folder in (RECIPES_DIR, RECIPES_DIR / "bases"):
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    known = sorted(path.stem for path in RECIPES_DIR.glob("*.toml"))
+    raise UserError(f"recipe {name!r} is not in recipes/.{_nearest(name, known)}\nThere are: {', '.join(known)}")
+
+
+def find_input(value: str) -> Path | None:
+    """The local file or folder that a recipe's value names, or None when there is none and it may be a hub id."""
+    for folder in (Path(), ROOT):
+        path = folder / os.path.expanduser(value)
+        if path.exists():
+            return path
+    return None
+
+
+def is_hub_id(value: str) -> bool:
+    """Whether a value has the form `name` or `owner/name`, so that it may be looked up on the hub."""
+    return (
+        not value.startswith((".", "/", "~")) and value.count("/") <= 1 and not value.endswith((".jsonl", ".parquet"))
+    )
+
+
+def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file, content) of a recipe's base, when it names one, and of the recipe itself."""
+    member = _read_toml(path)
+    base = member.pop("base", None)
+    if base is not None:
+        base_path = RECIPES_DIR / "bases" / f"{base}.toml"
+        if not base_path.is_file():
+            known = sorted(p.stem for p in base_path.parent.glob("*.toml"))
+            raise UserError(f"{path}: base = {base!r} is not in recipes/bases/.{_nearest(str(base), known)}")
+        yield str(base_path), _read_toml(base_path)
+    yield str(path), member
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        # tomllib points at the end of the offending line, but does not quote it: "duplicate key" needs the key.
+        lineno = getattr(error, "lineno", None) or int(str(error).rpartition("line ")[2].split(",")[0] or 0)
+        line = text.splitlines()[lineno - 1].strip() if 0 < lineno <= len(text.splitlines()) else ""
+        duplicate = "Cannot overwrite" in str(error) or "Cannot declare" in str(error)
+        problem = "duplicate key" if duplicate else "not valid TOML"
+        raise UserError(f"{path}: {problem} in {line!r}: {error}") from None
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    section, dot, field = key.strip().partition(".")
+    if not (equals and dot and section and field):
+        raise UserError(f"--set {text}: write section.key=value, as in --set training.max_steps=10")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string: --set run.name=trial
+    return {section: {field: parsed}}
+
+
+def _check_keys(where: str, layer: dict[str, Any]) -> None:
+    sections = Recipe.model_fields
+    for section, values in layer.items():
+        if section not in sections:
+            raise UserError(f"{where}: unknown section [{section}].{_nearest(section, sections)}")
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {section} is a section: write [{section}] and its keys below it")
+        fields = _section_model(section).model_fields
+        for key in values:
+            if key not in fields:
+                raise UserError(f"{where}: unknown key {section}.{key}.{_nearest(key, fields)}")
+
+
+def _section_model(section: str) -> type[Section]:
+    return TeacherSection if section == "teacher" else Recipe.model_fields[section].annotation  # type: ignore[return-value]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _describe(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) -> str:
+    """One line per problem: the file that set the value, the key, the value, and what is expected."""
+    lines = []
+    for problem in error.errors():
+        section, key = (*map(str, problem["loc"]), "", "")[:2]
+        where = [file for file, layer in layers if key in layer.get(section, {})] or [layers[-1][0]]
+        field = ".".join(map(str, problem["loc"][:2]))
+        value = f" = {problem['input']!r}" if key and problem["type"] != "missing" else ""
+        lines.append(
+            f"{where[-1]}: {field}{value}{': ' if field else ''}{problem['msg'].removeprefix('Value error, ')}"
+        )
+    return "\n".join(lines)

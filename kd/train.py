@@ -1,0 +1,296 @@
+"""The training loop: read train() from top to bottom for the whole of a run, train_step() for one optimizer step."""
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kd.data.collate import Batch
+from kd.data.dataset import Data, load_data
+from kd.data.loader import Loader, validation_batches
+from kd.data.tokenizers import load_tokenizers
+from kd.engine.build import all_reduce_sum, init_distributed, initialize, on_rank_zero
+from kd.engine.checkpoint import load_checkpoint, newest_whole, prune, read_manifest, save_checkpoint, write_json
+from kd.engine.ds_config import student_ds_config, teacher_ds_config
+from kd.engine.export import export_student
+from kd.engine.zero3 import num_parameters, set_moe_leaf_modules, shard_bytes
+from kd.errors import UserError
+from kd.metrics import MetricsLog, peak_memory_gib
+from kd.models.distiller import Distiller
+from kd.models.load import load_partitioned, load_whole, random_model
+from kd.models.probe import reference_states, verify_weights
+from kd.models.teacher import Teacher, ZeroTeacher
+from kd.recipe import Recipe
+from kd.run_folder import open_run
+from kd.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+class Progress(NamedTuple):
+    """What the loop itself must remember between a checkpoint and its resumption."""
+
+    step: int = 0
+    num_skipped: int = 0
+    best_step: int | None = None
+    best_loss: float = math.inf
+
+
+class StepResult(NamedTuple):
+    """Global sums of one optimizer step over its supervised tokens, and whether the step was taken."""
+
+    loss: float
+    kd: float
+    ce: float
+    num_tokens: int
+    num_input_tokens: int
+    grad_norm: float
+    skipped: bool
+
+
+def train(recipe: Recipe, resume: str | None = None) -> None:
+    """Train the recipe's student and export it. resume: None (a new run), "auto", or the path of a checkpoint.
+
+    Called by every rank. Raises UserError, on every rank, for whatever the user can put right.
+    """
+    device = init_distributed()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    training, folder = recipe.training, recipe.run_dir
+    student_config = student_ds_config(recipe, world_size, device.type)
+    on_rank_zero(lambda: open_run(recipe, resume))
+
+    tokenizer, data = _load_data(recipe)
+    loader = Loader(
+        data.train, training.global_batch_size, training.micro_batch_size, recipe.run.seed, tokenizer.pad_token_id
+    )
+    total_steps = training.max_steps or training.epochs * loader.steps_per_epoch
+    teacher = build_teacher(recipe, device)
+    model, student = build_student(recipe, student_config, device)
+    progress = _resume(student, folder, resume)
+
+    metrics = (
+        MetricsLog(folder / "metrics.jsonl", start_step=progress.step, total_steps=total_steps) if rank == 0 else None
+    )
+    for step in range(progress.step, total_steps):
+        started = time.perf_counter()
+        batches = loader.micro_batches(step, rank, world_size)
+        rate = learning_rate(step, total_steps, training)
+        result = train_step(student, teacher, batches, rate, device)
+        progress = progress._replace(step=step + 1, num_skipped=progress.num_skipped + result.skipped)
+        if progress.num_skipped > training.skip_nonfinite:
+            _stop_nonfinite(step, result, batches, training.skip_nonfinite)
+        record = _record(step, loader.steps_per_epoch, rate, result, time.perf_counter() - started, device)
+        if progress.step % training.checkpoint_every == 0 or progress.step == total_steps:
+            validation = validate(student, teacher, data, recipe, tokenizer.pad_token_id, device)
+            record |= validation
+            if validation and validation["val_loss"] < progress.best_loss:
+                progress = progress._replace(best_step=progress.step, best_loss=validation["val_loss"])
+            save_checkpoint(student, folder / "checkpoints", progress.step, progress._asdict())
+            if rank == 0:
+                prune(folder / "checkpoints", keep_last=training.keep_last, best_step=progress.best_step)
+        if metrics:
+            metrics.write(record)
+            _send_to_monitor(student, record)
+    if metrics:
+        metrics.close()
+    _finish(student, model, tokenizer, folder, progress)
+
+
+def train_step(
+    student: Any, teacher: Teacher | None, batches: list[Batch], rate: float, device: torch.device
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches of the global batch.
+
+    Each micro-batch's loss is a sum over its tokens, divided once by the number of supervised tokens in the whole
+    global batch: how tokens are spread over ranks and micro-batches does not change the gradient. DeepSpeed averages
+    gradients over ranks, hence the factor world_size; its own division by accumulation steps is switched off.
+    """
+    (num_tokens,) = all_reduce_sum([sum(batch.num_supervised for batch in batches)], device)
+    scale = dist.get_world_size() / max(num_tokens, 1.0)
+    num_skipped_before = student.skipped_steps
+    for group in student.optimizer.param_groups:
+        group["lr"] = rate
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in batches:
+        loss, kd, ce = distill_batch(student, teacher, batch.to(device))
+        sums += torch.stack([loss.detach(), kd, ce]).double()
+        # 1 for a finite loss; NaN for an infinite one, so that its gradient cannot pass for a finite one.
+        poison = 1.0 + 0.0 * loss.detach()
+        student.backward(loss * (scale * poison), scale_wrt_gas=False)
+        student.step()
+    loss_sum, kd_sum, ce_sum, num_input_tokens = all_reduce_sum(
+        [*sums.tolist(), sum(batch.num_input_tokens for batch in batches)], device
+    )
+    grad_norm = float(student.get_global_grad_norm() or 0.0)
+    finite = math.isfinite(loss_sum) and math.isfinite(grad_norm) and student.skipped_steps == num_skipped_before
+    tokens = max(num_tokens, 1.0)
+    return StepResult(
+        loss_sum / tokens,
+        kd_sum / tokens,
+        ce_sum / tokens,
+        int(num_tokens),
+        int(num_input_tokens),
+        grad_norm,
+        not finite,
+    )
+
+
+def distill_batch(
+    student: Any, teacher: Teacher | None, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, kd, ce) of one micro-batch on this rank, sums over its supervised tokens. Every rank must call it."""
+    if teacher is None:
+        return student(batch.input_ids, batch.labels, batch.row_index)
+    teacher_hidden = teacher.hidden_states(batch.input_ids)
+    with teacher.head() as teacher_head:
+        return student(batch.input_ids, batch.labels, batch.row_index, teacher_hidden, teacher_head)
+
+
+@torch.no_grad()
+def validate(
+    student: Any, teacher: Teacher | None, data: Data, recipe: Recipe, pad_token_id: int, device: torch.device
+) -> dict[str, float]:
+    """Loss per supervised token of the validation set, under the training objective; empty without such a set."""
+    if data.validation is None:
+        return {}
+    student.eval()
+    sums = [0.0, 0.0, 0.0, 0.0]
+    batches = validation_batches(
+        data.validation, recipe.training.micro_batch_size, dist.get_rank(), dist.get_world_size(), pad_token_id
+    )
+    for batch in batches:
+        terms = [float(term) for term in distill_batch(student, teacher, batch.to(device))]
+        sums = [total + term for total, term in zip(sums, [*terms, batch.num_supervised], strict=True)]
+    student.train()
+    loss, kd, ce, num_tokens = all_reduce_sum(sums, device)
+    return {"val_loss": loss / num_tokens, "val_kd": kd / num_tokens, "val_ce": ce / num_tokens}
+
+
+def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
+    """The recipe's teacher in its own ZeRO-3 engine, its weights proven to have arrived."""
+    if recipe.teacher is None:
+        return None
+    ds_config = teacher_ds_config(recipe)
+    reference = None
+    if dist.get_rank() == 0:
+        reference = reference_states(load_whole(recipe.teacher, ds_config, role="teacher"), role="teacher")
+    model = load_partitioned(recipe.teacher, ds_config, role="teacher")
+    set_moe_leaf_modules(model)
+    teacher = ZeroTeacher(initialize(model, ds_config))
+    verify_weights(model, reference, role="teacher", device=device)
+    _log_size("teacher", model)
+    return teacher
+
+
+def build_student(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> tuple[PreTrainedModel, Any]:
+    """The recipe's student and its engine around student and loss, its weights proven to have arrived."""
+    section, reference = recipe.student, None
+    if section.init == "random":
+        model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
+        reference = reference_states(model, role="student")
+    else:
+        if dist.get_rank() == 0:
+            reference = reference_states(load_whole(section, ds_config, role="student"), role="student")
+        model = load_partitioned(section, ds_config, role="student")
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_moe_leaf_modules(model)
+    engine = initialize(Distiller(model, recipe.loss), ds_config)
+    verify_weights(model, reference, role="student", device=device)
+    _log_size("student", model)
+    return model.train(), engine
+
+
+def _load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
+    tokenizer = load_tokenizers(recipe)
+    # Rank 0 first: it tokenises, unless that was done before; the others find its cache.
+    data = load_data(recipe, tokenizer) if dist.get_rank() == 0 else None
+    dist.barrier()
+    if data is None:
+        data = load_data(recipe, tokenizer)
+    log.info("%s", data.report)
+    return tokenizer, data
+
+
+def _resume(student: Any, folder: Path, resume: str | None) -> Progress:
+    if resume is None:
+        return Progress()
+    if resume == "auto":
+        path = newest_whole(folder / "checkpoints", report=log.warning)
+        if path is None:
+            log.info("--resume auto: %s has no whole checkpoint, starting fresh", folder)
+            return Progress()
+    else:
+        path = Path(resume)
+        read_manifest(path)
+    log.info("resuming from %s", path)
+    return Progress(**load_checkpoint(student, path))
+
+
+def _stop_nonfinite(step: int, result: StepResult, batches: list[Batch], allowed: int) -> None:
+    ids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ids, [row for batch in batches for row in batch.ids])
+    rows = ", ".join(str(row) for part in ids for row in part)
+    raise UserError(
+        f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} are not both finite, and "
+        f"training.skip_nonfinite = {allowed} allows no more such steps. Rows of the batch: {rows}. "
+        "Look at these rows, lower training.learning_rate, or allow some steps to be skipped"
+    )
+
+
+def _record(
+    step: int, steps_per_epoch: int, rate: float, result: StepResult, seconds: float, device: torch.device
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "epoch": (step + 1) / steps_per_epoch,
+        "loss": result.loss,
+        "kd": result.kd,
+        "ce": result.ce,
+        "lr": rate,
+        "grad_norm": result.grad_norm,
+        "num_tokens": result.num_tokens,
+        "num_input_tokens": result.num_input_tokens,
+        "tokens_per_second": result.num_input_tokens / seconds,
+        "step_ms": seconds * 1000,
+        "peak_memory_gib": peak_memory_gib(device),
+        "skipped": result.skipped,
+    }
+
+
+def _send_to_monitor(student: Any, record: dict[str, Any]) -> None:
+    """To whichever of TensorBoard, CSV and W&B the recipe switched on, through DeepSpeed's monitor."""
+    if student.monitor.enabled:
+        values = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+        student.monitor.write_events([(f"kd/{key}", float(value), record["step"]) for key, value in values.items()])
+
+
+def _finish(
+    student: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress
+) -> None:
+    """Export the last and the best student, then mark the run as a success."""
+    export_student(student, model, tokenizer, folder / "export" / "last")
+    best = folder / "checkpoints" / f"step_{progress.best_step}"
+    if progress.best_step not in (None, progress.step) and best.exists():
+        load_checkpoint(student, best, weights_only=True)
+    export_student(student, model, tokenizer, folder / "export" / "best")
+    if dist.get_rank() == 0:
+        write_json(folder / "SUCCESS", progress._asdict())
+        log.info("done: %s", folder / "export")
+    dist.barrier()
+
+
+def _log_size(role: str, model: PreTrainedModel) -> None:
+    parameters = list(model.parameters())
+    log.info(
+        "%s: %.2f M parameters, %.1f MiB on this rank",
+        role,
+        num_parameters(parameters) / 1e6,
+        shard_bytes(parameters) / 2**20,
+    )

@@ -1,0 +1,34 @@
+"""Train a recipe's student: `deepspeed launch/train.py --recipe NAME`, or with --check, look at it first."""
+
+from pathlib import Path
+
+from kd.cli import recipe_parser, run
+from kd.recipe import Recipe, load_recipe
+
+
+def main() -> None:
+    parser = recipe_parser(__doc__)
+    parser.add_argument("--resume", metavar="auto|PATH", help="continue from the newest whole checkpoint, or from PATH")
+    parser.add_argument("--check", action="store_true", help="resolve, validate and print the recipe; train nothing")
+    parser.add_argument("--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.check:
+        check(recipe)
+        return
+    from kd.train import train  # after --check: it imports torch, transformers and deepspeed
+
+    train(recipe, resume=arguments.resume)
+
+
+def check(recipe: Recipe) -> None:
+    """Everything that can be known without a GPU, a network or a process group; prints the resolved recipe."""
+    from kd.recipe import check_inputs
+
+    check_inputs(recipe)
+    print(recipe.model_dump_json(indent=2))
+    print(f"ok: results will be in {Path(recipe.run_dir)}")
+
+
+if __name__ == "__main__":
+    run(main)
