@@ -1,10 +1,12 @@
 """What a run measures: one JSON line per optimizer step, a progress bar, peak memory, and the versions it ran with."""
 
 import json
+import math
 import os
 import platform
 import resource
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,14 @@ class MetricsLog:
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         partial.rename(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        # In a log file each refresh is a line: one in half a minute is enough there.
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", mininterval=interval, dynamic_ncols=True)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        # A loss that is not finite is null: NaN is not JSON.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._bar.set_postfix_str(f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False)
         self._bar.update(1)
 

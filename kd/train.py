@@ -20,6 +20,7 @@ from kd.engine.ds_config import student_ds_config, teacher_ds_config
 from kd.engine.export import export_student
 from kd.engine.zero3 import num_parameters, set_moe_leaf_modules, shard_bytes
 from kd.errors import UserError
+from kd.logs import configure_logging
 from kd.metrics import MetricsLog, peak_memory_gib
 from kd.models.distiller import Distiller
 from kd.models.load import load_partitioned, load_whole, random_model
@@ -60,7 +61,7 @@ def train(recipe: Recipe, resume: str | None = None) -> None:
     """
     device = init_distributed()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    configure_logging(rank)
     training, folder = recipe.training, recipe.run_dir
     student_config = student_ds_config(recipe, world_size, device.type)
     on_rank_zero(lambda: open_run(recipe, resume))

@@ -1,6 +1,6 @@
 """Train a recipe's student: `deepspeed launch/train.py --recipe NAME`, or with --check, look at it first."""
 
-from pathlib import Path
+import sys
 
 from kd.cli import recipe_parser, run
 from kd.recipe import Recipe, load_recipe
@@ -23,11 +23,17 @@ def main() -> None:
 
 def check(recipe: Recipe) -> None:
     """Everything that can be known without a GPU, a network or a process group; prints the resolved recipe."""
-    from kd.recipe import check_inputs
+    from kd.engine.ds_config import read_ds_config
+    from kd.hub import resolve
 
-    check_inputs(recipe)
+    for role in ("student", "teacher") if recipe.teacher else ("student",):
+        resolve(f"{role}.model", getattr(recipe, role).model)
+        read_ds_config(recipe, role)
+    for field in ("path", "validation_path"):
+        if getattr(recipe.data, field) is not None:
+            resolve(f"data.{field}", getattr(recipe.data, field))
     print(recipe.model_dump_json(indent=2))
-    print(f"ok: results will be in {Path(recipe.run_dir)}")
+    print(f"ok: results will be in {recipe.run_dir}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Shared by all tests: tiny random models, and the real launcher with two ranks."""
+"""Shared by all tests: tiny random models, a tiny recipe on them, and the real launcher with two ranks."""
 
+import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,15 +28,20 @@ os.environ.update(CPU_ENVIRONMENT)
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def launcher_command(script: str, *arguments: str, num_ranks: int = 2) -> list[str]:
+    """The deepspeed launcher as a user calls it, on a port of its own."""
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    command = [str(deepspeed), "--num_gpus", str(num_ranks), "--no_local_rank", "--master_port", _free_port()]
+    return [*command, str(ROOT / script), *arguments]
+
+
 @pytest.fixture(scope="session")
 def launch() -> Launch:
     """Run a script under the deepspeed launcher: launch("launch/train.py", "--recipe", ..., num_ranks=2)."""
 
     def run(script: str, *arguments: str, num_ranks: int = 2, timeout: float = 300, **environment: str):
-        deepspeed = Path(sys.executable).with_name("deepspeed")
-        command = [str(deepspeed), "--num_gpus", str(num_ranks), "--no_local_rank", "--master_port", _free_port()]
         return subprocess.run(
-            [*command, str(ROOT / script), *arguments],
+            launcher_command(script, *arguments, num_ranks=num_ranks),
             cwd=ROOT,
             env={**os.environ, **environment},
             capture_output=True,
@@ -46,8 +54,6 @@ def launch() -> Launch:
 
 
 def _free_port() -> str:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -76,3 +82,49 @@ def save_tiny_model(folder: Path, *, seed: int, kind: str = "qwen3", **changes: 
     model_class = Qwen2ForCausalLM if kind == "qwen2" else Qwen3ForCausalLM
     model_class(tiny_config(kind, **changes)).save_pretrained(folder)
     return folder
+
+
+def write_tiny_recipe(folder: Path, *, num_rows: int = 80) -> Path:
+    """A recipe on random models with the embedded task's tokenizer and traces; returns its TOML file."""
+    from kd.tasks.arithmetic import ProblemSet, draw_rows
+
+    for seed, (role, layers) in enumerate({"teacher": 2, "student": 1}.items()):
+        assets = ROOT / "recipes" / "assets" / "tiny" / ("teacher" if role == "teacher" else "student_base")
+        shutil.copytree(assets, folder / role, ignore=shutil.ignore_patterns("*.safetensors"))
+        vocab_size = json.loads((assets / "config.json").read_text())["vocab_size"]
+        save_tiny_model(folder / role, seed=seed, vocab_size=vocab_size, num_hidden_layers=layers)
+    rows = draw_rows(ProblemSet("training", num_rows), seed="test")
+    (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = folder / "tiny_test.toml"
+    recipe.write_text(f"""\
+[run]
+output_dir = "{folder}/runs"
+
+[teacher]
+model = "{folder}/teacher"
+
+[student]
+model = "{folder}/student"
+
+[data]
+path = "{folder}/traces.jsonl"
+num_validation = 10
+think_open = "<think>"
+think_close = "</think>"
+cache_dir = "{folder}/tokenised"
+
+[truncation]
+keep_fraction = 0.5
+
+[training]
+max_steps = 40
+global_batch_size = 8
+micro_batch_size = 2
+learning_rate = 1e-2
+checkpoint_every = 10
+
+[deepspeed]
+student = "zero3_cpu.json"
+teacher = "zero3_cpu.json"
+""")
+    return recipe

@@ -16,6 +16,7 @@ ALLOWED = {
     "recipe": {"errors"},
     "hub": {"errors", "recipe"},
     "cli": {"errors"},
+    "logs": set(),
     "metrics": set(),
     "schedule": {"recipe"},
     "tasks": {"errors"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "models": BASE | {"losses", "engine"},
     "run_folder": BASE | {"engine", "metrics"},
     "evaluate": BASE | {"data", "models", "metrics"},
-    "train": BASE | {"data", "engine", "losses", "metrics", "models", "run_folder", "schedule"},
+    "train": BASE | {"data", "engine", "logs", "losses", "metrics", "models", "run_folder", "schedule"},
 }
 
 

@@ -1,5 +1,7 @@
 """Learning rates are those of the schedulers that they are named after."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_cosine_warms_up_linearly_and_falls_to_zero():
     assert rates[10] == max(rates) == pytest.approx(0.01)
     assert rates[55] == pytest.approx(0.005)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
 
 
 def test_constant_stays_after_its_warm_up():

@@ -1,0 +1,19 @@
+"""Rank 0 speaks for the run; libraries are heard when something is wrong."""
+
+import logging
+import warnings
+
+import datasets
+import transformers
+
+
+def configure_logging(rank: int) -> None:
+    """Our own lines on rank 0's stderr; warnings of every rank; no progress bars but those of rank 0's work."""
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    for name in ("DeepSpeed", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that PyTorch is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers.utils.logging.disable_progress_bar()
+    if rank:
+        datasets.disable_progress_bars()
