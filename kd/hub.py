@@ -73,7 +73,7 @@ _REMEDIES = {
     "DatasetNotFoundError": _MISSING,
     "HFValidationError": _MISSING,
     "EntryNotFoundError": "a file is missing there: a model needs config.json, tokenizer.json and safetensors",
-    "Exception": "it cannot be loaded",
+    "Exception": "it cannot be loaded: incomplete, or of a kind that the installed libraries do not know",
 }
 
 

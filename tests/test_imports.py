@@ -19,7 +19,7 @@ ALLOWED = {
     "logs": set(),
     "metrics": set(),
     "schedule": {"recipe"},
-    "tasks": {"errors"},
+    "tasks": {"cli", "errors"},
     "losses": BASE,
     "data": BASE,
     "engine": BASE,

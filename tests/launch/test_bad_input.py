@@ -1,0 +1,126 @@
+"""What a user gets wrong, as the command line shows it: one block on stderr, a status that is not 0, nothing lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, write_tiny_recipe
+
+TRAIN = "launch/train.py"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return write_tiny_recipe(tmp_path_factory.mktemp("bad_input"), num_rows=30)
+
+
+def train(recipe: Path, *overrides: str, resume: str | None = None) -> subprocess.CompletedProcess[str]:
+    """One rank, without a launcher."""
+    command = [sys.executable, TRAIN, "--recipe", str(recipe), *(f"--set={text}" for text in overrides)]
+    command += ["--resume", resume] if resume else []
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+
+
+def assert_one_block(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error") - done.stderr.count("error_") >= 1
+    for part in parts:
+        assert done.stderr.count(part) == 1, done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(recipe) -> Path:
+    """A finished run of two steps; the tests below must leave every byte of it."""
+    done = train(recipe, "run.name=finished", "training.max_steps=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return recipe.parent / "runs" / "finished"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_not_overwritten(recipe, finished):
+    before = content(finished)
+    done = train(recipe, "run.name=finished", "training.max_steps=2")
+    assert_one_block(done, "already holds a run: continue it with --resume auto")
+    assert content(finished) == before
+
+
+def test_another_recipes_run_is_not_continued(recipe, finished):
+    before = content(finished)
+    done = train(recipe, "run.name=finished", "training.max_steps=2", "loss.temperature=2.0", resume="auto")
+    assert_one_block(done, "holds the run of another recipe", "loss.temperature: 1.0 there, 2.0 here")
+    assert content(finished) == before
+
+
+def test_resume_from_a_path_without_a_checkpoint_is_an_error(recipe, tmp_path):
+    done = train(recipe, "run.name=from_nowhere", resume=str(tmp_path))
+    assert_one_block(done, "not a checkpoint (no manifest.json)")
+
+
+def test_resume_auto_without_a_checkpoint_starts_fresh_and_says_so(recipe):
+    done = train(recipe, "run.name=fresh", "training.max_steps=1", resume="auto")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no whole checkpoint, starting fresh" in done.stderr
+    assert (recipe.parent / "runs" / "fresh" / "SUCCESS").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(launch, recipe):
+    done = launch(
+        TRAIN, "--recipe", str(recipe), "--set", "run.name=explodes", "--set", "training.learning_rate=1e30",
+        "--set", "training.warmup_fraction=0.0",
+    )  # fmt: skip
+    assert_one_block(done, "are not both finite", "Rows of the batch: ")
+    assert not (recipe.parent / "runs" / "explodes" / "SUCCESS").exists()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_when_allowed(recipe):
+    done = train(
+        recipe, "run.name=skips", "training.learning_rate=1e30", "training.warmup_fraction=0.0",
+        "training.skip_nonfinite=3",
+    )  # fmt: skip
+    assert_one_block(done, "training.skip_nonfinite = 3 allows no more such steps")
+    records = [json.loads(line) for line in (recipe.parent / "runs/skips/metrics.jsonl").read_text().splitlines()]
+    assert [record["skipped"] for record in records].count(True) == 3
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(launch, recipe, launcher):
+    arguments = [TRAIN, "--recipe", str(recipe), "--set", "run.name=odd", "--set", "training.global_batch_size=6"]
+    if launcher == "deepspeed":
+        done = launch(*arguments)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("global_batch_size = 6 cannot be divided over 2 ranks") == 1
+    assert not (recipe.parent / "runs" / "odd").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.model=no/such/folder", "teacher.model = 'no/such/folder': no such file or folder"),
+        ("data.path=missing.jsonl", "data.path = 'missing.jsonl': no such file or folder"),
+        ("deepspeed.student=zero9.json", "deepspeed.student = 'zero9.json': no such file; ds_configs/ has "),
+    ],
+)
+def test_check_finds_what_is_missing_without_loading_anything(recipe, override, message):
+    command = [sys.executable, TRAIN, "--recipe", str(recipe), "--set", override, "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert_one_block(done, message)
+
+
+def test_a_hub_id_without_a_network_says_what_to_do(recipe):
+    done = train(recipe, "run.name=offline", "student.model=owner/model")
+    assert_one_block(done, "student.model = 'owner/model'", "launch/prepare.py")
+
+
+def test_a_missing_attention_is_an_error_before_a_model_is_loaded(recipe):
+    done = train(recipe, "run.name=flash", "student.attention=flash_attention_2")
+    assert_one_block(done, 'student.attention = "flash_attention_2" is not available here')
