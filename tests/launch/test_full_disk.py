@@ -1,0 +1,51 @@
+"""A disk that fills up while a checkpoint is written: the earlier ones stay whole, and the run goes on with room."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny_recipe
+
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 600 KiB, room for two or three checkpoints: a tmpfs, which only root may mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def assert_whole(checkpoint: Path) -> None:
+    for name, entry in json.loads((checkpoint / "manifest.json").read_text())["files"].items():
+        data = (checkpoint / name).read_bytes()
+        assert {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} == entry, name
+
+
+def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes_with_room(launch, tmp_path, small_disk):
+    recipe = write_tiny_recipe(tmp_path / "recipe")
+    arguments = ["launch/train.py", "--recipe", str(recipe), "--set", f"run.output_dir={small_disk}"]
+    arguments += ["--set", "training.keep_last=9"]
+    done = launch(*arguments)
+    folder = small_disk / "tiny_test"
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("No space left on device") == 1 or "could not be written" in done.stderr
+    assert "Earlier checkpoints are whole" in done.stderr
+    assert not (folder / "SUCCESS").exists()
+    kept = sorted((folder / "checkpoints").glob("step_*"))
+    assert kept, f"the disk is too small for one checkpoint: {shutil.disk_usage(small_disk)}"
+    assert not list((folder / "checkpoints").glob(".step_*"))
+    for checkpoint in kept:
+        assert_whole(checkpoint)
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    done = launch(*arguments, "--resume", "auto")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resuming from {kept[-1]}" in done.stderr
+    assert (folder / "SUCCESS").exists()
