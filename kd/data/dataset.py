@@ -1,0 +1,154 @@
+"""The training and validation examples of a recipe, truncated as they are read, and an account of every row.
+
+The split is drawn over the rows that pass max_full_tokens, before truncation has a say: recipes that differ in
+truncation alone train and validate on the same rows.
+
+Shapes: N examples, 3 sections (prompt, chain of thought, answer), W tokens read of a sequence.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast
+
+from kd.data.report import DataReport, FileReport, SplitReport
+from kd.data.rows import load_rows
+from kd.data.sources import SOURCES
+from kd.data.tokenised import tokenise_rows
+from kd.data.truncate import IntArray, Windows, count_supervised, make_labels, plan_windows
+from kd.errors import UserError
+from kd.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Example:
+    """One truncated sequence of W tokens."""
+
+    input_ids: IntArray  # int64 (W,)
+    labels: IntArray  # int64 (W,), not shifted: the token itself where supervised, else IGNORE_INDEX
+    row: int  # of the file or hub dataset, counted from 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N examples, each read and truncated when asked for; what needs no token is at hand as arrays."""
+
+    recipe: Recipe
+    table: datasets.Dataset  # of tokenise_rows, input_ids as numpy
+    row_N: IntArray  # of `table`, and so of the file or hub dataset
+    num_tokens_N3: IntArray  # of the full sequences, per section
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+    def __getitem__(self, i: int) -> Example:
+        row, windows, data = int(self.row_N[i]), self.windows, self.recipe.data
+        input_ids = self.table[row]["input_ids"].astype(np.int64)
+        window = int(windows.read_start_N[i]), int(windows.start_N[i]), int(windows.stop_N[i])
+        labels = make_labels(
+            input_ids,
+            self.num_tokens_N3[i],
+            window,
+            data.loss_sections,
+            data.random_mask_fraction,
+            mask_seed=(self.recipe.run.seed, row),
+        )
+        return Example(input_ids[window[0] : window[2]], labels, row)
+
+    def select(self, chosen: IntArray | npt.NDArray[np.bool_]) -> "Examples":
+        """The examples at positions `chosen` (or where it is true), in that order."""
+        return replace(self, row_N=self.row_N[chosen], num_tokens_N3=self.num_tokens_N3[chosen])
+
+    @cached_property
+    def windows(self) -> Windows:
+        return plan_windows(self.num_tokens_N3, self.recipe.truncation)
+
+    @property
+    def num_read_tokens(self) -> IntArray:
+        """Length of each example as it is read: int64 (N,)."""
+        return self.windows.num_read_N
+
+    @cached_property
+    def num_supervised(self) -> IntArray:
+        """Labels of each example: int64 (N,)."""
+        data = self.recipe.data
+        return count_supervised(self.num_tokens_N3, self.windows, data.loss_sections, data.random_mask_fraction)
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Examples
+    validation: Examples | None  # None when the recipe asks for none
+    report: DataReport
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
+    """Read, tokenise (or reuse), filter and split the recipe's data. `tokenizer` comes from load_tokenizers.
+
+    Rows are shuffled with data.split_seed; the first num_validation are for validation, and the next num_train for
+    training. With data.validation_path, validation is that file, or its first num_validation rows if that is set.
+    random_mask_fraction is for training alone. Raises UserError for whatever leaves nothing to train on.
+    """
+    data = recipe.data
+    usable, file = _read(recipe, tokenizer, "data.path", data.path or str(SOURCES[data.source].hub_id), data.revision)
+    files = [file]
+    order = np.random.default_rng(data.split_seed).permutation(len(usable))
+    if data.validation_path is None:
+        held_out = usable.select(order[: data.num_validation])
+        order = order[data.num_validation :]
+    else:
+        held_out, file = _read(recipe, tokenizer, "data.validation_path", data.validation_path, None)
+        held_out = held_out.select(np.arange(len(held_out))[: data.num_validation or None])
+        files.append(file)
+    if len(order) < (data.num_train or 1):
+        raise UserError(
+            f"data.num_train = {data.num_train or 'all'}: of {len(usable)} usable rows, {len(order)} are left beside "
+            f"data.num_validation = {data.num_validation}: lower them, or raise truncation.max_full_tokens\n{files[0]}"
+        )
+    train, train_report = _with_labels("training", usable.select(order[: data.num_train]))
+    if not len(held_out):
+        return Data(train, None, DataReport(tuple(files), train_report, None))
+    unmasked = recipe.model_copy(update={"data": data.model_copy(update={"random_mask_fraction": 0.0})})
+    validation, validation_report = _with_labels("validation", replace(held_out, recipe=unmasked))
+    return Data(train, validation, DataReport(tuple(files), train_report, validation_report))
+
+
+def _read(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, field: str, name: str, revision: str | None
+) -> tuple[Examples, FileReport]:
+    """All rows of a file or hub dataset that pass max_full_tokens, in their order. Raises UserError when none does."""
+    rows = load_rows(field, name, SOURCES[recipe.data.source], revision)
+    table, read_report = tokenise_rows(rows, recipe.data, tokenizer)
+    columns = table.select_columns(["num_prompt", "num_cot", "num_answer"]).with_format("numpy")[:]
+    num_tokens_N3 = np.stack([columns[name] for name in columns], axis=1).astype(np.int64)
+    length_N = num_tokens_N3.sum(axis=1)
+    longest = recipe.truncation.max_full_tokens
+    too_long_N = length_N > (longest or np.inf)
+    report = FileReport(read_report, longest, int(too_long_N.sum()))
+    usable = np.flatnonzero((length_N > 0) & ~too_long_N)  # a row that cannot be used has no tokens
+    if not len(usable):
+        raise UserError(f"{field} = {name!r}: no row can be used\n{report}")
+    tokens = table.with_format("numpy", columns=["input_ids"])
+    return Examples(recipe, tokens, usable, num_tokens_N3[usable]), report
+
+
+def _with_labels(name: str, examples: Examples) -> tuple[Examples, SplitReport]:
+    """Without the examples that truncation leaves no label. Raises UserError when none is left."""
+    has_label_N = examples.num_supervised > 0
+    kept = examples.select(has_label_N)
+    report = SplitReport(
+        num_examples=len(kept),
+        num_without_label=int((~has_label_N).sum()),
+        num_full_tokens=int(kept.num_tokens_N3.sum()),
+        num_read_tokens=int(kept.num_read_tokens.sum()),
+        num_supervised_tokens=int(kept.num_supervised.sum()),
+    )
+    if not len(kept):
+        raise UserError(
+            f"no {name} example has a token in data.loss_sections = {list(examples.recipe.data.loss_sections)} after "
+            f"truncation: widen [truncation] or loss_sections\n{name}: {report}"
+        )
+    return kept, report

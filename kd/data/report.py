@@ -1,0 +1,55 @@
+"""What became of every row: str() of a DataReport is the text to log."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """The rows of one file or hub dataset, before any filter."""
+
+    name: str
+    num_rows: int
+    num_other_task: int
+    bad_rows: dict[str, int]  # reason -> rows
+
+
+@dataclass(frozen=True)
+class FileReport:
+    read: ReadReport
+    max_full_tokens: int | None
+    num_too_long: int
+
+    def __str__(self) -> str:
+        read = self.read
+        dropped = {"of another task": read.num_other_task, **read.bad_rows}
+        dropped[f"longer than truncation.max_full_tokens = {self.max_full_tokens}"] = self.num_too_long
+        lines = [f"{read.name}: {read.num_rows} rows, {read.num_rows - sum(dropped.values())} usable"]
+        lines += [f"  dropped {count}: {reason}" for reason, count in dropped.items() if count]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    num_examples: int
+    num_without_label: int  # dropped: truncation left no supervised token
+    num_full_tokens: int
+    num_read_tokens: int
+    num_supervised_tokens: int
+
+    def __str__(self) -> str:
+        share = self.num_read_tokens / max(self.num_full_tokens, 1)
+        return (
+            f"{self.num_examples} examples, {self.num_read_tokens} of {self.num_full_tokens} tokens read "
+            f"({share:.3f}), {self.num_supervised_tokens} supervised; {self.num_without_label} dropped without a label"
+        )
+
+
+@dataclass(frozen=True)
+class DataReport:
+    files: tuple[FileReport, ...]
+    train: SplitReport
+    validation: SplitReport | None
+
+    def __str__(self) -> str:
+        splits = [f"train: {self.train}"] + ([f"validation: {self.validation}"] if self.validation else [])
+        return "\n".join([*map(str, self.files), *splits])

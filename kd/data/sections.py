@@ -1,0 +1,91 @@
+"""Prompt, chain of thought and answer of a trace as token spans, known by construction and never searched for.
+
+The three texts are joined and tokenised once, so that the ids are those of the whole text; the borders, known in
+characters, become token counts through the tokenizer's offsets. Only the prompt goes through the chat template:
+templates of reasoning models delete the chain of thought of an assistant turn.
+
+Marker-like strings in the user's own text ("<|im_end|>", "</think>" inside a problem) are tokenised like all other
+text, as inference engines do it with the same prompt; they cannot move a border. In a reasoning or an answer the
+thought's markers and the end token are a BadRow: they would teach to open a second thought or to stop halfway.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from kd.data.sources import BadRow, Message, Trace
+from kd.errors import UserError
+from kd.recipe import DataSection
+
+
+@dataclass(frozen=True)
+class SectionedTokens:
+    """Token ids of one trace; num_prompt + num_cot + num_answer = len(input_ids)."""
+
+    input_ids: list[int]
+    num_prompt: int
+    num_cot: int
+    num_answer: int
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], data: DataSection) -> str:
+    """The prompt that training, generation and evaluation share; tokenise it with add_special_tokens=False.
+
+    data.system_prompt stands for any system message; none is sent when it is None. Raises UserError without a chat
+    template, BadRow when the template refuses these messages.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "neither the teacher's nor the student's tokenizer has a chat template: set data.chat_template to a "
+            "Jinja file"
+        )
+    turns = [message for message in messages if message["role"] != "system"]
+    if not any(turn["content"].strip() for turn in turns):
+        raise BadRow("empty prompt")
+    if data.system_prompt is not None:
+        turns.insert(0, {"role": "system", "content": data.system_prompt})
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise BadRow(f"the chat template refuses the messages: {error}") from None
+
+
+def render(tokenizer: PreTrainedTokenizerFast, trace: Trace, data: DataSection) -> tuple[str, str, str]:
+    """Texts of prompt, chain of thought with its markers, and answer with the end token (tokenizer.eos_token).
+
+    Where the template opens the thought, that marker belongs to the prompt. Raises BadRow, or UserError without a
+    chat template.
+    """
+    reasoning, answer = trace.reasoning.strip(), trace.answer.strip()
+    for name, text in (("reasoning", reasoning), ("answer", answer)):
+        if not text:
+            raise BadRow(f"empty {name}")
+        for marker in (data.think_open.strip(), data.think_close.strip(), tokenizer.eos_token):
+            if marker and marker in text:
+                raise BadRow(f"{marker} inside the {name}")
+    prompt = render_prompt(tokenizer, trace.messages, data)
+    cot = _still_to_open(prompt, data.think_open) + reasoning + data.think_close
+    return prompt, cot, data.answer_open + answer + data.answer_close + tokenizer.eos_token
+
+
+def tokenise(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, str, str]) -> SectionedTokens:
+    """Tokenise prompt + chain of thought + answer as one text; special tokens are in the texts, none is added.
+
+    A token that straddles a border belongs to the section that it starts in.
+    """
+    encoding = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
+    starts = np.array([start for start, _ in encoding["offset_mapping"]])
+    borders = np.cumsum([len(text) for text in texts])
+    num_prompt, num_until_answer, num_all = (int((starts < border).sum()) for border in borders)
+    return SectionedTokens(encoding["input_ids"], num_prompt, num_until_answer - num_prompt, num_all - num_until_answer)
+
+
+def _still_to_open(prompt: str, think_open: str) -> str:
+    """What of think_open the prompt does not yet end with; the template's own blanks after the marker are kept."""
+    marker = think_open.strip()
+    if not marker or not prompt.rstrip().endswith(marker):
+        return think_open
+    return think_open.partition(marker)[2] if prompt.endswith(marker) else ""

@@ -1,0 +1,96 @@
+"""The one tokenizer of a run: the student's, proven equal to the teacher's, its template and special tokens set."""
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from kd.data.sections import render_prompt
+from kd.data.sources import BadRow
+from kd.errors import UserError
+from kd.hub import hub_errors, resolve
+from kd.recipe import ModelSection, Recipe, find_input
+
+
+def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """The tokenizer for training, generation and evaluation alike; eos_token ends answers, pad_token differs from it.
+
+    Chat template: the file data.chat_template, else the teacher's, else the student's. Raises UserError when the
+    tokenizers of teacher and student differ, and when template or end token are missing or unusable.
+    """
+    tokenizer = load_tokenizer("student.model", recipe.student)
+    teacher_template = None
+    if recipe.teacher is not None:
+        teacher = load_tokenizer("teacher.model", recipe.teacher)
+        check_same_tokenizer(teacher, tokenizer)
+        teacher_template = teacher.chat_template
+    if recipe.data.chat_template is not None:
+        tokenizer.chat_template = _read_template(recipe.data.chat_template)
+    elif teacher_template is not None:
+        tokenizer.chat_template = teacher_template
+    tokenizer.eos_token = _end_token(tokenizer, recipe.data.end_token)
+    tokenizer.pad_token = _pad_token(tokenizer)
+    try:
+        render_prompt(tokenizer, [{"role": "user", "content": "1 + 1"}], recipe.data)
+    except BadRow as error:
+        raise UserError(f"data.chat_template, or that of the model: {error}") from None
+    return tokenizer
+
+
+def load_tokenizer(field: str, model: ModelSection) -> PreTrainedTokenizerFast:
+    """The tokenizer of recipe field `field`. Raises UserError when it is missing or has no fast implementation."""
+    with hub_errors(field, model.model):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(field, model.model), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{field} = {model.model!r}: {type(tokenizer).__name__} gives no character offsets; a fast tokenizer, "
+            "saved with tokenizer.json, is needed"
+        )
+    return tokenizer
+
+
+def check_same_tokenizer(teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast) -> None:
+    """Raise UserError at the first id that teacher and student give to different tokens, or that one of them lacks.
+
+    Tokens are compared, and not sizes: models may pad their vocabularies differently over one tokenizer.
+    """
+    teacher_tokens, student_tokens = ({i: token for token, i in t.get_vocab().items()} for t in (teacher, student))
+    for token_id in sorted(teacher_tokens.keys() | student_tokens.keys()):
+        ours, theirs = student_tokens.get(token_id), teacher_tokens.get(token_id)
+        if ours != theirs:
+            raise UserError(
+                f"teacher and student have different tokenizers: id {token_id} is {theirs!r} for the teacher "
+                f"({teacher.name_or_path}) and {ours!r} for the student ({student.name_or_path}). Distillation "
+                "compares them id by id: choose models of one family"
+            )
+
+
+def _read_template(value: str) -> str:
+    path = find_input(value)
+    if path is None or not path.is_file():
+        raise UserError(f"data.chat_template = {value!r}: no such file")
+    return path.read_text(encoding="utf-8")
+
+
+def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str:
+    if end_token is None and tokenizer.eos_token is None:
+        raise UserError(f"{tokenizer.name_or_path} has no eos token: set data.end_token to the token that ends a turn")
+    token = end_token or tokenizer.eos_token
+    token_ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if token_ids != [tokenizer.get_vocab().get(token)]:
+        raise UserError(
+            f"data.end_token = {token!r} is not one token of {tokenizer.name_or_path}: it reads "
+            f"{tokenizer.convert_ids_to_tokens(token_ids)}; name a token of its vocabulary, as {tokenizer.eos_token!r}"
+        )
+    return token
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A token other than eos: its own padding, else another special one, else the first of the vocabulary.
+
+    Any id will do, since labels are set before padding; but a pad that equals eos invites code, here or downstream,
+    that masks every end of sequence with it. No token is added: ids beyond the vocabulary have no embedding.
+    """
+    vocab = tokenizer.get_vocab()
+    usual = [tokenizer.pad_token, "<|endoftext|>", "<pad>", "[PAD]", tokenizer.unk_token, tokenizer.bos_token]
+    candidates = [token for token in usual if token in vocab] + sorted(vocab, key=vocab.__getitem__)[:2]
+    return next(token for token in candidates if token != tokenizer.eos_token)

@@ -1,0 +1,29 @@
+"""Fetch and tokenise all that a recipe needs, where there is a network; the run itself then needs none.
+
+    python launch/prepare.py --recipe NAME [--set section.key=value ...] [--no-models]
+
+Models and hub datasets go to the hub cache (HF_HOME), tokens to data.cache_dir: both on a file system that the compute
+nodes see. There, HF_HUB_OFFLINE=1 makes a missing piece an error instead of a wait.
+"""
+
+from kd.cli import recipe_parser, run
+from kd.data.dataset import load_data
+from kd.data.tokenizers import load_tokenizers
+from kd.hub import download_model
+from kd.recipe import load_recipe
+
+
+def main() -> None:
+    parser = recipe_parser("Fetch models and data of a recipe, tokenise the data, and report what became of each row.")
+    parser.add_argument("--no-models", action="store_true", help="do not fetch the models' weights")
+    args = parser.parse_args()
+    recipe = load_recipe(args.recipe, args.overrides)
+    if not args.no_models:
+        download_model("student.model", recipe.student, weights=recipe.student.init == "pretrained")
+        if recipe.teacher is not None:
+            download_model("teacher.model", recipe.teacher, weights=True)
+    print(load_data(recipe, load_tokenizers(recipe)).report)
+
+
+if __name__ == "__main__":
+    run(main)

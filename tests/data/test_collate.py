@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+
+from kd.constants import IGNORE_INDEX
+from kd.data.collate import collate
+from kd.data.dataset import Example
+
+PAD = 0
+
+
+def example(length: int, row: int = 0) -> Example:
+    labels = np.where(np.arange(length) % 3 == 1, 100 + np.arange(length), IGNORE_INDEX)
+    return Example(np.arange(100, 100 + length), labels, row)
+
+
+@pytest.mark.parametrize("pad_to_multiple_of", [1, 8])
+def test_labels_are_what_each_position_predicts(pad_to_multiple_of: int) -> None:
+    examples = [example(5, row=7), example(12, row=3), example(1, row=9)]
+    batch = collate(examples, PAD, pad_to_multiple_of)
+    assert batch.input_ids.shape == batch.labels.shape == (3, 16 if pad_to_multiple_of == 8 else 12)
+    assert batch.ids == (7, 3, 9)
+    assert batch.num_input_tokens == 18
+    for b, e in enumerate(examples):
+        length = len(e.input_ids)
+        assert batch.input_ids[b, :length].tolist() == e.input_ids.tolist()
+        assert (batch.input_ids[b, length:] == PAD).all()
+        assert batch.labels[b, : length - 1].tolist() == e.labels[1:].tolist()
+        assert (batch.labels[b, length - 1 :] == IGNORE_INDEX).all()
+
+
+def test_the_row_index_lists_the_supervised_positions() -> None:
+    batch = collate([example(5), example(12)], PAD)
+    assert batch.num_supervised == 2 + 4
+    assert batch.row_index.dtype == torch.int64
+    mask = torch.zeros(batch.labels.numel(), dtype=torch.bool)
+    mask[batch.row_index] = True
+    assert torch.equal(mask.view_as(batch.labels), batch.labels != IGNORE_INDEX)
+    # A supervised position predicts the next input token.
+    following = batch.input_ids.roll(-1, dims=1).flatten()[batch.row_index]
+    assert torch.equal(batch.labels.flatten()[batch.row_index], following)
+
+
+def test_no_examples_give_padding_without_a_label() -> None:
+    batch = collate([], PAD)
+    assert batch.input_ids.tolist() == [[PAD]]
+    assert batch.labels.tolist() == [[IGNORE_INDEX]]
+    assert (batch.num_supervised, batch.num_input_tokens, batch.ids) == (0, 0, ())
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    batch = collate([example(5)], PAD)
+    moved = batch.to("meta")
+    assert {moved.input_ids.device.type, moved.labels.device.type, moved.row_index.device.type} == {"meta"}
+    assert (moved.num_input_tokens, moved.ids) == (batch.num_input_tokens, batch.ids)
