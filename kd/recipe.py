@@ -60,7 +60,9 @@ class DataSection(Section):
     source: Literal["local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"] = "local"
     path: str | None = Field(None, description="local JSONL or Parquet file, or a hub id; each hub source has its own")
     revision: str | None = None
-    validation_path: str | None = Field(None, description="local file (its first num_validation rows, when set); else rows are split off")
+    validation_path: str | None = Field(
+        None, description="local file, its first num_validation rows when set; otherwise rows of path are split off"
+    )
     num_train: Positive | None = Field(None, description="rows after filters; all when absent")
     num_validation: Annotated[int, Field(ge=0)] = 0
     split_seed: int = 42

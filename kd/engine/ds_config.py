@@ -34,6 +34,7 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+    _check_objects(config, path)
     for key, home in RECIPE_KEYS.items():
         if key in config:
             raise UserError(f"{path}: {key} = {config[key]!r} is decided by the recipe ({home}); remove it here")
@@ -43,9 +44,9 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
     if config.get("fp16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 needs loss scaling, which this loop does not do; use bf16")
     if role == "teacher" and stage != 3:
-        raise UserError(f"{path}: deepspeed.teacher needs zero_optimization.stage = 3, found {stage}")
+        raise UserError(f"{path}: deepspeed.teacher needs zero_optimization.stage = 3, found {stage!r}")
     if role == "student" and stage not in (2, 3):
-        raise UserError(f"{path}: deepspeed.student needs zero_optimization.stage 2 or 3, found {stage}")
+        raise UserError(f"{path}: deepspeed.student needs zero_optimization.stage 2 or 3, found {stage!r}")
     return config
 
 
@@ -101,7 +102,17 @@ def is_zero3(config: dict[str, Any]) -> bool:
 
 
 def _stage(config: dict[str, Any]) -> int:
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def _check_objects(config: Any, path: Path) -> None:
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds {config!r}; write an object with zero_optimization in it")
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"{path}: {key} = {config[key]!r}: write an object")
+    if "bfloat16" in config:  # DeepSpeed still reads it, and would cast a model that was loaded as fp32
+        raise UserError(f'{path}: bfloat16 is the old name of the section: write "bf16"')
 
 
 def _auto_keys(config: dict[str, Any], prefix: str = "") -> list[str]:

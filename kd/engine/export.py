@@ -17,6 +17,7 @@ def export_student(engine: Any, model: PreTrainedModel, tokenizer: PreTrainedTok
     """Write the engine's student to `folder`, aside first and then renamed over what was there. All ranks call it."""
     state_dict = consolidated_state_dict(engine)
     if dist.get_rank() == 0:
+        assert state_dict is not None
         weights = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state_dict.items()}
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,9 +8,12 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from kd.errors import UserError
+
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in configurations
 
 
 @contextlib.contextmanager
@@ -24,30 +27,35 @@ def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
         del handle
 
 
-def gathered(*parameters: nn.Parameter | None) -> contextlib.AbstractContextManager[None]:
+def gathered(*parameters: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
     """Inside, the given parameters are whole on every rank, for reading. Plain parameters pass unchanged."""
     partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     return GatheredParameters(partitioned, modifier_rank=None) if partitioned else contextlib.nullcontext()
 
 
-def set_moe_leaf_modules(model: nn.Module) -> list[str]:
+def set_moe_leaf_modules(model: PreTrainedModel) -> list[str]:
     """Make each mixture-of-experts block one unit of gathering, so that ranks that route differently stay in step.
 
     Returns the class names of the blocks, an empty list for a dense model. Raises UserError for a model with experts
     whose blocks are not recognised: it would hang.
     """
-    config = model.config
-    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    if not any(count and count > 1 for count in counts):
-        return []
-    blocks = {type(m) for m in model.modules() if type(m).__name__.lower().endswith(("moeblock", "moe", "moemlp"))}
+    blocks = {type(module) for module in model.modules() if _is_moe_block(module)}
     if not blocks:
+        config = model.config.get_text_config()
+        counts = (getattr(config, name, None) for name in NUM_EXPERTS)
+        if not any(count and count > 1 for count in counts):
+            return []
         raise UserError(
             f"{type(model).__name__} has experts, but none of its modules is recognised as a mixture-of-experts block: "
             "under ZeRO-3 it would hang. Use a dense model, or add the block's class name to kd/engine/zero3.py"
         )
     set_z3_leaf_modules(model, sorted(blocks, key=lambda block: block.__name__))
     return sorted(block.__name__ for block in blocks)
+
+
+def _is_moe_block(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return name.endswith(("moeblock", "moe")) or any(child == "experts" for child, _ in module.named_children())
 
 
 def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:

@@ -1,0 +1,98 @@
+"""Checks of the loss's arguments: every refusal is a ValueError that names argument, value and remedy.
+
+Shapes: ... any leading shape, N supervised rows, H hidden size, V rows of a head.
+"""
+
+import difflib
+import math
+
+import torch
+from torch import Tensor
+
+from kd.losses.heads import Projection
+
+LOGITS_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the nearest choice unless `value` is one of `choices`."""
+    if value not in choices:
+        nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}; did you mean {nearest!r}?")
+
+
+def check_projection(side: str, projection: Projection, labels: Tensor) -> None:
+    """Raise a ValueError for shapes, dtypes, devices or numbers of one model that do not fit."""
+    hidden, head, bias = projection.hidden_NH, projection.weight_VH, projection.bias_V
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{side}_hidden is {_shape(hidden)} and labels {_shape(labels)}; "
+            "labels must have the shape of the hidden states without their last dimension"
+        )
+    if head.dim() != 2 or head.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{side}_head is {_shape(head)} and {side}_hidden {_shape(hidden)}; "
+            f"the head must be (vocabulary, {hidden.shape[-1]}), gathered if it is sharded"
+        )
+    if not hidden.is_floating_point() or head.dtype != hidden.dtype:
+        raise ValueError(
+            f"{side}_head is {head.dtype} and {side}_hidden {hidden.dtype}; "
+            "cast one, so that both are of the same floating dtype"
+        )
+    if bias is not None and (bias.shape != head.shape[:1] or bias.dtype != head.dtype):
+        raise ValueError(
+            f"{side}_bias is {bias.dtype} {_shape(bias)}; "
+            f"it must be {head.dtype} {_shape(head[:, 0])}, like the rows of {side}_head"
+        )
+    for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_head", head), (f"{side}_bias", bias)):
+        if tensor is not None and tensor.device != labels.device:
+            raise ValueError(f"{name} is on {tensor.device} and labels on {labels.device}; move one of them")
+    if projection.softcap is not None and not 0 < projection.softcap < math.inf:
+        raise ValueError(f"{side}_softcap={projection.softcap!r} must be positive and finite; None is no cap")
+    if not 0 < projection.scale < math.inf:
+        raise ValueError(f"{side}_scale={projection.scale!r} must be positive and finite; 1.0 is no scale")
+
+
+def check_size(name: str, size: int | None) -> None:
+    """Raise a ValueError for a size below 1."""
+    if size is not None and size < 1:
+        raise ValueError(f"{name}={size!r} must be at least 1; None chooses it")
+
+
+def check_logits_dtype(logits_dtype: torch.dtype | None) -> None:
+    """Raise a ValueError for a dtype in which logits are not stored."""
+    if logits_dtype is not None and logits_dtype not in LOGITS_DTYPES:
+        raise ValueError(f"logits_dtype={logits_dtype!r} must be one of {LOGITS_DTYPES}; None chooses it")
+
+
+def check_rows(labels: Tensor, token_weights: Tensor | None, row_index: Tensor | None) -> None:
+    """Raise a ValueError for labels, weights or an index that do not fit one another."""
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}; cast them to torch.int64")
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(
+            f"token_weights is {_shape(token_weights)} and labels {_shape(labels)}; give one weight per label"
+        )
+    if row_index is not None and (row_index.dim() != 1 or row_index.dtype != torch.int64):
+        raise ValueError(
+            f"row_index is {row_index.dtype} {_shape(row_index)}; give torch.int64 (N) indices of flat labels"
+        )
+    for name, tensor in (("token_weights", token_weights), ("row_index", row_index)):
+        if tensor is not None and tensor.device != labels.device:
+            raise ValueError(f"{name} is on {tensor.device} and labels on {labels.device}; move one of them")
+
+
+def check_labels(labels_N: Tensor, vocab_size: int) -> None:
+    """Raise a ValueError for a label outside the shared vocabulary; off the CPU assert it without waiting."""
+    inside = ((labels_N >= 0) & (labels_N < vocab_size)).all()
+    if not labels_N.is_cpu:
+        torch._assert_async(inside, f"labels of supervised rows must lie in [0, {vocab_size})")
+    elif not inside:
+        raise ValueError(
+            f"labels of supervised rows span [{labels_N.min()}, {labels_N.max()}], the shared vocabulary "
+            f"[0, {vocab_size}); set others to ignore_index, and leave their rows out of row_index"
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,84 @@
+"""The specification: the loss on full (N, V) logits in any dtype, differentiated by plain autograd.
+
+With p the teacher's and q the student's distribution over the shared vocabulary at temperature T, and
+KL(a, b) = sum_v a_v * (log a_v - log b_v), the divergence of one row is
+
+    forward_kl       KL(p, q)                       KL(teacher || student), teacher entropy included
+    reverse_kl       KL(q, p)                       KL(student || teacher)
+    mixed_kl         a KL(p, q) + (1 - a) KL(q, p)  a = mix_weight
+    jsd              b KL(p, m) + (1 - b) KL(q, m)  b = beta, m = b p + (1 - b) q; arXiv 2306.13649
+    skew_kl          KL(p, a p + (1 - a) q)         a = alpha; arXiv 2402.03898
+    skew_reverse_kl  KL(q, a q + (1 - a) p)         a = alpha; arXiv 2402.03898
+    tvd              1/2 sum_v |p_v - q_v|          arXiv 2307.15190
+
+and kd = T^2 * divergence, so that the gradient does not fade as T grows (arXiv 1503.02531, section 2).
+Cross-entropy takes the same student logits at T = 1.
+
+Shapes: N rows, V shared vocabulary, H hidden size (the student's and the teacher's may differ).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.losses.heads import Projection
+from kd.losses.inputs import Inputs
+from kd.losses.objective import Objective
+
+
+def reference_loss(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, kd, ce), scalars, with every row computed in `inputs.logits_dtype`."""
+    student_logits_NV = full_logits(inputs.student, inputs.logits_dtype)
+    ce_N = F.cross_entropy(student_logits_NV, inputs.labels_N, reduction="none")
+    kd_N = torch.zeros_like(ce_N)
+    if inputs.teacher is not None:
+        with torch.no_grad():
+            teacher_logits_NV = full_logits(inputs.teacher, inputs.logits_dtype)
+        kd_N = kd_rows(student_logits_NV, teacher_logits_NV, inputs.objective)
+    kd, ce = (kd_N * inputs.weights_N).sum(), (ce_N * inputs.weights_N).sum()
+    return inputs.objective.kd_weight * kd + inputs.objective.ce_weight * ce, kd, ce
+
+
+def full_logits(projection: Projection, dtype: torch.dtype) -> Tensor:
+    """Return softcap(scale * (hidden W^T + bias)), (N, V) in `dtype`; softcap(x) = cap * tanh(x / cap)."""
+    logits_NV = projection.hidden_NH.to(dtype) @ projection.weight_VH.to(dtype).T
+    if projection.bias_V is not None:
+        logits_NV = logits_NV + projection.bias_V.to(dtype)
+    logits_NV = projection.scale * logits_NV
+    cap = projection.softcap
+    return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+
+
+def kd_rows(student_logits_NV: Tensor, teacher_logits_NV: Tensor, objective: Objective) -> Tensor:
+    """Return kd_N = T^2 * divergence of each row, as defined at the top of this file."""
+    temperature, weight = objective.temperature, objective.parameter
+    log_q_NV = torch.log_softmax(student_logits_NV / temperature, dim=-1)
+    log_p_NV = torch.log_softmax(teacher_logits_NV / temperature, dim=-1)
+    match objective.divergence:
+        case "forward_kl":
+            divergence_N = _kl(log_p_NV, log_q_NV)
+        case "reverse_kl":
+            divergence_N = _kl(log_q_NV, log_p_NV)
+        case "mixed_kl":
+            divergence_N = weight * _kl(log_p_NV, log_q_NV) + (1 - weight) * _kl(log_q_NV, log_p_NV)
+        case "jsd":
+            log_m_NV = log_mixture(log_p_NV, log_q_NV, weight)
+            divergence_N = weight * _kl(log_p_NV, log_m_NV) + (1 - weight) * _kl(log_q_NV, log_m_NV)
+        case "skew_kl":
+            divergence_N = _kl(log_p_NV, log_mixture(log_p_NV, log_q_NV, weight))
+        case "skew_reverse_kl":
+            divergence_N = _kl(log_q_NV, log_mixture(log_q_NV, log_p_NV, weight))
+        case "tvd":
+            divergence_N = 0.5 * (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1)
+    return temperature**2 * divergence_N
+
+
+def log_mixture(log_a_NV: Tensor, log_b_NV: Tensor, weight: float) -> Tensor:
+    """Return log(weight * a + (1 - weight) * b)."""
+    return torch.logaddexp(log_a_NV + math.log(weight), log_b_NV + math.log1p(-weight))
+
+
+def _kl(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+    return (log_a_NV.exp() * (log_a_NV - log_b_NV)).sum(-1)
