@@ -279,7 +279,7 @@ def _finish(
     export_student(student, model, tokenizer, folder / "export" / "last")
     best = folder / "checkpoints" / f"step_{progress.best_step}"
     if progress.best_step not in (None, progress.step) and best.exists():
-        load_checkpoint(student, best, weights_only=True)
+        load_checkpoint(student, best)
     export_student(student, model, tokenizer, folder / "export" / "best")
     if dist.get_rank() == 0:
         write_json(folder / "SUCCESS", progress._asdict())

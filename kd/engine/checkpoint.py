@@ -88,8 +88,8 @@ def damage_of(path: Path) -> str | None:
     return next((part for part in parts if part), None)
 
 
-def load_checkpoint(engine: Any, path: Path, *, weights_only: bool = False) -> dict[str, Any]:
-    """Restore the engine (and, unless weights_only, optimizer and random state); returns the loop's state.
+def load_checkpoint(engine: Any, path: Path) -> dict[str, Any]:
+    """Restore weights, optimizer and random state; returns the loop's state.
 
     Raises UserError when the number of ranks differs from the one that wrote it.
     """
@@ -99,20 +99,13 @@ def load_checkpoint(engine: Any, path: Path, *, weights_only: bool = False) -> d
             f"{path} was written by {manifest['world_size']} ranks and this run has {dist.get_world_size()}: "
             "resume with the same number of ranks"
         )
-    loaded, _ = engine.load_checkpoint(
-        str(path.parent),
-        tag=path.name,
-        load_optimizer_states=not weights_only,
-        load_lr_scheduler_states=False,
-        load_module_only=weights_only,
-    )
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise UserError(f"{path}: DeepSpeed found no checkpoint in it; remove it and resume from an earlier one")
-    if not weights_only:
-        state = load_file(path / f"rng_rank{dist.get_rank()}.safetensors")
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
+    random_state = load_file(path / f"rng_rank{dist.get_rank()}.safetensors")
+    torch.set_rng_state(random_state["cpu"])
+    if "cuda" in random_state:
+        torch.cuda.set_rng_state(random_state["cuda"])
     return manifest["state"]
 
 
