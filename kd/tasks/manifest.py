@@ -1,6 +1,6 @@
 """Where the two shipped models of the arithmetic task come from: hashes, seed, scores and versions, as JSON.
 
-    python -m kd.tasks.manifest --assets DIR --problem-sets DIR --scores DIR --seed N      writes ASSETS/manifest.json
+python -m kd.tasks.manifest --assets DIR --problem-sets DIR --scores DIR --seed N      writes ASSETS/manifest.json
 """
 
 import argparse
