@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kd.metrics import read_metrics
 
 pytestmark = pytest.mark.dist
+MONITORS = ("--set", "monitor.csv=true", "--set", "monitor.tensorboard=true")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole_run(launch, recipe) -> Path:
     """The run folder of 40 steps without interruption."""
-    done = launch("launch/train.py", "--recipe", str(recipe), "--set", "run.name=whole")
+    done = launch("launch/train.py", "--recipe", str(recipe), "--set", "run.name=whole", *MONITORS)
     assert done.returncode == 0, done.stderr[-4000:]
     return recipe.parent / "runs" / "whole"
 
@@ -74,6 +75,15 @@ def test_a_run_leaves_what_the_readme_says(whole_run):
     assert {"tokens_per_second", "step_ms", "peak_memory_gib"} <= set(records[0])
     assert records[0]["loss"] == pytest.approx(0.5 * records[0]["kd"] + 0.5 * records[0]["ce"])
     assert records[-1]["loss"] < 0.9 * records[0]["loss"], "the student learned nothing"
+
+
+def test_deepspeeds_monitor_writes_what_the_recipe_switches_on(whole_run):
+    files = [path.name for path in (whole_run / "monitor").rglob("*") if path.is_file()]
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    (losses,) = (whole_run / "monitor").rglob("*kd_loss.csv")
+    records = read_metrics(whole_run / "metrics.jsonl")
+    written = [float(line.split(",")[1]) for line in losses.read_text().splitlines()[1:]]
+    assert written == pytest.approx([record["loss"] for record in records])
 
 
 def test_best_checkpoint_is_kept_beside_the_newest(whole_run):
