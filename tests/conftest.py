@@ -5,11 +5,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-import torch
-from tiny import CPU_ENVIRONMENT, ROOT, launcher_command, save_tiny_model, tiny_config  # noqa: F401
-
-os.environ.update(CPU_ENVIRONMENT)
-torch.set_num_threads(1)
+from tiny import ROOT, launcher_command
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -1,24 +1,26 @@
 """What tests run on: tiny random models, a tiny recipe on them, and the command line of the real launcher."""
 
 import json
+import os
 import shutil
 import socket
 import sys
 from pathlib import Path
 
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# torch's and gloo's threads are counted per process: tests run two ranks on as few as two cores.
-CPU_ENVIRONMENT = {
+# Read when torch and transformers are imported, here and in the processes that tests start. Threads are counted per
+# process, and tests run two ranks on as few as two cores.
+os.environ |= {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+import torch  # noqa: E402
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def launcher_command(script: str, *arguments: str, num_ranks: int = 2) -> list[str]:

@@ -1,9 +1,15 @@
 """Where a model's last step stands: the backbone before its lm_head, and the head as the loss wants it."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+# What follows an lm_head, under the names that configurations give it.
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
 
 
 class Head(NamedTuple):
@@ -17,17 +23,20 @@ class Head(NamedTuple):
 
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The model without its lm_head: its last_hidden_state is what the lm_head reads."""
+    if model.base_model is model:  # Llama 4 names a base model that its text-only class has not
+        return getattr(model, "model", model)
     return model.base_model
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """The model's head; its weights are the model's own, and whole only where ZeRO-3 has gathered them.
 
-    Gemma 2 caps (final_logit_softcapping), Cohere multiplies (logit_scale), Granite divides (logits_scaling). An
-    architecture that does something else is found out by kd.models.probe when it is loaded.
+    An architecture that does something else than is named above is found out by kd.models.probe when it is loaded.
     """
-    lm_head, config = model.get_output_embeddings(), model.config
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(lm_head.weight, getattr(lm_head, "bias", None), softcap, scale)
+    lm_head, config = model.get_output_embeddings(), model.config.get_text_config()
+    factors = [getattr(config, name, None) or 1.0 for name in MULTIPLIERS]
+    divisors = [getattr(config, name, None) or 1.0 for name in DIVISORS]
+    if config.model_type == "hyperclovax":  # multiplies by what Granite, under the same name, divides by
+        factors, divisors = factors + divisors, []
+    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
+    return Head(lm_head.weight, getattr(lm_head, "bias", None), softcap, math.prod(factors) / math.prod(divisors))

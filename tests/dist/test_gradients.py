@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import save_tiny_model
+from tiny import save_tiny_model
 
 pytestmark = pytest.mark.dist
 
@@ -12,9 +12,7 @@ pytestmark = pytest.mark.dist
 def results(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
     # Another hidden size, another architecture, more rows in the head: a teacher shares nothing but token ids.
-    save_tiny_model(
-        folder / "teacher", seed=0, kind="qwen2", hidden_size=48, vocab_size=170, tie_word_embeddings=False
-    )
+    save_tiny_model(folder / "teacher", seed=0, kind="qwen2", hidden_size=48, vocab_size=170, tie_word_embeddings=False)
     save_tiny_model(folder / "tied", seed=1)
     save_tiny_model(folder / "untied", seed=2, tie_word_embeddings=False)
     output = folder / "results.json"

@@ -1,0 +1,57 @@
+"""Problems read from a file, and what is said of a bad one."""
+
+from pathlib import Path
+
+import pytest
+
+from kd.errors import UserError
+from kd.evaluate.problems import Problem, load_problems
+
+GOOD = '{"prompt": "1+1", "answer": 2}\n\n{"id": "b", "prompt": "2+2", "answer": "4"}\n'
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "problems.jsonl"
+
+
+def test_ids_default_to_row_numbers_and_numbers_become_text(path: Path) -> None:
+    path.write_text(GOOD)
+    assert load_problems("evaluation.path", str(path)) == [Problem("1", "1+1", "2"), Problem("b", "2+2", "4")]
+    assert len(load_problems("evaluation.path", str(path), limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + '{"prompt": "3+3"}\n', "row 4 has no 'answer'; its columns are prompt"),
+        (GOOD + '{"answer": "3"}\n', "row 4 has no 'prompt'"),
+        (GOOD + '{"prompt": " ", "answer": "3"}\n', "row 4 has no 'prompt'"),
+        (GOOD + '{"prompt": "3+', "row 4 is not JSON"),
+        (GOOD + "[1]\n", "row 4 is not an object"),
+        (GOOD + '{"id": "b", "prompt": "x", "answer": "3"}\n', "id 'b' stands on two rows"),
+        ("\n", "no problems in it"),
+    ],
+)
+def test_a_bad_file_is_an_error_that_names_field_file_and_row(path: Path, text: str, message: str) -> None:
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_problems("evaluation.path", str(path))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"evaluation.path = {str(path)!r}")
+
+
+def test_a_missing_file_is_an_error_that_names_the_field() -> None:
+    with pytest.raises(UserError, match=r"--problems = 'nowhere.jsonl': no such file"):
+        load_problems("--problems", "nowhere.jsonl")
+
+
+def test_a_limit_below_one_is_an_error(path: Path) -> None:
+    path.write_text(GOOD)
+    with pytest.raises(UserError, match="--limit = 0"):
+        load_problems("evaluation.path", str(path), limit=0)
+
+
+def test_answers_are_not_needed_where_they_are_not_used(path: Path) -> None:
+    path.write_text('{"prompt": "1+1"}\n')
+    assert load_problems("--problems", str(path), need_answers=False) == [Problem("1", "1+1", "")]

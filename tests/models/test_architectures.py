@@ -1,0 +1,115 @@
+"""Every architecture of architectures.py through the code that trains it, against its own full logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import ARCHITECTURES, NEVER_TIED, SCALED_OR_CAPPED, build
+
+from kd.data.collate import Batch
+from kd.engine.zero3 import set_moe_leaf_modules
+from kd.errors import UserError
+from kd.models.distiller import Distiller
+from kd.models.head import backbone, head_of
+from kd.models.probe import reference_states
+from kd.recipe import LossSection
+
+LOSS = LossSection(temperature=2.0, kd_weight=0.7, ce_weight=0.3, chunk_size=7)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def batch_of(num_rows: int, length: int, padded_to: int) -> Batch:
+    """Random rows whose second half is supervised, padded to the right."""
+    random = torch.Generator().manual_seed(0)
+    input_ids = torch.zeros(num_rows, padded_to, dtype=torch.int64)
+    input_ids[:, :length] = torch.randint(1, 160, (num_rows, length), generator=random)
+    labels = torch.full_like(input_ids, -100)
+    labels[:, length // 2 : length - 1] = input_ids[:, length // 2 + 1 : length]
+    row_index = (labels.flatten() != -100).nonzero().squeeze(1)
+    return Batch(input_ids, labels, row_index, num_rows * length, tuple(range(num_rows)))
+
+
+def sums(student: torch.nn.Module, teacher: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """(loss, kd, ce) as training computes them."""
+    with torch.no_grad():
+        teacher_hidden = backbone(teacher)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return student(batch.input_ids, batch.labels, batch.row_index, teacher_hidden, head_of(teacher))
+
+
+def sums_of_full_logits(student: torch.nn.Module, teacher: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """(loss, kd, ce) of what the models themselves return."""
+    logits = student(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.row_index]
+    with torch.no_grad():
+        teacher_logits = teacher(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.row_index]
+    log_p, log_q = (torch.log_softmax(row / LOSS.temperature, dim=-1) for row in (teacher_logits, logits))
+    kd = LOSS.temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    ce = F.cross_entropy(logits, batch.labels.flatten()[batch.row_index], reduction="sum")
+    return LOSS.kd_weight * kd + LOSS.ce_weight * ce, kd, ce
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_loss_and_its_gradients_are_those_of_the_models_own_logits(architecture: str, tied: bool) -> None:
+    batch = batch_of(num_rows=3, length=20, padded_to=20)
+    student, teacher = build(architecture, tied=tied, seed=0), build(architecture, tied=tied, seed=1).eval()
+    tied = tied and architecture not in NEVER_TIED
+    assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
+    expected = sums_of_full_logits(student, teacher, batch)
+    expected[0].backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert min(term / batch.num_supervised for term in expected) > 0.05
+    assert "lm_head.weight" in gradients or tied
+
+    student.zero_grad(set_to_none=True)
+    if student.supports_gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    actual = sums(Distiller(student, LOSS), teacher, batch)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=0.0)
+    actual[0].backward()
+    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    for name, parameter in student.named_parameters():
+        assert (parameter.grad is None) == (name not in gradients), name
+        if parameter.grad is not None:
+            assert (parameter.grad - gradients[name]).norm() < 2e-5 * total, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_probe_accepts_every_known_head(architecture: str, dtype: torch.dtype) -> None:
+    model = build(architecture, tied=False, seed=0).to(dtype)
+    assert reference_states(model, role="student").shape == (1, 16, 32)
+
+
+def test_padding_does_not_change_the_sums(architecture: str) -> None:
+    student, teacher = (build(architecture, tied=False, seed=seed).eval() for seed in (0, 1))
+    student = Distiller(student, LOSS)
+    short, long = (sums(student, teacher, batch_of(num_rows=2, length=20, padded_to=size)) for size in (20, 37))
+    torch.testing.assert_close(long, short, rtol=2e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("architecture", SCALED_OR_CAPPED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_probe_would_see_a_scale_or_softcap_left_out(
+    architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd.models.probe.head_of", lambda model: head_of(model)._replace(softcap=None, scale=1.0))
+    with pytest.raises(UserError, match=r"teach kd/models/head\.py"):
+        reference_states(build(architecture, tied=True, seed=0).to(dtype), role="student")
+
+
+def test_every_mixture_of_experts_is_gathered_block_by_block(architecture: str) -> None:
+    model = build(architecture, tied=False, seed=0)
+    blocks = set_moe_leaf_modules(model)
+    experts = [name for name, _ in model.named_modules() if name.endswith("experts")]
+    leaves = [name for name, module in model.named_modules() if getattr(module, "_z3_leaf", False)]
+    assert bool(blocks) == bool(experts)
+    for name in experts:
+        assert sum(name.startswith(f"{leaf}.") for leaf in leaves) == 1, name
+
+
+def test_experts_without_a_known_block_are_refused() -> None:
+    model = build("llama", tied=False, seed=0)
+    model.config.num_experts = 8
+    with pytest.raises(UserError, match="LlamaForCausalLM has experts, but none of its modules is recognised"):
+        set_moe_leaf_modules(model)
