@@ -50,10 +50,10 @@ SETS = {
     "train_problems": ProblemSet("training", 1064),
     "selection": ProblemSet("selection", 300),
     "report": ProblemSet("report", 300),
-    "teacher_stage_1": ProblemSet("pretraining", 16000, 2, 3, num_checks=0),
-    "teacher_stage_2": ProblemSet("pretraining", 8000),
-    "student_base_stage_1": ProblemSet("pretraining", 16000, 2, 3, num_checks=0, random_products=True),
-    "student_base_stage_2": ProblemSet("pretraining", 8000, random_products=True),
+    "teacher_stage_1": ProblemSet("pretraining", 9700, 2, 3, num_checks=0),
+    "teacher_stage_2": ProblemSet("pretraining", 8100),
+    "student_base_stage_1": ProblemSet("pretraining", 9700, 2, 3, num_checks=0, random_products=True),
+    "student_base_stage_2": ProblemSet("pretraining", 8100, random_products=True),
 }
 
 

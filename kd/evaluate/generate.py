@@ -1,0 +1,117 @@
+"""Batched generation: left-padded prompts in, responses out, the same ones for the same seed."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kd.recipe import EvaluationSection
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy, and then top_p is not used. No top-k, no repetition penalty, whatever a model ships."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Response:
+    """text: from the prompt to the end token, without it; num_tokens counts it; ended: it was produced."""
+
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+def sampling_of(evaluation: EvaluationSection, seed: int) -> Sampling:
+    return Sampling(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p, seed)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    batch_size: int,
+) -> list[Response]:
+    """One response per prompt, in the order of the prompts; batches hold prompts of similar length."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    responses: dict[int, Response] = {}
+    for start in tqdm(range(0, len(order), batch_size), desc="batches", disable=None):  # None: only on a terminal
+        indices = order[start : start + batch_size]
+        batch = [prompts[index] for index in indices]
+        found = generate_batch(model, tokenizer, batch, sampling, start // batch_size)
+        responses.update(zip(indices, found, strict=True))
+    return [responses[index] for index in range(len(prompts))]
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    batch_index: int,
+) -> list[Response]:
+    """Responses of one batch; samples depend on the prompts, sampling.seed and batch_index, on nothing drawn before.
+
+    prompts: rendered, tokenised without added special tokens. A response ends at the eos token of the tokenizer or at
+    one of those of the model's generation config.
+    """
+    end_ids = _end_token_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id
+    token_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    longest = max(map(len, token_ids))
+    input_ids = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in token_ids])
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in token_ids])
+    torch.manual_seed(random.Random(f"{sampling.seed}/{batch_index}").getrandbits(63))
+    with _generation_config(model, GenerationConfig(**_settings(sampling), eos_token_id=end_ids, pad_token_id=pad_id)):
+        output = model.generate(  # type: ignore[operator]
+            input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
+        )
+    return [_response(tokenizer, ids, set(end_ids)) for ids in output[:, longest:].tolist()]
+
+
+def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({token_id for token_id in (*configured, tokenizer.eos_token_id) if token_id is not None})
+
+
+def _settings(sampling: Sampling) -> dict[str, Any]:
+    if sampling.temperature == 0:
+        return {"max_new_tokens": sampling.max_new_tokens, "do_sample": False}
+    return {
+        "max_new_tokens": sampling.max_new_tokens,
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,  # the library's default is 50
+    }
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Put config in the place of the model's own, which would otherwise fill in whatever config leaves open."""
+    shipped, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+
+
+def _response(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], end_ids: set[int]) -> Response:
+    """Cut after the first end token. Special tokens stay in the text: think markers are special in some tokenizers."""
+    stop = next((index for index, token_id in enumerate(token_ids) if token_id in end_ids), None)
+    ended = stop is not None
+    text = tokenizer.decode(token_ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Response(str(text), num_tokens=len(token_ids) if stop is None else stop + 1, ended=ended)

@@ -1,0 +1,76 @@
+"""Problems from a local JSONL file, checked row by row before any model is loaded."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from kd.data.sections import render_prompt
+from kd.data.sources import BadRow
+from kd.errors import UserError
+from kd.recipe import DataSection, find_input
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str
+    prompt: str
+    answer: str
+
+
+def load_problems(field: str, value: str, limit: int | None = None, need_answers: bool = True) -> list[Problem]:
+    """The first `limit` problems of a file of {"prompt", "answer", "id"}; id is the row's number when absent.
+
+    Raises UserError that names the field, the file, the row (from 1) and the column. An answer may be a number; without
+    need_answers it may be absent.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit = {limit}: at least one problem is needed")
+    path = find_input(value)
+    if path is None or not path.is_file():
+        raise UserError(f"{field} = {value!r}: no such file; it is a JSONL file of problems: prompt, answer")
+    columns = ("prompt", "answer") if need_answers else ("prompt",)
+    problems: list[Problem] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if limit is not None and len(problems) == limit:
+                break
+            if line.strip():
+                problems.append(_parse(f"{field} = {value!r}: row {number}", line, number, columns))
+    if not problems:
+        raise UserError(f"{field} = {value!r}: no problems in it")
+    _check_ids(f"{field} = {value!r}", problems)
+    return problems
+
+
+def render_prompts(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], data: DataSection) -> list[str]:
+    """The problems as training renders them. Raises UserError that names the problem when the template refuses it."""
+    prompts = []
+    for problem in problems:
+        try:
+            prompts.append(render_prompt(tokenizer, [{"role": "user", "content": problem.prompt}], data))
+        except BadRow as error:
+            raise UserError(f"problem {problem.id!r}: {error}") from None
+    return prompts
+
+
+def _parse(where: str, line: str, number: int, columns: Sequence[str]) -> Problem:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f'{where} is not an object: write {{"prompt": ..., "answer": ...}}')
+    for column in columns:
+        if not isinstance(row.get(column), str | int | float) or not str(row[column]).strip():
+            raise UserError(f"{where} has no {column!r}; its columns are {', '.join(row) or 'none'}")
+    return Problem(str(row.get("id", number)), str(row["prompt"]), str(row.get("answer", "")))
+
+
+def _check_ids(where: str, problems: list[Problem]) -> None:
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise UserError(f"{where}: id {problem.id!r} stands on two rows; make ids unique, or leave them out")
+        seen.add(problem.id)
