@@ -1,6 +1,7 @@
 """Rank 0 speaks for the run; libraries are heard when something is wrong."""
 
 import logging
+import sys
 import warnings
 
 import datasets
@@ -15,5 +16,5 @@ def configure_logging(rank: int) -> None:
     # DeepSpeed calls collectives by names that PyTorch is about to rename.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.utils.logging.disable_progress_bar()
-    if rank:
+    if rank or not sys.stderr.isatty():
         datasets.disable_progress_bars()

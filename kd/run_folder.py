@@ -9,8 +9,9 @@ SUCCESS            written last
 import json
 from typing import Any
 
-from kd.engine.checkpoint import remove_partial, write_json
+from kd.engine.checkpoint import remove_partial
 from kd.errors import UserError
+from kd.files import write_json
 from kd.metrics import environment
 from kd.recipe import Recipe
 

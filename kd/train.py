@@ -10,22 +10,20 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kd.build import build_student, build_teacher
 from kd.data.collate import Batch
 from kd.data.dataset import Data, load_data
 from kd.data.loader import Loader, validation_batches
 from kd.data.tokenizers import load_tokenizers
-from kd.engine.build import all_reduce_sum, init_distributed, initialize, on_rank_zero
-from kd.engine.checkpoint import load_checkpoint, newest_whole, prune, read_manifest, save_checkpoint, write_json
-from kd.engine.ds_config import student_ds_config, teacher_ds_config
+from kd.engine.build import all_reduce_sum, init_distributed, on_rank_zero
+from kd.engine.checkpoint import load_checkpoint, newest_whole, prune, read_manifest, save_checkpoint
+from kd.engine.ds_config import student_ds_config
 from kd.engine.export import export_student
-from kd.engine.zero3 import num_parameters, set_moe_leaf_modules, shard_bytes
 from kd.errors import UserError
+from kd.files import write_json
 from kd.logs import configure_logging
 from kd.metrics import MetricsLog, peak_memory_gib
-from kd.models.distiller import Distiller
-from kd.models.load import load_partitioned, load_whole, random_model
-from kd.models.probe import reference_states, verify_weights
-from kd.models.teacher import Teacher, ZeroTeacher
+from kd.models.teacher import Teacher
 from kd.recipe import Recipe
 from kd.run_folder import open_run
 from kd.schedule import learning_rate
@@ -39,7 +37,7 @@ class Progress(NamedTuple):
     step: int = 0
     num_skipped: int = 0
     best_step: int | None = None
-    best_loss: float = math.inf
+    best_loss: float | None = None
 
 
 class StepResult(NamedTuple):
@@ -90,7 +88,7 @@ def train(recipe: Recipe, resume: str | None = None) -> None:
         if progress.step % training.checkpoint_every == 0 or progress.step == total_steps:
             validation = validate(student, teacher, data, recipe, tokenizer.pad_token_id, device)
             record |= validation
-            if validation and validation["val_loss"] < progress.best_loss:
+            if validation and (progress.best_loss is None or validation["val_loss"] < progress.best_loss):
                 progress = progress._replace(best_step=progress.step, best_loss=validation["val_loss"])
             save_checkpoint(student, folder / "checkpoints", progress.step, progress._asdict())
             if rank == 0:
@@ -173,41 +171,6 @@ def validate(
     return {"val_loss": loss / num_tokens, "val_kd": kd / num_tokens, "val_ce": ce / num_tokens}
 
 
-def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
-    """The recipe's teacher in its own ZeRO-3 engine, its weights proven to have arrived."""
-    if recipe.teacher is None:
-        return None
-    ds_config = teacher_ds_config(recipe)
-    reference = None
-    if dist.get_rank() == 0:
-        reference = reference_states(load_whole(recipe.teacher, ds_config, role="teacher"), role="teacher")
-    model = load_partitioned(recipe.teacher, ds_config, role="teacher")
-    set_moe_leaf_modules(model)
-    teacher = ZeroTeacher(initialize(model, ds_config))
-    verify_weights(model, reference, role="teacher", device=device)
-    _log_size("teacher", model)
-    return teacher
-
-
-def build_student(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> tuple[PreTrainedModel, Any]:
-    """The recipe's student and its engine around student and loss, its weights proven to have arrived."""
-    section, reference = recipe.student, None
-    if section.init == "random":
-        model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
-        reference = reference_states(model, role="student")
-    else:
-        if dist.get_rank() == 0:
-            reference = reference_states(load_whole(section, ds_config, role="student"), role="student")
-        model = load_partitioned(section, ds_config, role="student")
-    if section.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    set_moe_leaf_modules(model)
-    engine = initialize(Distiller(model, recipe.loss), ds_config)
-    verify_weights(model, reference, role="student", device=device)
-    _log_size("student", model)
-    return model.train(), engine
-
-
 def _load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
     tokenizer = load_tokenizers(recipe)
     # Rank 0 first: it tokenises, unless that was done before; the others find its cache.
@@ -285,13 +248,3 @@ def _finish(
         write_json(folder / "SUCCESS", progress._asdict())
         log.info("done: %s", folder / "export")
     dist.barrier()
-
-
-def _log_size(role: str, model: PreTrainedModel) -> None:
-    parameters = list(model.parameters())
-    log.info(
-        "%s: %.2f M parameters, %.1f MiB on this rank",
-        role,
-        num_parameters(parameters) / 1e6,
-        shard_bytes(parameters) / 2**20,
-    )

@@ -33,7 +33,7 @@ OMP_NUM_THREADS=2 python launch/generate.py --recipe "$recipe" "${pair[@]}" \
   --problems build/tiny/train_problems.jsonl --output "$traces_file" --limit "$traces" --batch-size 266
 
 say "3. distil: teacher and student as two ZeRO-3 engines on two ranks ($recipe, $steps steps)"
-OMP_NUM_THREADS=1 deepspeed --num_gpus 2 --no_local_rank launch/train.py --recipe "$recipe" "${pair[@]}" \
+OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus 2 --no_local_rank launch/train.py --recipe "$recipe" "${pair[@]}" \
   --set run.output_dir=runs/demo --set "data.path=$traces_file" \
   --set "training.max_steps=$steps" --set "training.checkpoint_every=$(((steps + 1) / 2))" \
   --set "data.num_train=$((traces - 64))"

@@ -15,14 +15,17 @@ from kd.errors import UserError
 from kd.evaluate.generate import Response, generate, sampling_of
 from kd.evaluate.load import load_generator
 from kd.evaluate.problems import Problem, load_problems, render_prompts
-from kd.evaluate.report import results, table, write_json, write_jsonl
+from kd.evaluate.report import results, table
 from kd.evaluate.score import Verdict, score
+from kd.files import write_json, write_jsonl
 from kd.hub import resolve
+from kd.logs import configure_logging
 from kd.recipe import Recipe, load_recipe
 
 
 def main() -> None:
     args = parse_args()
+    configure_logging(rank=0)
     recipe = load_recipe(args.recipe, args.overrides)
     if recipe.evaluation.path is None:
         raise UserError("evaluation.path is not set: name a JSONL file of problems (prompt, answer)")

@@ -19,6 +19,7 @@ from kd.evaluate.generate import Response, Sampling, generate_batch, sampling_of
 from kd.evaluate.load import load_generator
 from kd.evaluate.problems import Problem, load_problems, render_prompts
 from kd.evaluate.traces import TraceFile, split_response
+from kd.logs import configure_logging
 from kd.recipe import DataSection, Recipe, TeacherSection, find_input, load_recipe
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kd.errors import UserError
+from kd.files import write_json
 
 MANIFEST = "manifest.json"
 
@@ -135,17 +136,6 @@ def remove_partial(folder: Path) -> None:
     """Remove what an interrupted save left."""
     for leftover in folder.glob(".step_*.partial"):
         shutil.rmtree(leftover)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside, sync it to disk and rename it: readers see the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def _files(folder: Path) -> list[str]:

@@ -1,17 +1,14 @@
 """What an evaluation leaves: one JSON of results per model, every response beside it, and a table of all models."""
 
-import json
-import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from kd.evaluate.generate import Sampling
 from kd.evaluate.score import Summary
+from kd.metrics import environment
 
-PACKAGES = ("torch", "transformers", "math-verify")
 HEADER = ("model", "accuracy", "95 % interval", "problems", "tokens", "unclosed")
 
 
@@ -27,16 +24,9 @@ def results(
         "judge": judge,
         **asdict(summary),
         "sampling": asdict(sampling),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "command": " ".join(sys.argv),
+        "environment": environment(),
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_aside(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    _write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -57,18 +47,3 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['mean_response_tokens']:.1f}",
         f"{row['unclosed_fraction']:.3f}",
     )
-
-
-def _write_aside(path: Path, text: str) -> None:
-    """Write, then rename: a file that exists is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

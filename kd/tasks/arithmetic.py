@@ -13,12 +13,12 @@ inverses and carry every error on.
 
 import argparse
 import hashlib
-import json
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from kd.files import write_jsonl
 
 Split = Literal["selection", "report", "training", "pretraining"]
 Operation = tuple[str, int]
@@ -120,12 +120,8 @@ def render_trace(operations: tuple[Operation, ...], values: list[int], num_check
 
 def write_problem_sets(output: Path, seed: int = 0) -> None:
     """Write each set of SETS as output/NAME.jsonl, aside first, so that a file that exists is whole."""
-    output.mkdir(parents=True, exist_ok=True)
     for name, problem_set in SETS.items():
-        rows = draw_rows(problem_set, seed=f"{seed}/{name}")
-        partial = output / f"{name}.jsonl.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, output / f"{name}.jsonl")
+        write_jsonl(output / f"{name}.jsonl", draw_rows(problem_set, seed=f"{seed}/{name}"))
 
 
 def _draw_problem(problem_set: ProblemSet, rng: random.Random) -> Problem:

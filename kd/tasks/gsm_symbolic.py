@@ -8,13 +8,13 @@ different templates: a report on templates seen in training would show memory, n
     answer      11
 """
 
-import json
-import os
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig, tasks_ok
+
+from kd.files import write_jsonl
 
 Split = Literal["train", "validation", "report"]
 
@@ -51,13 +51,10 @@ def draw_rows(split: Split, num_rows: int, seed: int = 0) -> list[dict[str, str]
 
 def write_problem_sets(output: Path) -> None:
     """Write the missing ones of output/{train,validation,report}.jsonl, aside first: a file that exists is whole."""
-    output.mkdir(parents=True, exist_ok=True)
     for split, num_rows in NUM_ROWS.items():
         path = output / f"{split}.jsonl"
         if not path.exists():
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in draw_rows(split, num_rows)), encoding="utf-8")
-            os.replace(partial, path)
+            write_jsonl(path, draw_rows(split, num_rows))
 
 
 def _to_row(row_id: str, problem: dict[str, Any]) -> dict[str, str]:

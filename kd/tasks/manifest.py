@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kd.files import write_json
 from kd.metrics import environment
 
 SCORES = ("accuracy", "ci95", "num_problems", "unclosed_fraction")
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     args = parser.parse_args()
     content = manifest(args.assets, args.problem_sets, args.scores, args.seed)
-    (args.assets / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(args.assets / "manifest.json", content)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from kd.engine.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from kd.engine.ds_config import student_ds_config
 from kd.engine.zero3 import consolidated_state_dict
 from kd.recipe import Recipe
-from kd.train import build_student, train_step
+from kd.build import build_student
+from kd.train import train_step
 
 
 def main() -> None:

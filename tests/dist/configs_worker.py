@@ -25,7 +25,8 @@ from kd.engine.export import export_student
 from kd.engine.zero3 import consolidated_state_dict
 from kd.recipe import Recipe
 from kd.tasks.tiny_models import build_tokenizer
-from kd.train import build_student, build_teacher, distill_batch, train_step
+from kd.build import build_student, build_teacher
+from kd.train import distill_batch, train_step
 
 RATE, ACCUMULATION, NUM_STEPS = 3e-3, 2, 4
 # case -> models and JSON of student and teacher

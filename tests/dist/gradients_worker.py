@@ -21,7 +21,8 @@ from kd.data.dataset import Example
 from kd.engine.build import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.recipe import Recipe
-from kd.train import build_student, build_teacher, train_step
+from kd.build import build_student, build_teacher
+from kd.train import train_step
 
 TIED, ACCUMULATION, CHECKPOINTING = ("tied", "untied"), (1, 4), (False, True)
 LAYOUTS = ("equal", "unequal", "empty")  # how supervised tokens are spread over the two ranks

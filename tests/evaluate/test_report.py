@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from kd.evaluate.generate import Sampling
-from kd.evaluate.report import results, table, write_json, write_jsonl
+from kd.evaluate.report import results, table
 from kd.evaluate.score import Summary
+from kd.files import write_json, write_jsonl
 
 SUMMARY = Summary(0.5, (0.2366, 0.7634), 10, 5, 81.25, 0.1, 0.0, 0)
 CONTENT = results("half", "runs/half/student", "tiny", "report.jsonl", "exact", Sampling(96, 0.6, 0.95, 7), SUMMARY)
@@ -18,7 +19,7 @@ def test_results_hold_all_that_repeats_the_evaluation(tmp_path: Path) -> None:
     assert found["ci95"] == [0.2366, 0.7634]
     assert found["sampling"] == {"max_new_tokens": 96, "temperature": 0.6, "top_p": 0.95, "seed": 7}
     assert (found["model"], found["recipe"], found["judge"]) == ("runs/half/student", "tiny", "exact")
-    assert found["versions"]["torch"]
+    assert found["environment"]["packages"]["torch"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["half.json"]
 
 
