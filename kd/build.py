@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from kd.engine.build import initialize
+from kd.engine.distributed import initialize
 from kd.engine.ds_config import teacher_ds_config
 from kd.engine.zero3 import num_parameters, set_moe_leaf_modules, shard_bytes
 from kd.models.distiller import Distiller
 from kd.models.load import load_partitioned, load_whole, random_model
 from kd.models.probe import reference_states, verify_weights
-from kd.models.teacher import ZeroTeacher
+from kd.models.teacher import TeacherModule, ZeroTeacher
 from kd.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
         reference = reference_states(load_whole(recipe.teacher, ds_config, role="teacher"), role="teacher")
     model = load_partitioned(recipe.teacher, ds_config, role="teacher")
     set_moe_leaf_modules(model)
-    teacher = ZeroTeacher(initialize(model, ds_config))
-    verify_weights(model, reference, role="teacher", device=device)
+    teacher = ZeroTeacher(initialize(TeacherModule(model), ds_config))
+    verify_weights(model, reference, role="teacher", device=device, hidden_states=teacher.hidden_states)
     _log_size("teacher", model)
     return teacher
 

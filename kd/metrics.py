@@ -14,20 +14,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kd.files import write_jsonl
+
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "flash-attn", "triton", "pydantic")
 
 
 class MetricsLog:
     """Rank 0's view of a run: appends records to metrics.jsonl and moves the progress bar.
 
-    Records of steps at or after `start_step` are cut: a run interrupted after its last checkpoint repeats them.
+    A run interrupted after its last checkpoint repeats steps: their records from before, at or after `start_step`,
+    move to metrics.abandoned.jsonl.
     """
 
     def __init__(self, path: Path, *, start_step: int, total_steps: int) -> None:
-        kept = [record for record in read_metrics(path) if record["step"] < start_step] if path.exists() else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        partial.rename(path)
+        records = read_metrics(path) if path.exists() else []
+        repeated = [record for record in records if record["step"] >= start_step]
+        if repeated:
+            write_jsonl(path.with_name("metrics.abandoned.jsonl"), repeated)
+        write_jsonl(path, [record for record in records if record["step"] < start_step])
         self._file = path.open("a", encoding="utf-8", buffering=1)
         # In a log file each refresh is a line: one in half a minute is enough there.
         interval = 0.1 if sys.stderr.isatty() else 30.0
@@ -52,7 +56,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank has held since the last call to reset: of the GPU, or of the process on a CPU."""
+    """Most memory that this rank has held so far: of its GPU, or of its process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

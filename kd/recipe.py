@@ -24,6 +24,7 @@ RECIPES_DIR = ROOT / "recipes"
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Attention = Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"]
 SectionName = Literal["prompt", "cot", "answer"]
 
@@ -133,7 +134,7 @@ class TrainingSection(Section):
     schedule: Literal["one_cycle", "cosine", "constant"] = "cosine"
     warmup_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     skip_nonfinite: Annotated[int, Field(ge=0)] = Field(

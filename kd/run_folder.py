@@ -1,45 +1,50 @@
 """A run's folder: whose run it is, whether it may be continued, and where everything lands.
 
 recipe.json        the resolved recipe          metrics.jsonl     one line per optimizer step
-environment.json   versions, commit, hardware   checkpoints/      step_N, whole or absent
-data.json          what the data filters did    export/last, best the student, as from_pretrained loads it
-SUCCESS            written last
+ds_config.json     the JSON of both engines     checkpoints/      step_N, whole or absent
+environment.json   versions, commit, hardware   export/last, best the student, as from_pretrained loads it
+data.json          what the data filters did    SUCCESS           written last
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
-from kd.engine.checkpoint import remove_partial
+from kd.engine.checkpoint import remove_partial, step_folders
+from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.files import write_json
 from kd.metrics import environment
 from kd.recipe import Recipe
 
-# What may differ between a run and its continuation: nothing that changes a weight.
+# What may differ between a run and its continuation: nothing that changes the weights of a step that is taken.
 FREE_TO_CHANGE = {
+    ("run", "name"),
+    ("run", "output_dir"),
     ("training", "checkpoint_every"),
     ("training", "keep_last"),
+    ("training", "skip_nonfinite"),
     ("data", "num_proc"),
     ("data", "cache_dir"),
 }
-FREE_SECTIONS = {"run", "evaluation", "monitor"}
+FREE_SECTIONS = {"evaluation", "monitor"}
 
 
 def open_run(recipe: Recipe, resume: str | None) -> None:
     """Make the run's folder, or check that it may be continued. Rank 0 calls it, before anything is allocated.
 
-    Raises UserError when the folder holds a run and --resume is absent, or holds another recipe's run.
+    Raises UserError when the folder holds a run and --resume is absent, or holds another recipe's run. A folder
+    whose run never took a step, for an error in the recipe say, is taken over.
     """
     folder = recipe.run_dir
-    recipe_file = folder / "recipe.json"
-    resolved = recipe.model_dump(mode="json")
-    if recipe_file.exists():
+    facts = {"recipe.json": recipe.model_dump(mode="json"), "ds_config.json": _ds_configs(recipe)}
+    if _has_begun(folder):
         if resume is None:
             raise UserError(
                 f"{folder} already holds a run: continue it with --resume auto, "
                 "or choose another folder with --set run.name=NAME"
             )
-        changed = _differences(json.loads(recipe_file.read_text(encoding="utf-8")), resolved)
+        changed = [change for name, new in facts.items() for change in _differences(_read(folder / name), new)]
         if changed:
             listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
             raise UserError(
@@ -49,14 +54,40 @@ def open_run(recipe: Recipe, resume: str | None) -> None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         remove_partial(folder / "checkpoints")
         (folder / "SUCCESS").unlink(missing_ok=True)
-        write_json(recipe_file, resolved)
+        for name, content in facts.items():
+            write_json(folder / name, content)
         write_json(folder / "environment.json", environment())
     except OSError as error:
         raise UserError(f"run.output_dir = {recipe.run.output_dir!r}: cannot write to {folder}: {error}") from error
 
 
+def record_data(folder: Path, report: str, fingerprint: str) -> None:
+    """Write data.json, or check that a run that is continued has the data that it began with. Rank 0 calls it."""
+    path = folder / "data.json"
+    if _has_begun(folder) and path.exists() and _read(path)["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{folder} began with other data: its rows or their tokens have changed since. "
+            f"Restore them, or --set run.name=NAME\nthere:\n{_read(path)['report']}\nhere:\n{report}"
+        )
+    write_json(path, {"fingerprint": fingerprint, "report": report})
+
+
+def _has_begun(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return bool(step_folders(folder / "checkpoints")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _ds_configs(recipe: Recipe) -> dict[str, Any]:
+    teacher = {"teacher": read_ds_config(recipe, "teacher")} if recipe.teacher else {}
+    return {"student": read_ds_config(recipe, "student"), **teacher}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, old, new) of what differs between two resolved recipes and matters."""
+    """(section.key, old, new) of what differs and matters."""
     found = []
     for section in new.keys() - FREE_SECTIONS:
         before, after = old.get(section) or {}, new[section] or {}

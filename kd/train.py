@@ -1,7 +1,9 @@
 """The training loop: read train() from top to bottom for the whole of a run, train_step() for one optimizer step."""
 
+import hashlib
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +17,16 @@ from kd.data.collate import Batch
 from kd.data.dataset import Data, load_data
 from kd.data.loader import Loader, validation_batches
 from kd.data.tokenizers import load_tokenizers
-from kd.engine.build import all_reduce_sum, init_distributed, on_rank_zero
-from kd.engine.checkpoint import load_checkpoint, newest_whole, prune, read_manifest, save_checkpoint
+from kd.engine.checkpoint import (
+    check_world_size,
+    choose_checkpoint,
+    damage_of,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+    set_aside_after,
+)
+from kd.engine.distributed import all_reduce_sum, init_distributed, on_rank_zero
 from kd.engine.ds_config import student_ds_config
 from kd.engine.export import export_student
 from kd.errors import UserError
@@ -25,7 +35,7 @@ from kd.logs import configure_logging
 from kd.metrics import MetricsLog, peak_memory_gib
 from kd.models.teacher import Teacher
 from kd.recipe import Recipe
-from kd.run_folder import open_run
+from kd.run_folder import open_run, record_data
 from kd.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -63,39 +73,44 @@ def train(recipe: Recipe, resume: str | None = None) -> None:
     training, folder = recipe.training, recipe.run_dir
     student_config = student_ds_config(recipe, world_size, device.type)
     on_rank_zero(lambda: open_run(recipe, resume))
+    checkpoint = _choose_checkpoint(folder, resume)
 
     tokenizer, data = _load_data(recipe)
+    on_rank_zero(lambda: record_data(folder, str(data.report), data_fingerprint(data)))
     loader = Loader(
         data.train, training.global_batch_size, training.micro_batch_size, recipe.run.seed, tokenizer.pad_token_id
     )
     total_steps = training.max_steps or training.epochs * loader.steps_per_epoch
     teacher = build_teacher(recipe, device)
     model, student = build_student(recipe, student_config, device)
-    progress = _resume(student, folder, resume)
+    torch.manual_seed(recipe.run.seed + rank)  # for models with dropout; a checkpoint restores it
+    progress = Progress(**load_checkpoint(student, checkpoint)) if checkpoint else Progress()
 
-    metrics = (
-        MetricsLog(folder / "metrics.jsonl", start_step=progress.step, total_steps=total_steps) if rank == 0 else None
-    )
+    metrics = None
+    if rank == 0:
+        set_aside_after(folder / "checkpoints", progress.step)
+        metrics = MetricsLog(folder / "metrics.jsonl", start_step=progress.step, total_steps=total_steps)
     for step in range(progress.step, total_steps):
         started = time.perf_counter()
         batches = loader.micro_batches(step, rank, world_size)
         rate = learning_rate(step, total_steps, training)
         result = train_step(student, teacher, batches, rate, device)
         progress = progress._replace(step=step + 1, num_skipped=progress.num_skipped + result.skipped)
-        if progress.num_skipped > training.skip_nonfinite:
-            _stop_nonfinite(step, result, batches, training.skip_nonfinite)
         record = _record(step, loader.steps_per_epoch, rate, result, time.perf_counter() - started, device)
-        if progress.step % training.checkpoint_every == 0 or progress.step == total_steps:
-            validation = validate(student, teacher, data, recipe, tokenizer.pad_token_id, device)
-            record |= validation
-            if validation and (progress.best_loss is None or validation["val_loss"] < progress.best_loss):
-                progress = progress._replace(best_step=progress.step, best_loss=validation["val_loss"])
-            save_checkpoint(student, folder / "checkpoints", progress.step, progress._asdict())
-            if rank == 0:
-                prune(folder / "checkpoints", keep_last=training.keep_last, best_step=progress.best_step)
+        stops = progress.num_skipped > training.skip_nonfinite
+        saves = not stops and (progress.step % training.checkpoint_every == 0 or progress.step == total_steps)
+        if saves:
+            record |= validate(student, teacher, data, recipe, tokenizer.pad_token_id, device)
+            progress = _with_best(progress, record.get("val_loss"))
         if metrics:
             metrics.write(record)
             _send_to_monitor(student, record)
+        if stops:
+            _stop_nonfinite(step, result, batches, training.skip_nonfinite)
+        if saves:
+            save_checkpoint(student, folder / "checkpoints", progress.step, progress._asdict())
+            if rank == 0:
+                prune(folder / "checkpoints", keep_last=training.keep_last, best_step=progress.best_step)
     if metrics:
         metrics.close()
     _finish(student, model, tokenizer, folder, progress)
@@ -173,8 +188,8 @@ def validate(
 
 def _load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
     tokenizer = load_tokenizers(recipe)
-    # Rank 0 first: it tokenises, unless that was done before; the others find its cache.
-    data = load_data(recipe, tokenizer) if dist.get_rank() == 0 else None
+    # One rank of each node first: it tokenises, unless that was done before; the others find its cache.
+    data = load_data(recipe, tokenizer) if os.environ["LOCAL_RANK"] == "0" else None
     dist.barrier()
     if data is None:
         data = load_data(recipe, tokenizer)
@@ -182,29 +197,44 @@ def _load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
     return tokenizer, data
 
 
-def _resume(student: Any, folder: Path, resume: str | None) -> Progress:
+def data_fingerprint(data: Data) -> str:
+    """SHA-256 of which rows are trained and validated on, and of the length of their sections."""
+    digest = hashlib.sha256()
+    for examples in (data.train, data.validation):
+        if examples is not None:
+            digest.update(examples.row_N.tobytes() + examples.num_tokens_N3.tobytes())
+    return digest.hexdigest()
+
+
+def _choose_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume is None:
-        return Progress()
-    if resume == "auto":
-        path = newest_whole(folder / "checkpoints", report=log.warning)
-        if path is None:
-            log.info("--resume auto: %s has no whole checkpoint, starting fresh", folder)
-            return Progress()
+        return None
+    path = choose_checkpoint(folder / "checkpoints", resume)
+    if path is None:
+        log.info("--resume auto: %s has no whole checkpoint, starting fresh", folder)
     else:
-        path = Path(resume)
-        read_manifest(path)
-    log.info("resuming from %s", path)
-    return Progress(**load_checkpoint(student, path))
+        check_world_size(path)
+        log.info("resuming from %s", path)
+    return path
+
+
+def _with_best(progress: Progress, val_loss: float | None) -> Progress:
+    if val_loss is None or not math.isfinite(val_loss):
+        return progress
+    if progress.best_loss is not None and progress.best_loss <= val_loss:
+        return progress
+    return progress._replace(best_step=progress.step, best_loss=val_loss)
 
 
 def _stop_nonfinite(step: int, result: StepResult, batches: list[Batch], allowed: int) -> None:
-    ids: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ids, [row for batch in batches for row in batch.ids])
-    rows = ", ".join(str(row) for part in ids for row in part)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [row + 1 for batch in batches for row in batch.ids])
+    rows = ", ".join(str(row) for part in parts for row in part)
     raise UserError(
         f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} are not both finite, and "
-        f"training.skip_nonfinite = {allowed} allows no more such steps. Rows of the batch: {rows}. "
-        "Look at these rows, lower training.learning_rate, or allow some steps to be skipped"
+        f"training.skip_nonfinite = {allowed} allows no more such steps. Rows of the batch, counted from 1: {rows}. "
+        "Look at these rows; continue with --resume auto and a higher training.skip_nonfinite, or begin a new run "
+        "(--set run.name=NAME) with a lower training.learning_rate"
     )
 
 
@@ -239,12 +269,19 @@ def _finish(
     student: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress
 ) -> None:
     """Export the last and the best student, then mark the run as a success."""
-    export_student(student, model, tokenizer, folder / "export" / "last")
+    exports = folder / "export"
+    export_student(student, model, tokenizer, exports / "last")
     best = folder / "checkpoints" / f"step_{progress.best_step}"
-    if progress.best_step not in (None, progress.step) and best.exists():
-        load_checkpoint(student, best)
-    export_student(student, model, tokenizer, folder / "export" / "best")
+    damage = None
+    if progress.best_step not in (None, progress.step):
+        damage = damage_of(best)
+        if damage is None:
+            load_checkpoint(student, best)
+    if damage is None:
+        export_student(student, model, tokenizer, exports / "best")
+    elif dist.get_rank() == 0:
+        log.warning("the best checkpoint, %s, is damaged (%s): export/last is all there is", best, damage)
     if dist.get_rank() == 0:
         write_json(folder / "SUCCESS", progress._asdict())
-        log.info("done: %s", folder / "export")
+        log.info("done: %s", exports)
     dist.barrier()

@@ -18,7 +18,7 @@ ALLOWED = {
     "hub": {"errors", "recipe"},
     "cli": {"errors"},
     "logs": set(),
-    "metrics": set(),
+    "metrics": {"files"},
     "schedule": {"recipe"},
     "tasks": {"cli", "errors", "files", "metrics"},
     "losses": BASE,

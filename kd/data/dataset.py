@@ -15,7 +15,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from kd.data.report import DataReport, FileReport, SplitReport
-from kd.data.rows import load_rows
+from kd.data.rows import find_rows
 from kd.data.sources import SOURCES
 from kd.data.tokenised import tokenise_rows
 from kd.data.truncate import IntArray, Windows, count_supervised, make_labels, plan_windows
@@ -120,7 +120,7 @@ def _read(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, field: str, name: str, revision: str | None
 ) -> tuple[Examples, FileReport]:
     """All rows of a file or hub dataset that pass max_full_tokens, in their order. Raises UserError when none does."""
-    rows = load_rows(field, name, SOURCES[recipe.data.source], revision)
+    rows = find_rows(field, name, SOURCES[recipe.data.source], revision)
     table, read_report = tokenise_rows(rows, recipe.data, tokenizer)
     columns = table.select_columns(["num_prompt", "num_cot", "num_answer"]).with_format("numpy")[:]
     num_tokens_N3 = np.stack([columns[name] for name in columns], axis=1).astype(np.int64)

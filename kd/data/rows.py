@@ -1,8 +1,10 @@
-"""The rows of a data file or hub dataset as they stand, and what identifies their content."""
+"""The rows of a data file or hub dataset: what identifies their content, and how to read them as they stand."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +20,33 @@ from kd.hub import hub_errors, resolve
 
 @dataclass(frozen=True)
 class Rows:
-    """`fingerprint` changes with the content. A JSON Lines file is kept as text, one column "line"; see `parse`."""
+    """`fingerprint` changes with the content; read() gives it, and raises UserError for an empty or unreadable file.
+
+    A JSON Lines file is read as text, one column "line"; see `parse`.
+    """
 
     name: str
-    table: datasets.Dataset
     fingerprint: str
+    read: Callable[[], datasets.Dataset]
 
 
-def load_rows(field: str, name: str, source: Source, revision: str | None) -> Rows:
+def find_rows(field: str, name: str, source: Source, revision: str | None) -> Rows:
     """Rows of the .jsonl or .parquet file, or else the hub dataset, that the recipe's `field` names.
 
-    Raises UserError for a missing, empty or unreadable file, and for a hub dataset that cannot be had.
+    A file is hashed and not read: most processes find its tokens in the cache. Raises UserError for a missing file,
+    one of another kind, and for a hub dataset that cannot be had.
     """
     path = Path(resolve(field, name))
     if not path.exists():
-        return _load_hub_rows(field, name, source, revision)
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if not path.is_file() or path.suffix not in readers:
+        return _find_hub_rows(field, name, source, revision)
+    if not path.is_file() or path.suffix not in _READERS:
         raise UserError(f"{field} = {name!r}: name a .jsonl or a .parquet file")
-    try:
-        table = readers[path.suffix](path)
-    except (UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"{field} = {name!r}: not a {path.suffix} file: {error}") from None
-    if len(table) == 0:
-        raise UserError(f"{field} = {name!r}: the file is empty")
     with path.open("rb") as file:
-        return Rows(name, table, hashlib.file_digest(file, "sha256").hexdigest())
+        return Rows(name, hashlib.file_digest(file, "sha256").hexdigest(), partial(_read_file, field, name, path))
 
 
 def parse(row: dict[str, Any]) -> Row:
-    """A row of Rows.table as a mapping of columns. Raises UserError where a line is not a JSON object.
+    """A row that Rows.read() gave, as a mapping of columns. Raises UserError where a line is not a JSON object.
 
     Lines are parsed one by one, and not to one Arrow table, which would fill missing columns with nulls and refuse
     a column whose type varies.
@@ -63,13 +62,23 @@ def parse(row: dict[str, Any]) -> Row:
     return parsed
 
 
-def _load_hub_rows(field: str, name: str, source: Source, revision: str | None) -> Rows:
+def _find_hub_rows(field: str, name: str, source: Source, revision: str | None) -> Rows:
     with hub_errors(field, name):
         table = datasets.load_dataset(name, source.config, split=source.split, revision=revision)
     if len(table) == 0:
         raise UserError(f"{field} = {name!r}: split {source.split!r} is empty")
     # .../owner___name/config/version/COMMIT/file.arrow: the same with and without a network.
-    return Rows(name, table, Path(table.cache_files[0]["filename"]).parent.name)
+    return Rows(name, Path(table.cache_files[0]["filename"]).parent.name, lambda: table)
+
+
+def _read_file(field: str, name: str, path: Path) -> datasets.Dataset:
+    try:
+        table = _READERS[path.suffix](path)
+    except (UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
+        raise UserError(f"{field} = {name!r}: not a {path.suffix} file: {error}") from None
+    if len(table) == 0:
+        raise UserError(f"{field} = {name!r}: the file is empty")
+    return table
 
 
 def _read_jsonl(path: Path) -> datasets.Dataset:
@@ -80,3 +89,6 @@ def _read_jsonl(path: Path) -> datasets.Dataset:
 
 def _read_parquet(path: Path) -> datasets.Dataset:
     return datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
+
+
+_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

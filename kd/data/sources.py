@@ -135,7 +135,7 @@ def _messages(value: Any) -> tuple[Message, ...]:
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise BadRow("a message is not {role: text, content: text}")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+    return tuple({key: _text(message[key]) for key in ("role", "content")} for message in value)
 
 
 def _only(value: Any) -> Any:
@@ -146,4 +146,8 @@ def _only(value: Any) -> Any:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{type(value).__name__} where text is needed")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a pair, as "\ud800" in JSON, which no tokenizer takes
+        raise BadRow("text that is not valid Unicode") from None
     return value

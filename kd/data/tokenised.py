@@ -40,7 +40,8 @@ def tokenise_rows(
     """All rows, tokenised now or by an earlier run that left them in data.cache_dir; row i of the table is row i.
 
     Columns: input_ids, num_prompt, num_cot, num_answer; and reason, why a row cannot be used and has no tokens.
-    Raises UserError naming the row when a column is missing, or, with data.on_bad_row = "error", when a row is bad.
+    Rows are read only to be tokenised. Raises UserError when they cannot be, naming the row when a column is missing,
+    or, with data.on_bad_row = "error", when a row is bad.
     """
     folder = Path(data.cache_dir) / _cache_key(rows, data, tokenizer)
     if not folder.exists():
@@ -78,10 +79,11 @@ def _build(folder: Path, rows: Rows, data: DataSection, tokenizer: PreTrainedTok
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        table = rows.table.map(
+        table = rows.read()
+        table = table.map(
             _tokenise_row,
             with_indices=True,
-            remove_columns=rows.table.column_names,
+            remove_columns=table.column_names,
             features=_FEATURES,
             fn_kwargs={"name": rows.name, "data": data, "tokenizer": tokenizer},
             num_proc=data.num_proc if data.num_proc > 1 else None,

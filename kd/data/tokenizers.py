@@ -1,12 +1,23 @@
-"""The one tokenizer of a run: the student's, proven equal to the teacher's, its template and special tokens set."""
+"""The one tokenizer of a run: the student's, checked against the teacher's, its template and special tokens set."""
+
+import json
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kd.data.sections import render_prompt
 from kd.data.sources import BadRow
 from kd.errors import UserError
-from kd.hub import hub_errors, resolve
-from kd.recipe import ModelSection, Recipe, find_input
+from kd.hub import find_file, hub_errors, resolve
+from kd.recipe import ModelSection, Recipe
+
+# Digits, blanks, LaTeX, code and scripts, where tokenizers over one vocabulary split differently.
+PROBE = (
+    "The 3rd of 12,345,678 items costs $0.50;   don't   WON'T\tstop.\r\n\n\n"
+    "\\begin{align} \\frac{x_1^2}{\\sqrt{2\\pi}} &\\leq 10^{-3} \\end{align}\n"
+    "def f(xs):\n    return [x**2 for x in xs if x != 0]  # done\n\n"
+    "caf\u00e9 cafe\u0301 \u03b1\u03b2 \u0416\u0443\u043a \u05d0\u05d1 \u0639\u0631\u0628 \u0939\u093f\u0928 "
+    "\u4f60\u597d\uff0c\u3053\u3093 \ud55c\uad6d \u0661\u0662\u0663 \u2264 \u00bd \U0001f600 "
+)
 
 
 def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -22,7 +33,7 @@ def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
         check_same_tokenizer(teacher, tokenizer)
         teacher_template = teacher.chat_template
     if recipe.data.chat_template is not None:
-        tokenizer.chat_template = _read_template(recipe.data.chat_template)
+        tokenizer.chat_template = find_file("data.chat_template", recipe.data.chat_template).read_text(encoding="utf-8")
     elif teacher_template is not None:
         tokenizer.chat_template = teacher_template
     tokenizer.eos_token = _end_token(tokenizer, recipe.data.end_token)
@@ -49,9 +60,11 @@ def load_tokenizer(field: str, model: ModelSection) -> PreTrainedTokenizerFast:
 
 
 def check_same_tokenizer(teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast) -> None:
-    """Raise UserError at the first id that teacher and student give to different tokens, or that one of them lacks.
+    """Raise UserError unless the same ids are the same tokens for both, and both read a text to the same ids.
 
-    Tokens are compared, and not sizes: models may pad their vocabularies differently over one tokenizer.
+    Tokens are compared, and not sizes: models may pad their vocabularies differently over one tokenizer. How texts are
+    read is compared on PROBE and the added tokens, unless both are built alike: files that say the same in other words
+    pass, and so do other templates, paddings and flags that change no id.
     """
     teacher_tokens, student_tokens = ({i: token for token, i in t.get_vocab().items()} for t in (teacher, student))
     for token_id in sorted(teacher_tokens.keys() | student_tokens.keys()):
@@ -62,13 +75,30 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerFast, student: PreTrainedTo
                 f"({teacher.name_or_path}) and {ours!r} for the student ({student.name_or_path}). Distillation "
                 "compares them id by id: choose models of one family"
             )
+    if _how_it_reads(teacher) != _how_it_reads(student):
+        _check_same_reading(teacher, student)
 
 
-def _read_template(value: str) -> str:
-    path = find_input(value)
-    if path is None or not path.is_file():
-        raise UserError(f"data.chat_template = {value!r}: no such file")
-    return path.read_text(encoding="utf-8")
+def _how_it_reads(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [backend[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+
+
+def _check_same_reading(teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast) -> None:
+    probe = PROBE + "".join(sorted(teacher.get_added_vocab() | student.get_added_vocab()))
+    encodings = [t(probe, add_special_tokens=False, return_offsets_mapping=True) for t in (teacher, student)]
+    theirs, ours = (
+        list(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)) for encoding in encodings
+    )
+    for position, (their, our) in enumerate(zip_longest(theirs, ours)):
+        if their != our:
+            start = min(offsets[0] for _, offsets in filter(None, (their, our)))
+            tokens = [_tokens(t, read[position : position + 4]) for t, read in ((teacher, theirs), (student, ours))]
+            raise UserError(
+                f"teacher and student have one vocabulary, but read texts differently: {probe[start : start + 12]!r} "
+                f"begins with {tokens[0]} for the teacher ({teacher.name_or_path}) and with {tokens[1]} for the student "
+                f"({student.name_or_path}), from token {position} of a probe on: save one tokenizer with both"
+            )
 
 
 def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str:

@@ -4,12 +4,14 @@
     checkpoints/step_40/manifest.json   state of the loop, world size, size and SHA-256 of every file
     checkpoints/.step_60.partial/ a save in progress, or one that was interrupted
 
-Every function here but `prune` and `step_folders` is called by all ranks; the folder is shared between them.
+All ranks share the folder, and call every function that does not say rank 0.
 """
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from kd.engine.distributed import on_rank_zero
 from kd.errors import UserError
 from kd.files import write_json
 
 MANIFEST = "manifest.json"
+TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "inline_container", "No space left")  # torch.save raises RuntimeError
+
+log = logging.getLogger(__name__)
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -40,18 +46,19 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any])
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
         save_file(_random_state(), partial / f"rng_rank{rank}.safetensors")
         dist.barrier()
-        mine = {name: _checksum(partial / name, sync=True) for name in _files(partial)[rank::world_size]}
+        names = on_rank_zero(lambda: _files(partial))  # one listing: ranks may see a shared folder differently
+        mine = {name: _checksum(partial / name, sync=True) for name in names[rank::world_size]}
         parts: list[Any] = [None] * world_size
         dist.all_gather_object(parts, mine)
         if rank == 0:
             files = {name: entry for part in parts for name, entry in sorted(part.items())}
             write_json(partial / MANIFEST, {"step": step, "world_size": world_size, "state": state, "files": files})
-            if final.exists():  # a damaged one that resume passed over
-                shutil.rmtree(final)
             partial.rename(final)
             _sync_folder(folder)
         dist.barrier()
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in TORCH_SAVE_ERRORS):
+            raise  # a lost peer, memory: not the disk
         # Space is given back by the rank that failed: the launcher ends the others, which may wait in a collective.
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**30
@@ -62,14 +69,31 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any])
         ) from error
 
 
-def newest_whole(folder: Path, report: Any = print) -> Path | None:
-    """The newest checkpoint whose every file has the size and checksum of its manifest; damaged ones are reported."""
-    for path in reversed(step_folders(folder)):
+def choose_checkpoint(folder: Path, resume: str) -> Path | None:
+    """The checkpoint of `folder` that "auto" (the newest whole one, None without one) or a path names.
+
+    Damaged ones that "auto" passes over are named in the log. Raises UserError for a path that is not a whole
+    checkpoint of this folder.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        on_rank_zero(lambda: read_manifest(path))
+        if path.resolve().parent != folder.resolve():
+            raise UserError(
+                f"--resume {resume} is not a checkpoint of this run ({folder}): to start from another run's student, "
+                "set student.model to its export"
+            )
+        damage = damage_of(path)
+        if damage:
+            raise UserError(f"--resume {resume} is damaged ({damage}): choose an earlier one, or --resume auto")
+        return path
+    paths = on_rank_zero(lambda: step_folders(folder))
+    for path in reversed(paths):
         damage = damage_of(path)
         if damage is None:
             return path
         if dist.get_rank() == 0:
-            report(f"{path} is damaged ({damage}): trying the one before it")
+            log.warning("%s is damaged (%s): trying the one before it", path, damage)
     return None
 
 
@@ -77,29 +101,33 @@ def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None; the ranks share the reading."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        damage = [
-            name for name in sorted(files)[rank::world_size] if _checksum(path / name, files[name]) != files[name]
-        ]
+        files = on_rank_zero(lambda: read_manifest(path)["files"])
+    except UserError as error:
+        return str(error)
+    try:
+        mine = sorted(files)[rank::world_size]
+        damage = [name for name in mine if _checksum(path / name, files[name]) != files[name]]
         found = ", ".join(f"{name} differs from its checksum" for name in damage[:1])
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         found = str(error)
     parts: list[Any] = [None] * world_size
     dist.all_gather_object(parts, found)
     return next((part for part in parts if part), None)
 
 
-def load_checkpoint(engine: Any, path: Path) -> dict[str, Any]:
-    """Restore weights, optimizer and random state; returns the loop's state.
-
-    Raises UserError when the number of ranks differs from the one that wrote it.
-    """
-    manifest = read_manifest(path)
-    if manifest["world_size"] != dist.get_world_size():
+def check_world_size(path: Path) -> None:
+    """Raise UserError when the number of ranks is not the one that wrote the checkpoint."""
+    written_by = on_rank_zero(lambda: read_manifest(path)["world_size"])
+    if written_by != dist.get_world_size():
         raise UserError(
-            f"{path} was written by {manifest['world_size']} ranks and this run has {dist.get_world_size()}: "
+            f"{path} was written by {written_by} ranks and this run has {dist.get_world_size()}: "
             "resume with the same number of ranks"
         )
+
+
+def load_checkpoint(engine: Any, path: Path) -> dict[str, Any]:
+    """Restore weights, optimizer and random state from a whole checkpoint; returns the loop's state."""
+    manifest = on_rank_zero(lambda: read_manifest(path))
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise UserError(f"{path}: DeepSpeed found no checkpoint in it; remove it and resume from an earlier one")
@@ -111,29 +139,44 @@ def load_checkpoint(engine: Any, path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises UserError when path holds none."""
+    """A checkpoint's manifest. Raises UserError when path holds none, or half of one. Rank 0."""
     try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return {key: manifest[key] for key in ("step", "world_size", "state", "files")}
     except OSError:
-        raise UserError(
-            f"{path}: not a checkpoint (no {MANIFEST}); name a folder like RUN/checkpoints/step_40"
-        ) from None
+        raise UserError(f"{path}: not a checkpoint (no {MANIFEST}); name a folder like checkpoints/step_40") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: its {MANIFEST} is damaged") from None
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    """The finished checkpoints of a run, oldest first, whole or damaged. Rank 0."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename checkpoints beyond `step`, which a resumed run is about to write anew, to abandoned_step_N. Rank 0."""
+    for path in step_folders(folder):
+        if int(path.name.removeprefix("step_")) > step:
+            abandoned = path.with_name(f"abandoned_{path.name}")
+            shutil.rmtree(abandoned, ignore_errors=True)
+            path.rename(abandoned)
+            log.info("%s is beyond the step resumed from: renamed to %s", path, abandoned.name)
 
 
 def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best one."""
+    """Remove all but the newest `keep_last` checkpoints and the best one. Rank 0."""
     for path in step_folders(folder)[:-keep_last]:
         if path.name != f"step_{best_step}":
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # a file still open over NFS; the next call tries again
+                log.warning("%s could not be removed: %s", path, error)
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what an interrupted save left."""
+    """Remove what an interrupted save left. Rank 0."""
     for leftover in folder.glob(".step_*.partial"):
         shutil.rmtree(leftover)
 

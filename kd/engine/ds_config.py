@@ -20,6 +20,7 @@ RECIPE_KEYS = {
     "tensorboard": "monitor.tensorboard",
     "csv_monitor": "monitor.csv",
     "wandb": "monitor.wandb_project",
+    "comet": "monitor.tensorboard, csv and wandb_project",
 }
 
 
@@ -60,7 +61,7 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
         "eps": training.adam_eps,
         "weight_decay": training.weight_decay,
     }
-    if "offload_optimizer" not in config["zero_optimization"]:
+    if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
         # PyTorch's own AdamW: DeepSpeed's would be compiled on first use, on every node. With offload its CPU
         # optimizer is the point, and is built.
         parameters["torch_adam"] = True
@@ -80,7 +81,7 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
     if monitor.csv:
         config["csv_monitor"] = folder
     if monitor.wandb_project:
-        config["wandb"] = {"enabled": True, "project": monitor.wandb_project, "job_name": recipe.run.name}
+        config["wandb"] = {"enabled": True, "project": monitor.wandb_project, "group": recipe.run.name}
     return config
 
 

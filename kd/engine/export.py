@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.engine.zero3 import consolidated_state_dict
@@ -25,13 +26,13 @@ def export_student(engine: Any, model: PreTrainedModel, tokenizer: PreTrainedTok
             model.generation_config = _generation_config(model, tokenizer)
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"the student could not be exported to {folder}: {error}; --resume auto tries again"
             ) from error
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
     dist.barrier()
 
 

@@ -6,7 +6,7 @@ something unknown between lm_head and softmax would be trained on wrong logits. 
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,12 +47,25 @@ def reference_states(model: PreTrainedModel, *, role: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def verify_weights(model: PreTrainedModel, reference: torch.Tensor | None, *, role: str, device: torch.device) -> float:
+def verify_weights(
+    model: PreTrainedModel,
+    reference: torch.Tensor | None,
+    *,
+    role: str,
+    device: torch.device,
+    hidden_states: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> float:
     """Run the probe through the partitioned model, on all ranks; where a reference is given, compare and return the
     relative L2 error (0.0 elsewhere). Raises UserError when the states differ: the weights did not arrive.
+
+    hidden_states: how to run the model where its engine is to see it, ids (B, L) to states (B, L, H).
     """
-    training = model.training
-    hidden = backbone(model.eval())(input_ids=_probe(model, device), use_cache=False).last_hidden_state
+    training, input_ids = model.training, _probe(model, device)
+    model.eval()
+    if hidden_states is None:
+        hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    else:
+        hidden = hidden_states(input_ids)
     model.train(training)
     if reference is None:
         return 0.0

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
-from kd.engine.build import init_distributed
-from kd.engine.checkpoint import load_checkpoint, newest_whole, save_checkpoint
+from kd.engine.distributed import init_distributed
+from kd.engine.checkpoint import choose_checkpoint, load_checkpoint, save_checkpoint
 from kd.engine.ds_config import student_ds_config
 from kd.engine.zero3 import consolidated_state_dict
 from kd.recipe import Recipe
@@ -46,7 +46,7 @@ def main() -> None:
     save_checkpoint(student, folder, 2, {"note": "two steps"})
     losses = steps(range(2, 5))
     changed = _state(student)
-    state = load_checkpoint(student, newest_whole(folder))
+    state = load_checkpoint(student, choose_checkpoint(folder, "auto"))
     restored = _state(student)
     repeated = steps(range(2, 5))
     if dist.get_rank() == 0:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import kd.train
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
-from kd.engine.build import init_distributed
+from kd.engine.distributed import init_distributed
 from kd.engine.ds_config import is_zero3, student_ds_config
 from kd.engine.export import export_student
 from kd.engine.zero3 import consolidated_state_dict

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from kd import distillation_loss
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
-from kd.engine.build import init_distributed
+from kd.engine.distributed import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.recipe import Recipe
 from kd.build import build_student, build_teacher

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from deepspeed.monitor.config import get_monitor_config
 
 from kd.engine.ds_config import RECIPE_KEYS, is_bf16, is_zero3, read_ds_config, student_ds_config, teacher_ds_config
 from kd.errors import UserError
@@ -167,7 +168,8 @@ def test_monitors_are_those_of_the_recipe() -> None:
     config = student_ds_config(recipe(monitor=monitor), 2, "cpu")
     assert config["tensorboard"] == config["csv_monitor"]
     assert config["tensorboard"] == {"enabled": True, "output_path": "elsewhere/trial/monitor", "job_name": "trial"}
-    assert config["wandb"] == {"enabled": True, "project": "kd", "job_name": "trial"}
+    assert config["wandb"] == {"enabled": True, "project": "kd", "group": "trial"}
+    assert get_monitor_config(config).enabled  # DeepSpeed refuses keys that it does not know
 
 
 @pytest.mark.parametrize("name", SHIPPED)

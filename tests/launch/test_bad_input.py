@@ -1,12 +1,15 @@
 """What a user gets wrong, as the command line shows it: one block on stderr, a status that is not 0, nothing lost."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tiny import ROOT, write_tiny_recipe
+
+from kd.metrics import read_metrics
 
 TRAIN = "launch/train.py"
 
@@ -74,7 +77,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(launch, reci
         TRAIN, "--recipe", str(recipe), "--set", "run.name=explodes", "--set", "training.learning_rate=1e30",
         "--set", "training.warmup_fraction=0.0",
     )  # fmt: skip
-    assert_one_block(done, "are not both finite", "Rows of the batch: ")
+    assert_one_block(done, "are not both finite", "Rows of the batch, counted from 1: ")
     assert not (recipe.parent / "runs" / "explodes" / "SUCCESS").exists()
 
 
@@ -124,3 +127,49 @@ def test_a_hub_id_without_a_network_says_what_to_do(recipe):
 def test_a_missing_attention_is_an_error_before_a_model_is_loaded(recipe):
     done = train(recipe, "run.name=flash", "student.attention=flash_attention_2")
     assert_one_block(done, 'student.attention = "flash_attention_2" is not available here')
+
+
+def test_a_corrected_recipe_may_take_over_the_folder_of_a_run_that_never_took_a_step(recipe):
+    done = train(recipe, "run.name=corrected", "training.max_steps=1", "data.end_token=nonsense")
+    assert_one_block(done, "nonsense")
+    done = train(recipe, "run.name=corrected", "training.max_steps=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_resume_from_a_path_goes_back_and_sets_later_checkpoints_aside(recipe, finished):
+    folder = recipe.parent / "runs" / "back"
+    overrides = ("run.name=back", "training.max_steps=6", "training.checkpoint_every=2", "training.keep_last=9")
+    assert train(recipe, *overrides).returncode == 0
+    losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+    other = train(recipe, *overrides, resume=str(finished / "checkpoints" / "step_2"))
+    assert_one_block(other, "is not a checkpoint of this run")
+    done = train(recipe, *overrides, resume=str(folder / "checkpoints" / "step_2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = {path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()}
+    assert names == {"step_2", "step_4", "step_6", "abandoned_step_4", "abandoned_step_6"}
+    assert [record["loss"] for record in read_metrics(folder / "metrics.jsonl")] == losses
+    assert len(read_metrics(folder / "metrics.abandoned.jsonl")) == 4
+    manifest = folder / "checkpoints" / "step_4" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-40])
+    done = train(recipe, *overrides, resume=str(folder / "checkpoints" / "step_4"))
+    assert_one_block(done, "its manifest.json is damaged")
+
+
+def test_another_seed_or_other_data_is_not_a_continuation(recipe, finished):
+    arguments = ("run.name=finished", "training.max_steps=2")
+    done = train(recipe, *arguments, "run.seed=5", resume="auto")
+    assert_one_block(done, "run.seed: 0 there, 5 here")
+    traces = recipe.parent / "traces.jsonl"
+    rows = traces.read_text()
+    traces.write_text("".join(rows.splitlines(keepends=True)[:-1]))
+    done = train(recipe, *arguments, resume="auto")
+    traces.write_text(rows)
+    assert_one_block(done, "began with other data")
+
+
+def test_several_processes_without_ranks_are_an_error(recipe):
+    environment = {**os.environ, "SLURM_NTASKS": "2"}
+    command = [sys.executable, TRAIN, "--recipe", str(recipe), "--set", "run.name=no_ranks"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert_one_block(done, "SLURM_NTASKS = 2, but RANK is not set")
+    assert not (recipe.parent / "runs" / "no_ranks").exists()

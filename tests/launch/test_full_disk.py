@@ -36,7 +36,7 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes_with_room(lau
     folder = small_disk / "tiny_test"
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("No space left on device") == 1 or "could not be written" in done.stderr
+    assert done.stderr.count("could not be written") == 1
     assert "Earlier checkpoints are whole" in done.stderr
     assert not (folder / "SUCCESS").exists()
     kept = sorted((folder / "checkpoints").glob("step_*"))

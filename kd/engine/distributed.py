@@ -11,17 +11,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kd.engine.device import device_type
 from kd.errors import UserError
 
 T = TypeVar("T")
 
-# Longer than the slowest thing one rank does while the others wait: a download, tokenising, the export of a model.
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+# Longer than the slowest thing one rank does while the others wait: tokenising, reading a checkpoint, an export.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+# How other launchers say that there are several processes, without saying what torch needs to know.
+OTHER_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def init_distributed() -> torch.device:
-    """Join the launcher's process group, or make one of a single rank; returns this rank's device."""
+    """Join the launcher's process group, or make one of a single rank; returns this rank's device.
+
+    Raises UserError when several processes were started without RANK, WORLD_SIZE and LOCAL_RANK.
+    """
     if "RANK" not in os.environ:
+        for name in OTHER_LAUNCHERS:
+            if int(os.environ.get(name, "1")) > 1:
+                raise UserError(
+                    f"{name} = {os.environ[name]}, but RANK is not set: start one process per GPU with deepspeed or "
+                    "torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each"
+                )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -30,7 +42,7 @@ def init_distributed() -> torch.device:
     # This op is compiled on first use (minutes), and an interrupted build leaves a lock that hangs later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
         torch.cuda.set_device(device)
     deepspeed.init_distributed(
