@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from kd.errors import UserError
 from kd.recipe import ModelSection, find_input, is_hub_id
@@ -24,6 +25,17 @@ def resolve(field: str, value: str) -> str:
         f"{field} = {value!r}: no such file or folder (relative paths are looked up in the current directory, "
         "then in the repository), and it has not the form owner/name of a hub id"
     )
+
+
+def find_file(field: str, value: str) -> Path:
+    """The local file that `value` names. Raises UserError naming `field` when there is none."""
+    path = find_input(value)
+    if path is None or not path.is_file():
+        raise UserError(
+            f"{field} = {value!r}: no such file (relative paths are looked up in the current directory, then in the "
+            "repository)"
+        )
+    return path
 
 
 @contextmanager

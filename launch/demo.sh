@@ -35,8 +35,7 @@ OMP_NUM_THREADS=2 python launch/generate.py --recipe "$recipe" "${pair[@]}" \
 say "3. distil: teacher and student as two ZeRO-3 engines on two ranks ($recipe, $steps steps)"
 OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus 2 --no_local_rank launch/train.py --recipe "$recipe" "${pair[@]}" \
   --set run.output_dir=runs/demo --set "data.path=$traces_file" \
-  --set "training.max_steps=$steps" --set "training.checkpoint_every=$(((steps + 1) / 2))" \
-  --set "data.num_train=$((traces - 64))"
+  --set "training.max_steps=$steps" --set "training.checkpoint_every=$(((steps + 1) / 2))"
 
 say "4. score: greedy answers to $problems problems that no training set holds"
 OMP_NUM_THREADS=2 python launch/evaluate.py --recipe "$recipe" --limit "$problems" --output "$run/evaluation" \

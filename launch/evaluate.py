@@ -20,7 +20,7 @@ from kd.evaluate.score import Verdict, score
 from kd.files import write_json, write_jsonl
 from kd.hub import resolve
 from kd.logs import configure_logging
-from kd.recipe import Recipe, load_recipe
+from kd.recipe import ModelSection, Recipe, load_recipe
 
 
 def main() -> None:
@@ -43,7 +43,13 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = recipe_parser("Evaluate models on the recipe's problems.")
-    parser.add_argument("--model", required=True, action="append", help="folder or hub id; may be repeated")
+    parser.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        help="folder or hub id; may be repeated. Code that comes with a model runs only where the recipe trusts it: "
+        "student.model and teacher.model with their trust_remote_code, and this run's exports with the student's",
+    )
     parser.add_argument("--label", action="append", default=[], help="name in the table, one per --model")
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
     parser.add_argument("--output", type=Path, help="folder; evaluation/ of the recipe's run when absent")
@@ -66,7 +72,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Generate, judge and write output/LABEL.json and output/LABEL.responses.jsonl. Returns the results."""
     evaluation, data = recipe.evaluation, recipe.data
-    section = recipe.student.model_copy(update={"model": name, "revision": None})
+    section = section_of(recipe, name)
     # With the teacher left out the model's own tokenizer is checked, and its own template and end token are used,
     # unless the recipe sets them.
     tokenizer = load_tokenizers(recipe.model_copy(update={"student": section, "teacher": None}))
@@ -79,6 +85,19 @@ def evaluate(
     write_jsonl(output / f"{label}.responses.jsonl", map(response_row, problems, responses, verdicts))
     write_json(output / f"{label}.json", content)
     return content
+
+
+def section_of(recipe: Recipe, name: str) -> ModelSection:
+    """How to load a model: as the recipe says when it names it, else as its student but without a revision.
+
+    Trust in the student's code reaches what this run exported, and no other model.
+    """
+    for section in (recipe.student, recipe.teacher):
+        if section is not None and section.model == name:
+            return section
+    exported = Path(name).resolve().is_relative_to(recipe.run_dir.resolve())
+    trusted = recipe.student.trust_remote_code and exported
+    return recipe.student.model_copy(update={"model": name, "revision": None, "trust_remote_code": trusted})
 
 
 def response_row(problem: Problem, response: Response, verdict: Verdict) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     python launch/generate.py --recipe NAME --problems FILE --output FILE [--temperature T]
 
-May be killed at any time: the same command goes on after the last finished batch, and gives the same file.
+Samples as the recipe's [evaluation] says, unless a flag says otherwise. May be killed at any time: the same command
+goes on after the last finished batch, and gives the same file.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from kd.recipe import DataSection, Recipe, TeacherSection, find_input, load_reci
 
 def main() -> None:
     args = parse_args()
+    configure_logging(rank=0)
     flags = ("temperature", "top_p", "max_new_tokens", "batch_size")
     given = [f"evaluation.{flag}={getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
     recipe = load_recipe(args.recipe, args.overrides + given)
@@ -42,8 +44,10 @@ def parse_args() -> argparse.Namespace:
     parser = recipe_parser("Write reasoning traces of the recipe's teacher.")
     parser.add_argument("--problems", required=True, help="JSONL file: prompt, and id when rows have one")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file of traces")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, and the default")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1.0 unless given")
+    parser.add_argument(
+        "--temperature", type=float, help="0 is greedy; the recipe's evaluation.temperature unless given"
+    )
+    parser.add_argument("--top-p", type=float, help="the recipe's evaluation.top_p unless given")
     parser.add_argument("--max-new-tokens", type=int, help="the recipe's evaluation.max_new_tokens unless given")
     parser.add_argument("--batch-size", type=int, help="the recipe's evaluation.batch_size unless given")
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")

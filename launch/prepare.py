@@ -10,6 +10,7 @@ from kd.cli import recipe_parser, run
 from kd.data.dataset import load_data
 from kd.data.tokenizers import load_tokenizers
 from kd.hub import download_model
+from kd.logs import configure_logging
 from kd.recipe import load_recipe
 
 
@@ -17,6 +18,7 @@ def main() -> None:
     parser = recipe_parser("Fetch models and data of a recipe, tokenise the data, and report what became of each row.")
     parser.add_argument("--no-models", action="store_true", help="do not fetch the models' weights")
     args = parser.parse_args()
+    configure_logging(rank=0)
     recipe = load_recipe(args.recipe, args.overrides)
     if not args.no_models:
         download_model("student.model", recipe.student, weights=recipe.student.init == "pretrained")

@@ -24,7 +24,7 @@ def main() -> None:
 def check(recipe: Recipe) -> None:
     """Everything that can be known without a GPU, a network or a process group; prints the resolved recipe."""
     from kd.engine.ds_config import read_ds_config
-    from kd.hub import resolve
+    from kd.hub import find_file, resolve
 
     for role in ("student", "teacher") if recipe.teacher else ("student",):
         resolve(f"{role}.model", getattr(recipe, role).model)
@@ -32,6 +32,9 @@ def check(recipe: Recipe) -> None:
     for field in ("path", "validation_path"):
         if getattr(recipe.data, field) is not None:
             resolve(f"data.{field}", getattr(recipe.data, field))
+    for name, value in (("data.chat_template", recipe.data.chat_template), ("evaluation.path", recipe.evaluation.path)):
+        if value is not None:
+            find_file(name, value)
     print(recipe.model_dump_json(indent=2))
     print(f"ok: results will be in {recipe.run_dir}", file=sys.stderr)
 

@@ -1,6 +1,8 @@
 """The one tokenizer of a run: the student's, checked against the teacher's, its template and special tokens set."""
 
 import json
+from itertools import zip_longest
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -86,19 +88,17 @@ def _how_it_reads(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
 
 def _check_same_reading(teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast) -> None:
     probe = PROBE + "".join(sorted(teacher.get_added_vocab() | student.get_added_vocab()))
-    encodings = [t(probe, add_special_tokens=False, return_offsets_mapping=True) for t in (teacher, student)]
-    theirs, ours = (
-        list(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)) for encoding in encodings
-    )
-    for position, (their, our) in enumerate(zip_longest(theirs, ours)):
-        if their != our:
-            start = min(offsets[0] for _, offsets in filter(None, (their, our)))
-            tokens = [_tokens(t, read[position : position + 4]) for t, read in ((teacher, theirs), (student, ours))]
-            raise UserError(
-                f"teacher and student have one vocabulary, but read texts differently: {probe[start : start + 12]!r} "
-                f"begins with {tokens[0]} for the teacher ({teacher.name_or_path}) and with {tokens[1]} for the student "
-                f"({student.name_or_path}), from token {position} of a probe on: save one tokenizer with both"
-            )
+    theirs, ours = (tokenizer(probe, add_special_tokens=False)["input_ids"] for tokenizer in (teacher, student))
+    if theirs != ours:
+        position = next(i for i, (their, our) in enumerate(zip_longest(theirs, ours)) if their != our)
+        behind = slice(position, position + 4)
+        raise UserError(
+            "teacher and student have one vocabulary, but read texts differently: "
+            f"after {teacher.decode(theirs[:position])[-20:]!r}, at token {position} of a probe, "
+            f"the teacher ({teacher.name_or_path}) reads {teacher.convert_ids_to_tokens(theirs[behind])} and "
+            f"the student ({student.name_or_path}) {student.convert_ids_to_tokens(ours[behind])}: "
+            "save the same tokenizer with both"
+        )
 
 
 def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str:

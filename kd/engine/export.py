@@ -26,6 +26,8 @@ def export_student(engine: Any, model: PreTrainedModel, tokenizer: PreTrainedTok
             model.generation_config = _generation_config(model, tokenizer)
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+            for weights_file in partial.glob("*.safetensors"):  # written for the owner alone; others may load a model
+                shutil.copymode(partial / "config.json", weights_file)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         except (OSError, SafetensorError) as error:

@@ -33,7 +33,8 @@ class Response:
 
 
 def sampling_of(evaluation: EvaluationSection, seed: int) -> Sampling:
-    return Sampling(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p, seed)
+    top_p = evaluation.top_p if evaluation.temperature else 1.0  # greedy responses do not depend on it
+    return Sampling(evaluation.max_new_tokens, evaluation.temperature, top_p, seed)
 
 
 def generate(

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from kd.data.sections import render_prompt
 from kd.data.sources import BadRow
 from kd.errors import UserError
-from kd.recipe import DataSection, find_input
+from kd.hub import find_file
+from kd.recipe import DataSection
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ def load_problems(field: str, value: str, limit: int | None = None, need_answers
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit = {limit}: at least one problem is needed")
-    path = find_input(value)
-    if path is None or not path.is_file():
-        raise UserError(f"{field} = {value!r}: no such file; it is a JSONL file of problems: prompt, answer")
+    path = find_file(field, value)
     columns = ("prompt", "answer") if need_answers else ("prompt",)
     problems: list[Problem] = []
     with path.open(encoding="utf-8") as lines:
@@ -62,6 +61,10 @@ def _parse(where: str, line: str, number: int, columns: Sequence[str]) -> Proble
         raise UserError(f"{where} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f'{where} is not an object: write {{"prompt": ..., "answer": ...}}')
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a pair, as "\ud800", which no tokenizer takes
+        raise UserError(f"{where} is not valid Unicode: {error}") from None
     for column in columns:
         if not isinstance(row.get(column), str | int | float) or not str(row[column]).strip():
             raise UserError(f"{where} has no {column!r}; its columns are {', '.join(row) or 'none'}")

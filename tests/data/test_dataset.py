@@ -11,6 +11,7 @@ import pytest
 from data_samples import build_tokenizer, good_rows, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
+import kd.data.rows
 import kd.data.tokenised
 from kd.constants import IGNORE_INDEX
 from kd.data.dataset import Examples, load_data
@@ -106,6 +107,24 @@ def test_a_changed_file_tokenizer_or_template_is_tokenised_anew(
     assert len(count_tokenised) == 41
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_file_whose_tokens_are_in_the_cache_is_hashed_and_not_read(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the file is read")
+
+    made = recipe(data={"path": str(tmp_path / name)})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(good_rows(20)), tmp_path / "rows.parquet")
+    expected = rows_of(load_data(made, tiny).train)
+    monkeypatch.setattr(kd.data.rows, "_read_file", refuse)
+    assert rows_of(load_data(made, tiny).train) == expected
+    with (tmp_path / name).open("ab") as file:
+        file.write(b"\n")
+    with pytest.raises(AssertionError, match="the file is read"):
+        load_data(made, tiny)
+
+
 def test_an_interrupted_write_never_looks_whole(
     recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +167,7 @@ BAD_ROWS = [
     {"prompt": "3?", "reasoning": "</think>", "answer": "3"},
     {"prompt": "4?", "reasoning": "4", "answer": None},
     {"prompt": "5?", "reasoning": "5", "answer": ""},
+    {"prompt": "6?", "reasoning": "\ud800", "answer": "6"},
 ]
 
 
@@ -162,9 +182,10 @@ def test_bad_rows_are_counted_by_reason_and_dropped_again_when_the_cache_is_reus
             "empty reasoning": 1,
             "</think> inside the reasoning": 1,
             "NoneType where text is needed": 1,
+            "text that is not valid Unicode": 1,
         }
-        assert sorted(rows_of(data.train)) == [0, 1, 2, 8, 9]
-        assert "10 rows, 5 usable\n  dropped 2: empty answer\n" in str(data.report)
+        assert sorted(rows_of(data.train)) == [0, 1, 2, 9, 10]
+        assert "11 rows, 5 usable\n  dropped 2: empty answer\n" in str(data.report)
     assert len(count_tokenised) == 5
 
 
@@ -323,7 +344,7 @@ def test_data_of_which_nothing_is_left_say_what_removed_it(
 
 def test_a_file_of_bad_rows_alone_says_so(recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", BAD_ROWS)
-    with pytest.raises(UserError, match=r"no row can be used\n.*5 rows, 0 usable\n  dropped 2: empty answer"):
+    with pytest.raises(UserError, match=r"no row can be used\n.*6 rows, 0 usable\n  dropped 2: empty answer"):
         load_data(recipe(), tiny)
 
 

@@ -46,6 +46,7 @@ def test_prepare_tokenises_and_prints_what_became_of_the_rows(recipe_file: Path)
     assert "rows.jsonl: 20 rows, 20 usable" in done.stdout
     assert "train: 16 examples" in done.stdout
     assert "validation: 4 examples" in done.stdout
+    assert done.stderr == ""
     assert len(list((recipe_file.parent / "cache").iterdir())) == 1
 
 

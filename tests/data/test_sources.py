@@ -44,6 +44,12 @@ BAD = {
     "no solution": ("sky_t1", stratos_row(STRATOS_VALUE.partition("<|begin_of_solution|>")[0]), "no <|begin_of_sol"),
     "text after": ("sky_t1", stratos_row(STRATOS_VALUE + "And so."), "text after <|end_of_solution|>"),
     "no conversation": ("sky_t1", {"conversations": None}, "conversations is not a list"),
+    "half of a surrogate pair": ("nemotron_math", {"input": [USER], "output": R1_VALUE + "\ud800"}, "valid Unicode"),
+    "half of one in a message": (
+        "nemotron_math",
+        {"input": [{"role": "user", "content": "1\udc00"}], "output": R1_VALUE},
+        "text that is not valid Unicode",
+    ),
     "user last": ("sky_t1", {"conversations": [{"from": "user", "value": "1+1?"}]}, "not the assistant's"),
 }
 

@@ -1,9 +1,11 @@
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from data_samples import SPECIAL, build_tokenizer
+from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kd.data.tokenizers import check_same_tokenizer, load_tokenizers
@@ -76,6 +78,25 @@ def test_a_token_that_one_side_lacks_is_a_difference(tiny: PreTrainedTokenizerFa
     with pytest.raises(UserError, match=rf"id {len(tiny)} is '<extra>' for the teacher .* None for the student"):
         check_same_tokenizer(teacher=longer, student=tiny)
     check_same_tokenizer(teacher=tiny, student=build_tokenizer())
+
+
+def test_one_vocabulary_that_is_read_in_two_ways_is_refused_with_the_place(qwen3: PreTrainedTokenizerFast) -> None:
+    other = copy.deepcopy(qwen3)
+    words = pre_tokenizers.Split(Regex(r"\w+|\W+"), "isolated")
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, False)])
+    assert other.get_vocab() == qwen3.get_vocab()
+    with pytest.raises(UserError) as caught:
+        check_same_tokenizer(teacher=qwen3, student=other)
+    assert "but read texts differently: after 'The 3rd', at token 4 of a probe, the teacher" in str(caught.value)
+    assert re.search(r"reads \['.of', '.', '1', '2'\] and the student .* \['.', 'of', '.', '1'\]", str(caught.value))
+
+
+def test_tokenizers_that_give_the_same_ids_pass_however_their_files_say_it(qwen3: PreTrainedTokenizerFast) -> None:
+    other = copy.deepcopy(qwen3)
+    other.chat_template = "{{ messages[-1].content }}"
+    other.backend_tokenizer.enable_padding(length=8)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([qwen3.backend_tokenizer.pre_tokenizer])
+    check_same_tokenizer(teacher=qwen3, student=other)
 
 
 def test_the_end_token_is_the_recipes_else_eos(recipe: MakeRecipe, models: Path) -> None:

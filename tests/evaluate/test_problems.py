@@ -30,6 +30,7 @@ def test_ids_default_to_row_numbers_and_numbers_become_text(path: Path) -> None:
         (GOOD + '{"prompt": "3+', "row 4 is not JSON"),
         (GOOD + "[1]\n", "row 4 is not an object"),
         (GOOD + '{"id": "b", "prompt": "x", "answer": "3"}\n', "id 'b' stands on two rows"),
+        (GOOD + '{"prompt": "\\ud800", "answer": "3"}\n', "row 4 is not valid Unicode"),
         ("\n", "no problems in it"),
     ],
 )

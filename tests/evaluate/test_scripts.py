@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kd.recipe import ROOT
+import pytest
+
+from kd.recipe import ROOT, Recipe
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
 # So hot that even random weights close some thoughts.
@@ -51,6 +54,21 @@ def test_killed_generation_goes_on_and_gives_the_file_of_an_uninterrupted_one(
     assert "unclosed" in first.stdout
 
 
+@pytest.mark.parametrize(("flags", "temperature"), [((), 0.7), (("--temperature", 0.0), 0.0)])
+def test_generation_samples_as_the_recipe_says_unless_a_flag_says_otherwise(
+    script: Script, recipe_path: Path, problems_path: Path, tmp_path: Path, flags: tuple, temperature: float
+) -> None:
+    overrides = ("--set", "evaluation.temperature=0.7", "--set", "evaluation.top_p=0.9")
+    done = script(
+        "generate.py", "--recipe", recipe_path, *overrides, *flags,
+        "--problems", problems_path, "--output", "traces.jsonl", "--limit", 4,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "traces.jsonl.progress").read_text().splitlines()[0])
+    assert (settings["temperature"], settings["top_p"]) == (temperature, 0.9 if temperature else 1.0)
+    assert done.stderr == ""
+
+
 def test_evaluation_leaves_results_and_responses_of_each_model(
     script: Script, recipe_path: Path, model_dir: Path, tmp_path: Path
 ) -> None:
@@ -65,6 +83,37 @@ def test_evaluation_leaves_results_and_responses_of_each_model(
     assert len(responses) == 10
     assert results[0]["num_correct"] == sum(row["correct"] for row in responses)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.strip()][-3:-1] == ["one", "two"]
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_a_model_is_trusted_only_where_the_recipe_names_the_model_or_made_it(trusted: bool) -> None:
+    section_of = runpy.run_path(str(ROOT / "launch" / "evaluate.py"))["section_of"]
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "trial"},
+            "teacher": {"model": "owner/teacher", "revision": "v1"},
+            "student": {"model": "owner/student", "revision": "v2", "trust_remote_code": trusted},
+            "data": {"path": "rows.jsonl"},
+        }
+    )
+    loaded = {
+        name: (section.model, section.revision, section.trust_remote_code)
+        for name in (
+            "owner/student",
+            "owner/teacher",
+            "owner/other",
+            "runs/trial/export/best",
+            "runs/other/export/best",
+        )
+        for section in [section_of(recipe, name)]
+    }
+    assert loaded == {
+        "owner/student": ("owner/student", "v2", trusted),
+        "owner/teacher": ("owner/teacher", "v1", False),
+        "owner/other": ("owner/other", None, False),
+        "runs/trial/export/best": ("runs/trial/export/best", None, trusted),
+        "runs/other/export/best": ("runs/other/export/best", None, False),
+    }
 
 
 def test_a_missing_model_is_one_line_on_stderr(script: Script, recipe_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Loading a model: which attention it gets, and checkpoints that are not whole."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from kd.recipe import ModelSection
 
 FP32: dict[str, object] = {}
 BF16 = {"bf16": {"enabled": True}}
+ALL_FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 @pytest.fixture
@@ -30,8 +32,23 @@ def section(folder: Path | str, **fields: object) -> ModelSection:
 @pytest.mark.parametrize(("model_type", "attention"), [("llama", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")])
 def test_auto_is_the_best_attention_that_the_architecture_supports(model_type: str, attention: str) -> None:
     config = build(model_type, tied=True, seed=0).config
-    assert choose_attention(section("any"), config, role="student") == attention
-    assert choose_attention(section("any", attention="eager"), config, role="student") == "eager"
+    assert choose_attention(section("any"), config, BF16, role="student") == attention
+    assert choose_attention(section("any", attention="eager"), config, BF16, role="student") == "eager"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """gpu(9, "flash_attention_2"): this machine has a GPU of compute capability 9.0 and that package."""
+
+    def install(major: int, *packages: str) -> None:
+        monkeypatch.setattr(load, "device_type", lambda: "cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+        kernels = {
+            name: (lambda name=name: name in packages, runs_on) for name, (_, runs_on) in load._FLASH_ATTENTION.items()
+        }
+        monkeypatch.setattr(load, "_FLASH_ATTENTION", kernels)
+
+    return install
 
 
 @pytest.mark.parametrize(
@@ -39,13 +56,47 @@ def test_auto_is_the_best_attention_that_the_architecture_supports(model_type: s
     [("llama", "flash_attention_3"), ("gemma2", "flash_attention_3"), ("gpt_oss", "eager"), ("mpt", "eager")],
 )
 def test_auto_is_flash_attention_where_gpu_package_and_architecture_have_it(
-    model_type: str, attention: str, monkeypatch: pytest.MonkeyPatch
+    gpu: Callable[..., None], model_type: str, attention: str
 ) -> None:
     config = build(model_type, tied=True, seed=0).config
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    available = {"flash_attention_4": False, "flash_attention_3": True, "flash_attention_2": True}
-    monkeypatch.setattr(load, "_FLASH_ATTENTION", {name: lambda yes=yes: yes for name, yes in available.items()})
-    assert choose_attention(section("any"), config, role="student") == attention
+    gpu(9, "flash_attention_2", "flash_attention_3")
+    assert choose_attention(section("any"), config, BF16, role="student") == attention
+
+
+@pytest.mark.parametrize(
+    ("major", "attention"), [(7, "sdpa"), (8, "flash_attention_2"), (9, "flash_attention_4"), (10, "flash_attention_4")]
+)
+def test_a_gpu_gets_flash_attention_that_has_kernels_for_it(
+    gpu: Callable[..., None], major: int, attention: str
+) -> None:
+    config = build("llama", tied=True, seed=0).config
+    gpu(major, *ALL_FLASH)
+    assert choose_attention(section("any"), config, BF16, role="student") == attention
+
+
+def test_flash_attention_3_is_for_hopper_alone(gpu: Callable[..., None]) -> None:
+    config = build("llama", tied=True, seed=0).config
+    gpu(10, "flash_attention_2", "flash_attention_3")
+    assert choose_attention(section("any"), config, BF16, role="student") == "flash_attention_2"
+
+
+def test_an_fp32_model_gets_no_flash_attention_and_asking_for_it_says_why(gpu: Callable[..., None]) -> None:
+    config = build("llama", tied=True, seed=0).config
+    gpu(9, *ALL_FLASH)
+    assert choose_attention(section("any"), config, FP32, role="student") == "sdpa"
+    with pytest.raises(
+        UserError, match=r"for llama in torch\.float32, only sdpa, eager: .* bf16 in the file of deepsp"
+    ):
+        choose_attention(section("any", attention="flash_attention_2"), config, FP32, role="student")
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_gets_no_flash_attention(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build("llama", tied=True, seed=0).config
+    gpu(9, *ALL_FLASH)
+    monkeypatch.setattr(load, "device_type", lambda: "cpu")  # DS_ACCELERATOR=cpu
+    assert choose_attention(section("any"), config, BF16, role="student") == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -54,9 +105,9 @@ def test_auto_is_flash_attention_where_gpu_package_and_architecture_have_it(
 )
 def test_attention_that_is_not_to_be_had_is_refused_with_what_is(model_type: str, attention: str, choices: str) -> None:
     config = build(model_type, tied=True, seed=0).config
-    expected = rf'^teacher\.attention = "{attention}" is not available here for {model_type}, only {choices}: '
+    expected = rf'^teacher\.attention = "{attention}" is not available here for {model_type} in .*, only {choices}: '
     with pytest.raises(UserError, match=expected):
-        choose_attention(section("any", attention=attention), config, role="teacher")
+        choose_attention(section("any", attention=attention), config, BF16, role="teacher")
 
 
 @pytest.mark.parametrize("ds_config", [FP32, BF16], ids=["fp32", "bf16"])
