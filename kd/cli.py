@@ -37,4 +37,5 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(3)
         where = f" on rank {rank}" if rank else ""
         print(f"\nerror{where}: {error}\n", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(2)  # not sys.exit: other ranks may be waiting in a collective, and destructors would join them

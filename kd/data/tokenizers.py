@@ -105,11 +105,11 @@ def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str
     if end_token is None and tokenizer.eos_token is None:
         raise UserError(f"{tokenizer.name_or_path} has no eos token: set data.end_token to the token that ends a turn")
     token = end_token or tokenizer.eos_token
-    token_ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-    if token_ids != [tokenizer.get_vocab().get(token)]:
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary or tokenizer(token, add_special_tokens=False)["input_ids"] != [vocabulary[token]]:
         raise UserError(
-            f"data.end_token = {token!r} is not one token of {tokenizer.name_or_path}: it reads "
-            f"{tokenizer.convert_ids_to_tokens(token_ids)}; name a token of its vocabulary, as {tokenizer.eos_token!r}"
+            f"data.end_token = {token!r} is not one token of {tokenizer.name_or_path}: "
+            f"name a token of its vocabulary, as {tokenizer.eos_token!r}"
         )
     return token
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from kd.build import build_student
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
-from kd.engine.distributed import init_distributed
 from kd.engine.checkpoint import choose_checkpoint, load_checkpoint, save_checkpoint
+from kd.engine.distributed import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.engine.zero3 import consolidated_state_dict
 from kd.recipe import Recipe
-from kd.build import build_student
 from kd.train import train_step
 
 

@@ -17,6 +17,7 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 import kd.train
+from kd.build import build_student, build_teacher
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
 from kd.engine.distributed import init_distributed
@@ -25,7 +26,6 @@ from kd.engine.export import export_student
 from kd.engine.zero3 import consolidated_state_dict
 from kd.recipe import Recipe
 from kd.tasks.tiny_models import build_tokenizer
-from kd.build import build_student, build_teacher
 from kd.train import distill_batch, train_step
 
 RATE, ACCUMULATION, NUM_STEPS = 3e-3, 2, 4

@@ -33,7 +33,7 @@ def folder(launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ListExpertsForCausalLM(ListExpertsConfig(**tiny_config().to_dict())).save_pretrained(folder / "list_experts")
     zero2 = {"zero_optimization": {"stage": 2, "contiguous_gradients": True, "reduce_bucket_size": 5000000}}
     (folder / "zero2_fp32.json").write_text(json.dumps(zero2))
-    done = launch("tests/dist/configs_worker.py", str(folder), str(folder))
+    done = launch("tests/distributed/configs_worker.py", str(folder), str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -16,7 +16,7 @@ def results(launch, tmp_path_factory):
     save_tiny_model(folder / "tied", seed=1)
     save_tiny_model(folder / "untied", seed=2, tie_word_embeddings=False)
     output = folder / "results.json"
-    done = launch("tests/dist/gradients_worker.py", str(folder), str(output))
+    done = launch("tests/distributed/gradients_worker.py", str(folder), str(output))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
 

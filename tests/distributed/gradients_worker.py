@@ -16,12 +16,12 @@ from deepspeed.utils import safe_get_full_grad
 from transformers import AutoModelForCausalLM
 
 from kd import distillation_loss
+from kd.build import build_student, build_teacher
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
 from kd.engine.distributed import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.recipe import Recipe
-from kd.build import build_student, build_teacher
 from kd.train import train_step
 
 TIED, ACCUMULATION, CHECKPOINTING = ("tied", "untied"), (1, 4), (False, True)
