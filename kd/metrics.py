@@ -22,16 +22,16 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "fla
 class MetricsLog:
     """Rank 0's view of a run: appends records to metrics.jsonl and moves the progress bar.
 
-    A run interrupted after its last checkpoint repeats steps: their records from before, at or after `start_step`,
-    move to metrics.abandoned.jsonl.
+    Steps are counted from 1, as checkpoints are. A run interrupted after its last checkpoint, `start_step`, repeats
+    steps: their records from before move to metrics.abandoned.jsonl.
     """
 
     def __init__(self, path: Path, *, start_step: int, total_steps: int) -> None:
         records = read_metrics(path) if path.exists() else []
-        repeated = [record for record in records if record["step"] >= start_step]
+        repeated = [record for record in records if record["step"] > start_step]
         if repeated:
             write_jsonl(path.with_name("metrics.abandoned.jsonl"), repeated)
-        write_jsonl(path, [record for record in records if record["step"] < start_step])
+        write_jsonl(path, [record for record in records if record["step"] <= start_step])
         self._file = path.open("a", encoding="utf-8", buffering=1)
         # In a log file each refresh is a line: one in half a minute is enough there.
         interval = 0.1 if sys.stderr.isatty() else 30.0

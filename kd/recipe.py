@@ -94,7 +94,9 @@ class DataSection(Section):
 
 
 class TruncationSection(Section):
-    keep_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    keep_fraction: Annotated[
+        float, Field(gt=0.0, le=1.0, description="of all tokens, prompt included, rounded down")
+    ] = 1.0
     max_tokens: Positive | None = Field(None, description="keep at most this many tokens, after keep_fraction")
     window: Literal["head", "middle", "tail"] = "head"
     window_context: Literal["drop", "keep"] = Field(

@@ -48,7 +48,8 @@ def open_run(recipe: Recipe, resume: str | None) -> None:
         if changed:
             listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
             raise UserError(
-                f"{folder} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set run.name=NAME"
+                f"{folder} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set run.name=NAME; "
+                "to train a finished student further, begin a new run with student.model = its export"
             )
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

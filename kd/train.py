@@ -96,7 +96,7 @@ def train(recipe: Recipe, resume: str | None = None) -> None:
         rate = learning_rate(step, total_steps, training)
         result = train_step(student, teacher, batches, rate, device)
         progress = progress._replace(step=step + 1, num_skipped=progress.num_skipped + result.skipped)
-        record = _record(step, loader.steps_per_epoch, rate, result, time.perf_counter() - started, device)
+        record = _record(progress.step, loader.steps_per_epoch, rate, result, time.perf_counter() - started, device)
         stops = progress.num_skipped > training.skip_nonfinite
         saves = not stops and (progress.step % training.checkpoint_every == 0 or progress.step == total_steps)
         if saves:
@@ -106,9 +106,12 @@ def train(recipe: Recipe, resume: str | None = None) -> None:
             metrics.write(record)
             _send_to_monitor(student, record)
         if stops:
-            _stop_nonfinite(step, result, batches, training.skip_nonfinite)
+            _stop_nonfinite(progress.step, result, batches, training.skip_nonfinite)
         if saves:
             save_checkpoint(student, folder / "checkpoints", progress.step, progress._asdict())
+            log.info(
+                "step %d saved; val_loss %s, best at step %s", progress.step, record.get("val_loss"), progress.best_step
+            )
             if rank == 0:
                 prune(folder / "checkpoints", keep_last=training.keep_last, best_step=progress.best_step)
     if metrics:
@@ -243,7 +246,7 @@ def _record(
 ) -> dict[str, Any]:
     return {
         "step": step,
-        "epoch": (step + 1) / steps_per_epoch,
+        "epoch": step / steps_per_epoch,
         "loss": result.loss,
         "kd": result.kd,
         "ce": result.ce,

@@ -31,6 +31,7 @@ python -m kd.tasks.arithmetic --output build/tiny
 say "2. traces: the teacher solves $traces training problems"
 OMP_NUM_THREADS=2 python launch/generate.py --recipe "$recipe" "${pair[@]}" \
   --problems build/tiny/train_problems.jsonl --output "$traces_file" --limit "$traces" --batch-size 266
+cp "$traces_file" build/tiny/traces.jsonl # where the recipes tiny_* look
 
 say "3. distil: teacher and student as two ZeRO-3 engines on two ranks ($recipe, $steps steps)"
 OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus 2 --no_local_rank launch/train.py --recipe "$recipe" "${pair[@]}" \

@@ -106,7 +106,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
     if len(order) < (data.num_train or 1):
         raise UserError(
             f"data.num_train = {data.num_train or 'all'}: of {len(usable)} usable rows, {len(order)} are left beside "
-            f"data.num_validation = {data.num_validation}: lower them, or raise truncation.max_full_tokens\n{files[0]}"
+            f"data.num_validation = {data.num_validation}: set a lower one, or add rows\n{files[0]}"
         )
     train, train_report = _with_labels("training", usable.select(order[: data.num_train]))
     if not len(held_out):

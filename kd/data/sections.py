@@ -74,9 +74,13 @@ def render(tokenizer: PreTrainedTokenizerFast, trace: Trace, data: DataSection) 
 def tokenise(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, str, str]) -> SectionedTokens:
     """Tokenise prompt + chain of thought + answer as one text; special tokens are in the texts, none is added.
 
-    A token that straddles a border belongs to the section that it starts in.
+    A token that straddles a border belongs to the section that it starts in. Raises BadRow for a text with a character
+    that the tokenizer has no token for.
     """
-    encoding = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
+    try:
+        encoding = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
+    except Exception as error:  # the class that tokenizers raises for a character without a token
+        raise BadRow(f"the tokenizer cannot read it ({error})") from None
     starts = np.array([start for start, _ in encoding["offset_mapping"]])
     borders = np.cumsum([len(text) for text in texts])
     num_prompt, num_until_answer, num_all = (int((starts < border).sum()) for border in borders)

@@ -70,7 +70,7 @@ def test_a_run_leaves_what_the_readme_says(whole_run):
     environment = json.loads((whole_run / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     records = read_metrics(whole_run / "metrics.jsonl")
-    assert [record["step"] for record in records] == list(range(40))
+    assert [record["step"] for record in records] == list(range(1, 41))
     assert {"step", "epoch", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens"} <= set(records[0])
     assert {"tokens_per_second", "step_ms", "peak_memory_gib"} <= set(records[0])
     assert records[0]["loss"] == pytest.approx(0.5 * records[0]["kd"] + 0.5 * records[0]["ce"])
@@ -88,7 +88,7 @@ def test_deepspeeds_monitor_writes_what_the_recipe_switches_on(whole_run):
 
 def test_best_checkpoint_is_kept_beside_the_newest(whole_run):
     records = read_metrics(whole_run / "metrics.jsonl")
-    losses = {record["step"] + 1: record["val_loss"] for record in records if "val_loss" in record}
+    losses = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
     assert sorted(losses) == [10, 20, 30, 40]
     best = min(losses, key=losses.get)
     assert json.loads((whole_run / "SUCCESS").read_text())["best_step"] == best
