@@ -45,7 +45,7 @@ def hub_errors(field: str, value: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         # Libraries wrap the hub's own error, or only quote it: the most telling one of the chain decides.
         chain = list(_chain(error))
         remedy = next(text for name, text in _REMEDIES.items() if any(_is_named(e, name) for e in chain))
