@@ -177,15 +177,15 @@ def validate(
     if data.validation is None:
         return {}
     student.eval()
-    sums = [0.0, 0.0, 0.0, 0.0]
+    sums, num_supervised = torch.zeros(3, dtype=torch.float64, device=device), 0
     batches = validation_batches(
         data.validation, recipe.training.micro_batch_size, dist.get_rank(), dist.get_world_size(), pad_token_id
     )
     for batch in batches:
-        terms = [float(term) for term in distill_batch(student, teacher, batch.to(device))]
-        sums = [total + term for total, term in zip(sums, [*terms, batch.num_supervised], strict=True)]
+        sums += torch.stack(distill_batch(student, teacher, batch.to(device))).double()
+        num_supervised += batch.num_supervised
     student.train()
-    loss, kd, ce, num_tokens = all_reduce_sum(sums, device)
+    loss, kd, ce, num_tokens = all_reduce_sum([*sums.tolist(), num_supervised], device)
     return {"val_loss": loss / num_tokens, "val_kd": kd / num_tokens, "val_ce": ce / num_tokens}
 
 

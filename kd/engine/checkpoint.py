@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from kd.engine.device import device_type
 from kd.engine.distributed import on_rank_zero
 from kd.errors import UserError
 from kd.files import write_json
@@ -204,6 +205,6 @@ def _sync_folder(folder: Path) -> None:
 
 def _random_state() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
     return state

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
+from full_logits import full_loss
 from transformers import AutoModelForCausalLM
 
-from kd import distillation_loss
 from kd.build import build_student, build_teacher
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
@@ -101,23 +101,7 @@ def _reference(recipe: Recipe, batches: list[Batch]) -> tuple[float, dict[str, t
     num_tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
     total = torch.zeros(())
     for batch in batches:
-        hidden = student.model(batch.input_ids).last_hidden_state
-        with torch.no_grad():
-            teacher_hidden = teacher.model(batch.input_ids).last_hidden_state
-        total = (
-            total
-            + distillation_loss(
-                hidden,
-                student.lm_head.weight,
-                teacher_hidden,
-                teacher.lm_head.weight,
-                batch.labels,
-                temperature=recipe.loss.temperature,
-                kd_weight=recipe.loss.kd_weight,
-                ce_weight=recipe.loss.ce_weight,
-                backend="reference",
-            ).loss
-        )
+        total = total + full_loss(recipe, student, teacher, batch)
     loss = total / num_tokens
     loss.backward()
     return float(loss), {name: p.grad for name, p in student.named_parameters()}

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from configs_worker import ACCUMULATION, CASES, NUM_STEPS, POISONS, RATE, make_batch, make_recipe
+from full_logits import full_loss
 from list_experts import ListExpertsConfig, ListExpertsForCausalLM
 from safetensors.torch import load_file
 from tiny import save_tiny_model, tiny_config
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from kd import distillation_loss
 from kd.recipe import Recipe
 
 pytestmark = pytest.mark.dist
@@ -152,19 +152,3 @@ def one_process(recipe: Recipe, num_steps: int) -> tuple[list[float], list[float
         optimizer.step()
         losses.append(loss.item())
     return losses, norms, first
-
-
-def full_loss(recipe: Recipe, student: Any, teacher: Any, batch: Any) -> torch.Tensor:
-    with torch.no_grad():
-        teacher_hidden = teacher.model(batch.input_ids).last_hidden_state
-    return distillation_loss(
-        student.model(batch.input_ids).last_hidden_state,
-        student.lm_head.weight,
-        teacher_hidden,
-        teacher.lm_head.weight,
-        batch.labels,
-        temperature=recipe.loss.temperature,
-        kd_weight=recipe.loss.kd_weight,
-        ce_weight=recipe.loss.ce_weight,
-        backend="reference",
-    ).loss
