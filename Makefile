@@ -38,8 +38,8 @@ assets: $(STAMP)
 $(STAMP): setup.cfg constraints.txt
 ifeq ($(HAS_GPU),1)
 	test -d .venv || $(PYTHON) -m venv --system-site-packages .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -c constraints.txt torch
-	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $$(grep '^torch==' constraints.txt)
+	grep -vE '^(torch|triton)==' constraints.txt > .venv/constraints.txt
 else
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt torch
