@@ -2,7 +2,7 @@
 
 A chunk of the student's rows is large, for each costs a read and a write of the head's fp32 gradient, 8 * V * Hs
 bytes: against its own product that is about 966 / rows on an H100. A chunk of the teacher's rows has no such cost and
-is a ninth of the budget, in whole tiles of a matrix product.
+is about a ninth of the budget, in whole tiles of a matrix product.
 
 Shapes: V rows of a head, Hs hidden size of the student.
 """
@@ -42,7 +42,8 @@ def plan_chunks(
     if chunk_size:
         return ChunkPlan(chunk_size, _whole_tiles(-(-chunk_size // STUDENT_TO_TEACHER)))
     teacher_rows = max(1, _whole_tiles(budget_rows // (STUDENT_TO_TEACHER + 1)))
-    return ChunkPlan(max(1, min(STUDENT_TO_TEACHER * teacher_rows, budget_rows - teacher_rows)), teacher_rows)
+    student_rows = (budget_rows - teacher_rows) // teacher_rows * teacher_rows
+    return ChunkPlan(max(1, student_rows), teacher_rows)
 
 
 def _whole_tiles(num_rows: int) -> int:
