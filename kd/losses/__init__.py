@@ -1,6 +1,19 @@
 """The distillation loss, computed from hidden states and lm_heads."""
 
-from kd.losses.distillation import DistillationLoss, distillation_loss
+from kd.losses.distillation import (
+    DistillationLoss,
+    RowDiagnostics,
+    distillation_loss,
+    distillation_loss_with_diagnostics,
+)
 from kd.losses.objective import DIVERGENCES, Divergence, Objective
 
-__all__ = ["DIVERGENCES", "DistillationLoss", "Divergence", "Objective", "distillation_loss"]
+__all__ = [
+    "DIVERGENCES",
+    "DistillationLoss",
+    "Divergence",
+    "Objective",
+    "RowDiagnostics",
+    "distillation_loss",
+    "distillation_loss_with_diagnostics",
+]

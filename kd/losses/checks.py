@@ -7,9 +7,11 @@ import difflib
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kd.losses.heads import Projection
+from kd.losses.sharding import VocabShard, vocab_shard
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,7 +25,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_projection(side: str, projection: Projection, labels: Tensor) -> None:
     """Raise a ValueError for shapes, dtypes, devices or numbers of one model that do not fit."""
-    hidden, head, bias = projection.hidden_NH, projection.weight_VH, projection.bias_V
+    hidden, head, bias = projection.hidden_MH, projection.weight_VH, projection.bias_V
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"{side}_hidden is {_shape(hidden)} and labels {_shape(labels)}; "
@@ -92,6 +94,22 @@ def check_labels(labels_N: Tensor, vocab_size: int) -> None:
             f"labels of supervised rows span [{labels_N.min()}, {labels_N.max()}], the shared vocabulary "
             f"[0, {vocab_size}); set others to ignore_index, and leave their rows out of row_index"
         )
+
+
+def check_group(
+    group: dist.ProcessGroup, vocab_size: int | None, num_head_rows: dict[str, int]
+) -> tuple[VocabShard, int]:
+    """Return this rank's slice of the vocabulary and the size of the whole; raise a ValueError unless heads fit it."""
+    if vocab_size is None:
+        raise ValueError("vocab_size=None with a group; give the size of the whole shared vocabulary")
+    shard = vocab_shard(group, vocab_size)
+    for side, num_rows in num_head_rows.items():
+        if num_rows < shard.size:
+            raise ValueError(
+                f"{side}_head has {num_rows} rows; rank {dist.get_rank(group)} of the group must hold tokens "
+                f"[{shard.offset}, {shard.offset + shard.size}) of vocab_size={vocab_size}, as torch.chunk deals them"
+            )
+    return shard, vocab_size
 
 
 def _shape(tensor: Tensor) -> str:

@@ -3,105 +3,145 @@
 Values and gradients are computed together, while a chunk's logits are at hand, so that no product is done
 twice: 2 * N * V * (3 * Hs + Ht) FLOP, one Hs less for a frozen head. Backward multiplies by grad_output.
 
-Beside the chunk there is a gradient of the size of each input that requires one, and the head's once more in
-fp32, in which it is accumulated.
+Beside the two models' chunks of logits (`kd.losses.chunk_plan`) there is a gradient of the size of each input that
+requires one, and the head's once more in fp32, in which it is accumulated.
 
-Shapes: N supervised rows, C rows of a chunk, V shared vocabulary, H hidden size (Hs student, Ht teacher).
+Shapes: M rows of hidden states, N of them supervised, C rows of the student's chunk and in teacher_rows of the
+teacher's, V shared vocabulary or this rank's slice of it, H hidden size (Hs student, Ht teacher).
 """
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses.heads import addmm_, logits_backward_, logits_of, mm, operand, softcap_slope
+from kd.losses.chunk_plan import ChunkPlan
+from kd.losses.heads import addmm_, gradient_view, logits_buffer, product
 from kd.losses.inputs import Inputs
-from kd.losses.rows import RowFunction
-
-LOGITS_BUDGET_BYTES = 2 * 2**30
+from kd.losses.rows import DIAGNOSTICS, RowFunction, Rows, RowSpec
+from kd.losses.sharding import all_ranks_sum_
 
 # of student hidden states, head weight and head bias; None where none is required
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def chunk_rows(num_rows: int, row_bytes: int, budget_bytes: int = LOGITS_BUDGET_BYTES) -> int:
-    """Return how many of `num_rows` rows, whose logits take `row_bytes` each, one chunk holds: at least 1."""
-    return max(1, min(num_rows, budget_bytes // row_bytes))
+class RowValues(NamedTuple):
+    """T^2 * divergence and cross-entropy of each row, unweighted, and DIAGNOSTICS where they are asked for."""
+
+    kd_N: Tensor
+    ce_N: Tensor
+    diagnostics_N5: Tensor | None
+
+    @classmethod
+    def empty(cls, inputs: Inputs, *, diagnostics: bool = False) -> "RowValues":
+        kd_N, ce_N = torch.empty_like(inputs.weights_N), torch.empty_like(inputs.weights_N)
+        return cls(kd_N, ce_N, kd_N.new_empty(len(kd_N), len(DIAGNOSTICS)) if diagnostics else None)
 
 
-def chunked_loss(inputs: Inputs, rows: RowFunction, chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, kd, ce), scalars in the dtype of the row weights; only `loss` carries a gradient.
+class FillRows(Protocol):
+    """Given the student's products of rows `chunk`, fill their values and, unless it is None, dlogits_CV.
 
-    A `chunk_size` of None is as many rows as `LOGITS_BUDGET_BYTES` of logits, all models together, hold.
+    dlogits_CV is the gradient of the weighted sum of the rows in student_CV, whose storage it may share.
     """
-    student = inputs.student
-    if chunk_size is None:
-        num_buffers = 1 + (inputs.teacher is not None) + (student.softcap is not None)
-        row_bytes = num_buffers * student.weight_VH.shape[0] * inputs.logits_dtype.itemsize
-        chunk_size = chunk_rows(inputs.labels_N.shape[0], row_bytes)
-    wanted = (student.hidden_NH, student.weight_VH, student.bias_V)
-    needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in wanted]
-    kd, ce, gradients = _values_and_gradients(inputs, rows, chunk_size, needs_grad)
-    loss = inputs.objective.kd_weight * kd + inputs.objective.ce_weight * ce
+
+    def __call__(self, chunk: slice, student_CV: Tensor, dlogits_CV: Tensor | None) -> None: ...
+
+
+def fill_from_teacher(inputs: Inputs, row_function: RowFunction, plan: ChunkPlan, values: RowValues) -> FillRows:
+    """Return what fills `values` by `row_function` from the teacher's logits, a few rows at a time."""
+    dtype, vocab_size = inputs.weights_N.dtype, inputs.vocab_size
+    teacher = inputs.teacher and inputs.teacher.slice_head(vocab_size).with_operand_head(dtype)
+    spec = RowSpec(inputs.objective, inputs.student.slice_head(vocab_size), teacher, inputs.shard)
+
+    def fill(chunk: slice, student_CV: Tensor, dlogits_CV: Tensor | None) -> None:
+        num_rows = student_CV.shape[0]
+        step = plan.teacher_rows if teacher else num_rows
+        buffer_CV = teacher and logits_buffer(teacher.weight_VH, min(step, num_rows), inputs.logits_dtype)
+        for start in range(0, num_rows, step):
+            part = slice(start, min(start + step, num_rows))
+            index = slice(chunk.start + part.start, chunk.start + part.stop)
+            teacher_CV = None
+            if teacher is not None:
+                teacher_CV = buffer_CV[: part.stop - part.start]
+                product(teacher.rows(inputs.row_index_N[index], dtype), teacher.weight_VH.T, out=teacher_CV)
+            rows = Rows(
+                student_CV[part],
+                teacher_CV,
+                inputs.labels_N[index],
+                inputs.weights_N[index],
+                values.kd_N[index],
+                values.ce_N[index],
+                None if dlogits_CV is None else dlogits_CV[part],
+                None if values.diagnostics_N5 is None else values.diagnostics_N5[index],
+            )
+            row_function(rows, spec)
+
+    return fill
+
+
+def chunked_loss(inputs: Inputs, fill: FillRows, values: RowValues, chunk_size: int) -> Tensor:
+    """Return the loss, a scalar in the dtype of the row weights that carries the gradient; `fill` fills `values`."""
+    student, objective = inputs.student, inputs.objective
+    learners = (student.hidden_MH, student.weight_VH, student.bias_V)
+    needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in learners]
+    gradients = _gradients(inputs, fill, chunk_size, needs_grad)
+    loss_N = (objective.kd_weight * values.kd_N).add_(values.ce_N, alpha=objective.ce_weight)
+    loss = loss_N.mul_(inputs.weights_N).sum()
     if any(needs_grad):
-        loss = _WithGradients.apply(loss, gradients, *wanted)
-    return loss, kd, ce
+        # cast here, where the buffers of logits are gone
+        gradients = tuple(g if g is None else g.to(t.dtype) for g, t in zip(gradients, learners, strict=True))
+        loss = _WithGradients.apply(loss, gradients, *learners)
+    return loss
 
 
 @torch.no_grad()
-def _values_and_gradients(
-    inputs: Inputs, rows: RowFunction, chunk_size: int, needs_grad: list[bool]
-) -> tuple[Tensor, Tensor, Gradients]:
-    """The chunk loop: kd, ce, and the gradients of the loss for grad_output = 1."""
-    labels_N, weights_N, dtype = inputs.labels_N, inputs.weights_N, inputs.weights_N.dtype
-    student, teacher = inputs.student.with_operand_head(dtype), inputs.teacher
-    teacher = None if teacher is None else teacher.with_operand_head(dtype)
-    kd, ce = weights_N.new_zeros(()), weights_N.new_zeros(())
+def _gradients(inputs: Inputs, fill: FillRows, chunk_size: int, needs_grad: list[bool]) -> Gradients:
+    """The chunk loop. Return the gradients of the loss for grad_output = 1: hidden states' in their own dtype, the
+    head's in that of the sums."""
+    num_rows, dtype = inputs.labels_N.shape[0], inputs.weights_N.dtype
     needs_hidden, needs_weight, needs_bias = needs_grad
-    grad_hidden_NH = torch.empty_like(student.hidden_NH) if needs_hidden else None
-    grad_weight_VH = weights_N.new_zeros(student.weight_VH.shape) if needs_weight else None
-    grad_bias_V = weights_N.new_zeros(student.weight_VH.shape[0]) if needs_bias else None
+    student = inputs.student.slice_head(inputs.vocab_size).with_operand_head(dtype)
+    hidden_MH = inputs.student.hidden_MH
+    grad_hidden_MH = torch.zeros_like(hidden_MH) if needs_hidden else None
+    grad_weight_VH = grad_bias_V = None
+    if needs_weight:
+        grad_weight_VH = _zeros_from(inputs.vocab_size if num_rows else 0, inputs.student.weight_VH, dtype)
+    if needs_bias:
+        grad_bias_V = inputs.weights_N.new_zeros(inputs.student.weight_VH.shape[0])
+    buffer_CV = logits_buffer(student.weight_VH, min(chunk_size, num_rows), inputs.logits_dtype)
 
-    for start in range(0, labels_N.shape[0], chunk_size):
-        chunk = slice(start, start + chunk_size)
-        weights_C = weights_N[chunk]
-        hidden_CH = operand(student.hidden_NH[chunk], dtype)
-        logits_CV = logits_of(hidden_CH, student, inputs.logits_dtype)
-        slope_CV = softcap_slope(logits_CV, student) if any(needs_grad) else None
-        teacher_logits_CV = None
-        if teacher is not None:
-            teacher_hidden_CH = operand(teacher.hidden_NH[chunk], dtype)
-            teacher_logits_CV = logits_of(teacher_hidden_CH, teacher, inputs.logits_dtype)
+    for start in range(0, num_rows, chunk_size):
+        chunk = slice(start, min(start + chunk_size, num_rows))
+        index_C, student_CV = inputs.row_index_N[chunk], buffer_CV[: chunk.stop - start]
+        hidden_CH = student.rows(index_C, dtype)
+        product(hidden_CH, student.weight_VH.T, out=student_CV)
+        dlogits_CV = gradient_view(student_CV, hidden_CH.dtype) if any(needs_grad) else None
+        fill(chunk, student_CV, dlogits_CV)
+        if dlogits_CV is None:
+            continue
+        if grad_hidden_MH is not None:
+            grad_CH = product(dlogits_CV, student.weight_VH, dtype=dtype if inputs.shard else hidden_MH.dtype)
+            grad_hidden_MH.index_copy_(0, index_C, all_ranks_sum_(grad_CH, inputs.shard).to(hidden_MH.dtype))
+        if grad_weight_VH is not None:
+            addmm_(grad_weight_VH[: inputs.vocab_size], dlogits_CV.T, hidden_CH, is_first=start == 0)
+        if grad_bias_V is not None:
+            grad_bias_V[: inputs.vocab_size] += dlogits_CV.sum(0, dtype=dtype)
+    return grad_hidden_MH, grad_weight_VH, grad_bias_V
 
-        kd_C, ce_C, dlogits_CV = rows(
-            logits_CV, teacher_logits_CV, labels_N[chunk], weights_C, inputs.objective, any(needs_grad)
-        )
-        del logits_CV, teacher_logits_CV  # room for the products
-        kd += (kd_C * weights_C).sum()
-        ce += (ce_C * weights_C).sum()
-        if dlogits_CV is not None:
-            dlogits_CV = logits_backward_(dlogits_CV, slope_CV, student)
-            if grad_bias_V is not None:
-                grad_bias_V += dlogits_CV.sum(0, dtype=dtype)
-            dlogits_CV = dlogits_CV.to(student.weight_VH.dtype)
-            if grad_hidden_NH is not None:
-                grad_hidden_NH[chunk] = mm(dlogits_CV, student.weight_VH, grad_hidden_NH.dtype)
-            if grad_weight_VH is not None:
-                addmm_(grad_weight_VH, dlogits_CV.T, hidden_CH)
-        del dlogits_CV, slope_CV  # or they live on beside the next chunk's
 
-    head_dtype = inputs.student.weight_VH.dtype
-    grad_weight_VH = None if grad_weight_VH is None else grad_weight_VH.to(head_dtype)
-    grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(head_dtype)
-    return kd, ce, (grad_hidden_NH, grad_weight_VH, grad_bias_V)
+def _zeros_from(first_row: int, like_VH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor like `like_VH` in `dtype`: zero from `first_row` on, uninitialised before."""
+    tensor = torch.empty_like(like_VH, dtype=dtype, memory_format=torch.contiguous_format)
+    tensor[first_row:].zero_()
+    return tensor
 
 
 class _WithGradients(torch.autograd.Function):
     """A loss whose gradients are known: forward keeps them and no input, backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: Gradients, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: Gradients, *learners: Tensor | None) -> Tensor:
         ctx.save_for_backward(*gradients)
         return loss.clone()
 

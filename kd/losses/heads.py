@@ -1,6 +1,7 @@
-"""Projection: logits = softcap(scale * (hidden W^T + bias)), its backward, and the products both are made of.
+"""Projection: logits = softcap(scale * (hidden W^T + bias)), and the products that chunks of it are made of.
 
-Shapes: N rows, C rows of a chunk, V rows of the head or the shared vocabulary, H hidden size.
+Shapes: M rows of hidden states, N supervised rows, C rows of a chunk, V rows of the head or the shared vocabulary,
+H hidden size.
 
 Precision: CUDA multiplies bf16 operands on tensor cores and can return the fp32 accumulator as it is
 (out_dtype; with an fp32 `input` of addmm since torch 2.10, pytorch pull 167931), so operands stay bf16 there.
@@ -12,39 +13,64 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+ALIGNED_COLUMNS = 16
+
 
 @dataclass(frozen=True)
 class Projection:
     """The logits of one model before they are computed: hidden states, an lm_head, and what follows it.
 
-    A model that divides its logits by s has scale = 1 / s; softcap(x) = softcap * tanh(x / softcap).
+    hidden_MH: (..., H) until `flatten`. A model that divides its logits by s has scale = 1 / s;
+    softcap(x) = cap * tanh(x / cap).
     """
 
-    hidden_NH: Tensor
+    hidden_MH: Tensor
     weight_VH: Tensor
     bias_V: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
 
-    def select(self, row_index_N: Tensor, vocab_size: int) -> "Projection":
-        """The given rows of hidden states (..., H) and the first `vocab_size` tokens of the head.
+    def flatten(self) -> "Projection":
+        """The same with the leading dimensions of its hidden states in one, as row_index counts them."""
+        return replace(self, hidden_MH=self.hidden_MH.reshape(-1, self.hidden_MH.shape[-1]))
 
-        Autograd gives whatever is left out a zero gradient.
-        """
-        weight_VH, bias_V = self.weight_VH, self.bias_V
-        if vocab_size < weight_VH.shape[0]:  # slicing all of it would copy the head's gradient for nothing
-            weight_VH, bias_V = weight_VH[:vocab_size], None if bias_V is None else bias_V[:vocab_size]
-        hidden_NH = self.hidden_NH.reshape(-1, self.hidden_NH.shape[-1]).index_select(0, row_index_N)
-        return replace(self, hidden_NH=hidden_NH, weight_VH=weight_VH, bias_V=bias_V)
+    def slice_head(self, vocab_size: int) -> "Projection":
+        """The same with the first `vocab_size` tokens of the head."""
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return replace(self, weight_VH=self.weight_VH[:vocab_size], bias_V=bias_V)
 
     def with_operand_head(self, dtype: torch.dtype) -> "Projection":
         """The same with its head cast, once for all chunks, to what products accumulated in `dtype` take."""
         return replace(self, weight_VH=operand(self.weight_VH, dtype))
 
+    def rows(self, row_index_C: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the given rows of hidden states, (C, H), as operands of products accumulated in `dtype`."""
+        return operand(self.hidden_MH.index_select(0, row_index_C), dtype)
 
-def logits_of(hidden_CH: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:
-    """Return fresh logits (C, V) in `dtype`. Both factors are operands; not differentiable."""
-    logits_CV = mm(hidden_CH, projection.weight_VH.T, dtype)
+
+def logits_buffer(weight_VH: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised (num_rows, V); on CUDA each row begins where fast kernels want it."""
+    vocab_size = weight_VH.shape[0]
+    num_columns = vocab_size + (-vocab_size % ALIGNED_COLUMNS if weight_VH.is_cuda else 0)
+    return weight_VH.new_empty((num_rows, num_columns), dtype=dtype)[:, :vocab_size]
+
+
+def gradient_view(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (C, V) in `dtype` on the storage of a logits_buffer: the logits themselves, or each row's second half.
+
+    A row written from its end to its start then never overwrites a logit not yet read: in a row of D columns of 4
+    bytes, gradient v begins at byte 2 * D + 2 * v >= 4 * v, where logit v does or behind it.
+    """
+    if logits_CV.dtype == dtype:
+        return logits_CV
+    num_rows, num_columns = logits_CV.shape[0], logits_CV.stride(0)
+    whole = logits_CV.as_strided((num_rows, num_columns), (num_columns, 1)).view(dtype)
+    return whole[:, num_columns : num_columns + logits_CV.shape[1]]
+
+
+def finish_logits(logits_CV: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:
+    """Turn hidden W^T, where possible in place, into softcap(scale * (hidden W^T + bias)) in `dtype`."""
+    logits_CV = logits_CV.to(dtype)
     if projection.bias_V is not None:
         logits_CV += projection.bias_V
     if projection.scale != 1.0:
@@ -54,17 +80,11 @@ def logits_of(hidden_CH: Tensor, projection: Projection, dtype: torch.dtype) -> 
     return logits_CV
 
 
-def softcap_slope(logits_CV: Tensor, projection: Projection) -> Tensor | None:
-    """Return d softcap(x) / dx = 1 - tanh(x / cap)^2 = 1 - (logits / cap)^2, (C, V), or None without one."""
-    if projection.softcap is None:
-        return None
-    return 1 - (logits_CV / projection.softcap).square_()
-
-
-def logits_backward_(dlogits_CV: Tensor, slope_CV: Tensor | None, projection: Projection) -> Tensor:
-    """Turn the gradient of the logits into that of hidden W^T + bias, in place."""
-    if slope_CV is not None:
-        dlogits_CV *= slope_CV
+def logits_backward_(dlogits_CV: Tensor, logits_CV: Tensor, projection: Projection) -> Tensor:
+    """Turn the gradient of finished logits into that of hidden W^T, in place; the logits are overwritten."""
+    if projection.softcap is not None:
+        # d softcap(x) / dx = 1 - tanh(x / cap)^2 = 1 - (logits / cap)^2
+        dlogits_CV *= logits_CV.div_(projection.softcap).square_().neg_().add_(1)
     if projection.scale != 1.0:
         dlogits_CV *= projection.scale
     return dlogits_CV
@@ -76,16 +96,21 @@ def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if stays_bf16 else tensor.to(dtype)
 
 
-def mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a @ b, rounded once, to `dtype`."""
+def product(a: Tensor, b: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """Return a @ b, rounded once, in `dtype` or into `out`."""
+    dtype = out.dtype if out is not None else dtype
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=out)
     if a.dtype == torch.bfloat16 and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+        return torch.mm(a, b, out_dtype=dtype, out=out) if out is not None else torch.mm(a, b, out_dtype=dtype)
+    narrowed = torch.mm(a, b)
+    return out.copy_(narrowed) if out is not None else narrowed.to(dtype)
 
 
-def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in the dtype of `total`."""
+def addmm_(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """total += a @ b, or total = a @ b if `is_first`, accumulated in the dtype of `total`."""
+    beta = 0.0 if is_first else 1.0  # at 0 whatever is in `total` is not read
     if a.dtype == torch.bfloat16 and total.dtype == torch.float32:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     else:
-        torch.addmm(total, a, b, out=total)
+        torch.addmm(total, a, b, beta=beta, out=total)

@@ -18,6 +18,7 @@ Shapes: N rows, V shared vocabulary, H hidden size (the student's and the teache
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +31,42 @@ from kd.losses.objective import Objective
 
 def reference_loss(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, kd, ce), scalars, with every row computed in `inputs.logits_dtype`."""
-    student_logits_NV = full_logits(inputs.student, inputs.logits_dtype)
+    student_logits_NV, teacher_logits_NV = reference_logits(inputs)
     ce_N = F.cross_entropy(student_logits_NV, inputs.labels_N, reduction="none")
     kd_N = torch.zeros_like(ce_N)
-    if inputs.teacher is not None:
-        with torch.no_grad():
-            teacher_logits_NV = full_logits(inputs.teacher, inputs.logits_dtype)
+    if teacher_logits_NV is not None:
         kd_N = kd_rows(student_logits_NV, teacher_logits_NV, inputs.objective)
     kd, ce = (kd_N * inputs.weights_N).sum(), (ce_N * inputs.weights_N).sum()
     return inputs.objective.kd_weight * kd + inputs.objective.ce_weight * ce, kd, ce
 
 
+def reference_logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Return the logits of all supervised rows over the shared vocabulary: the student's, and the teacher's if any."""
+
+    def logits(model: Projection) -> Tensor:
+        hidden_NH = model.hidden_MH.index_select(0, inputs.row_index_N)
+        return full_logits(replace(model.slice_head(inputs.vocab_size), hidden_MH=hidden_NH), inputs.logits_dtype)
+
+    with torch.no_grad():
+        teacher_logits_NV = logits(inputs.teacher) if inputs.teacher else None
+    return logits(inputs.student), teacher_logits_NV
+
+
+def reference_diagnostics(inputs: Inputs) -> Tensor:
+    """Return (N, 5): forward and reverse KL, entropies of student and teacher, 1 where a token is the top of both."""
+    with torch.no_grad():
+        student_logits_NV, teacher_logits_NV = reference_logits(inputs)
+        assert teacher_logits_NV is not None
+        log_q_NV = torch.log_softmax(student_logits_NV / inputs.objective.temperature, dim=-1)
+        log_p_NV = torch.log_softmax(teacher_logits_NV / inputs.objective.temperature, dim=-1)
+        agreement_N = (student_logits_NV.argmax(-1) == teacher_logits_NV.argmax(-1)).to(log_q_NV.dtype)
+        entropies = [-(log_NV.exp() * log_NV).sum(-1) for log_NV in (log_q_NV, log_p_NV)]
+        return torch.stack([_kl(log_p_NV, log_q_NV), _kl(log_q_NV, log_p_NV), *entropies, agreement_N], dim=1)
+
+
 def full_logits(projection: Projection, dtype: torch.dtype) -> Tensor:
     """Return softcap(scale * (hidden W^T + bias)), (N, V) in `dtype`; softcap(x) = cap * tanh(x / cap)."""
-    logits_NV = projection.hidden_NH.to(dtype) @ projection.weight_VH.to(dtype).T
+    logits_NV = projection.hidden_MH.to(dtype) @ projection.weight_VH.to(dtype).T
     if projection.bias_V is not None:
         logits_NV = logits_NV + projection.bias_V.to(dtype)
     logits_NV = projection.scale * logits_NV

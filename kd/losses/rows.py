@@ -1,9 +1,9 @@
-"""Row functions: from one chunk's logits to each row's kd and ce, and the gradient of the logits.
+"""Row functions: from one chunk's logits to each row's values, and the gradient of the logits in their place.
 
 This is the seam between the chunk loop and a kernel: `RowFunction` is the contract, `torch_rows` the plain
-implementation of it.
+implementation of it, `kd.losses.triton_rows` the kernel.
 
-Shapes: C rows of a chunk, B rows of a block of it, V shared vocabulary.
+Shapes: C rows of a chunk, B rows of a block of it, V shared vocabulary or this rank's slice of it.
 
 Gradient. Let q = softmax(s / T), D the divergence, f = dD/dq and w = q * f. Then
 T^2 * dD/ds = T * (w - q * sum(w)), and adding a multiple of q to w changes nothing. Each w below is written
@@ -12,105 +12,140 @@ but w = -p.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from kd.losses.heads import Projection, finish_logits, logits_backward_
 from kd.losses.objective import Objective
 from kd.losses.reference import log_mixture
+from kd.losses.sharding import VocabShard, all_ranks_sum_, gather_labels, log_softmax
 
-BLOCK_ELEMENTS = 2**23  # 32 MiB in float32
+# Logits worked on at a time, for each of which up to ten intermediates exist: few on a CPU, to stay in its cache.
+CPU_BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**23
+
+DIAGNOSTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+
+
+class Rows(NamedTuple):
+    """What a row function reads of C rows, and where it writes."""
+
+    student_CV: Tensor  # hidden W^T, before bias, scale and softcap; may be overwritten
+    teacher_CV: Tensor | None  # likewise
+    labels_C: Tensor
+    weights_C: Tensor  # their dtype is that of all sums
+    kd_C: Tensor  # out: T^2 * divergence, unweighted; zero without a teacher
+    ce_C: Tensor  # out: cross-entropy, unweighted
+    dlogits_CV: Tensor | None  # out: gradient in student_CV, whose storage it may share as gradient_view does
+    diagnostics_C5: Tensor | None  # out: DIAGNOSTICS; None without a teacher or where nobody asks
+
+    def __getitem__(self, rows: slice) -> "Rows":  # type: ignore[override]
+        return Rows(*(None if tensor is None else tensor[rows] for tensor in self))
+
+
+class RowSpec(NamedTuple):
+    """What to compute of each row. Of the projections a row function reads bias, scale and softcap alone."""
+
+    objective: Objective
+    student: Projection
+    teacher: Projection | None
+    shard: VocabShard | None = None
 
 
 class RowFunction(Protocol):
-    """What a backend implements; see `__call__`."""
+    """What a backend implements: fill `kd_C`, `ce_C` and, where they are given, `dlogits_CV` and `diagnostics_C5`.
 
-    def __call__(
-        self,
-        student_logits_CV: Tensor,
-        teacher_logits_CV: Tensor | None,
-        labels_C: Tensor,
-        weights_C: Tensor,
-        objective: Objective,
-        needs_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (kd_C, ce_C, dlogits_CV).
-
-        kd_C, ce_C: T^2 * divergence and cross-entropy of each row, unweighted, in the dtype of `weights_C`.
-        dlogits_CV: gradient of sum(weights * (kd_weight * kd + ce_weight * ce)) in the student's logits, None
-            unless `needs_grad`.
-        Without teacher logits kd_C is zero. Sums run in the dtype of `weights_C`, whatever the logits' is.
-        Both logits are the row function's own: it may overwrite them and return the gradient in their place.
-        """
-        ...
-
-
-def torch_rows(
-    student_logits_CV: Tensor,
-    teacher_logits_CV: Tensor | None,
-    labels_C: Tensor,
-    weights_C: Tensor,
-    objective: Objective,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The `RowFunction` in plain PyTorch; the gradient replaces the student's logits.
-
-    It takes up to ten intermediates of the shape of its logits, and so works on `BLOCK_ELEMENTS` at a time.
+    dlogits_CV is the gradient of sum(weights * (kd_weight * kd + ce_weight * ce)). With a shard, V is a slice, and
+    all its ranks must call with the same number of rows.
     """
-    num_rows, vocab_size = student_logits_CV.shape
-    kd_C, ce_C = torch.empty_like(weights_C), torch.empty_like(weights_C)
-    block_rows = max(1, BLOCK_ELEMENTS // vocab_size)
-    for start in range(0, num_rows, block_rows):
-        block = slice(start, start + block_rows)
-        kd_C[block], ce_C[block], dlogits_BV = _block_rows(
-            student_logits_CV[block],
-            None if teacher_logits_CV is None else teacher_logits_CV[block],
-            labels_C[block],
-            weights_C[block],
-            objective,
-            needs_grad,
-        )
-        if dlogits_BV is not None:
-            student_logits_CV[block] = dlogits_BV
-    return kd_C, ce_C, student_logits_CV if needs_grad else None
+
+    def __call__(self, rows: Rows, spec: RowSpec) -> None: ...
 
 
-def _block_rows(
-    student_logits_BV: Tensor,
-    teacher_logits_BV: Tensor | None,
-    labels_B: Tensor,
-    weights_B: Tensor,
-    objective: Objective,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype, temperature = weights_B.dtype, objective.temperature
-    labels_B1, weights_B1 = labels_B[:, None], weights_B[:, None]
-    dlogits_BV = None
+def torch_rows(rows: Rows, spec: RowSpec) -> None:
+    """The `RowFunction` in plain PyTorch."""
+    num_rows, vocab_size = rows.student_CV.shape
+    block_elements = CPU_BLOCK_ELEMENTS if rows.student_CV.is_cpu else BLOCK_ELEMENTS
+    # A block of a shard waits for other ranks, so there is only one.
+    block_rows = num_rows if spec.shard else max(1, block_elements // vocab_size)
+    for start in range(0, num_rows, max(1, block_rows)):
+        _block(rows[start : start + block_rows], spec)
 
-    log_q_BV = torch.log_softmax(student_logits_BV, dim=-1, dtype=dtype)
-    log_q_label_B1 = log_q_BV.gather(1, labels_B1)
-    ce_B = -log_q_label_B1.squeeze(1)
-    if needs_grad:
-        # d ce / ds = q - onehot, and q - 1 = expm1(log q) at the label
-        dlogits_BV = log_q_BV.exp().scatter_(1, labels_B1, log_q_label_B1.expm1())
-        dlogits_BV *= objective.ce_weight * weights_B1
-    if teacher_logits_BV is None:
-        return torch.zeros_like(ce_B), ce_B, dlogits_BV
 
-    if temperature != 1.0:
-        log_q_BV = torch.log_softmax(student_logits_BV.to(dtype) / temperature, dim=-1)
-    log_p_BV = torch.log_softmax(teacher_logits_BV.to(dtype) / temperature, dim=-1)
-    divergence_B, w_BV = _DIVERGENCE[objective.divergence](log_p_BV, log_q_BV, objective.parameter)
-    if dlogits_BV is not None:
-        w_BV.addcmul_(log_q_BV.exp_(), w_BV.sum(-1, keepdim=True), value=-1)
-        dlogits_BV.addcmul_(w_BV, objective.kd_weight * temperature * weights_B1)
-    return temperature**2 * divergence_B, ce_B, dlogits_BV
+def _block(rows: Rows, spec: RowSpec) -> None:
+    objective, shard, dtype = spec.objective, spec.shard, rows.weights_C.dtype
+    weights_B1, temperature, dlogits_BV = rows.weights_C[:, None], objective.temperature, None
+    logits_BV = finish_logits(rows.student_CV, spec.student, dtype)
+    log_q1_BV = log_softmax(logits_BV, shard)  # at T = 1, for cross-entropy
+    log_q1_label_B1 = gather_labels(log_q1_BV, rows.labels_C, shard)
+    torch.neg(log_q1_label_B1.squeeze(1), out=rows.ce_C)
+    rows.kd_C.zero_()
+    if rows.teacher_CV is not None and spec.teacher is not None:
+        log_q_BV = log_q1_BV if temperature == 1.0 else log_softmax(logits_BV / temperature, shard)
+        log_p_BV = log_softmax(_tempered(finish_logits(rows.teacher_CV, spec.teacher, dtype), temperature), shard)
+        divergence_B, w_BV = DIVERGENCE[objective.divergence](log_p_BV, log_q_BV, objective.parameter)
+        rows.kd_C.add_(all_ranks_sum_(divergence_B, shard), alpha=temperature**2)
+        if rows.diagnostics_C5 is not None:
+            rows.diagnostics_C5.copy_(_diagnostics(log_p_BV, log_q_BV, shard))
+        if rows.dlogits_CV is not None:
+            w_sum_B1 = all_ranks_sum_(w_BV.sum(-1, keepdim=True), shard)
+            kd_scale_B1 = objective.kd_weight * temperature * weights_B1
+            dlogits_BV = w_BV.mul_(kd_scale_B1).addcmul_(log_q_BV.exp(), kd_scale_B1 * w_sum_B1, value=-1)
+    if rows.dlogits_CV is None:
+        return
+    if dlogits_BV is None or objective.ce_weight:
+        dlogits_BV = torch.zeros_like(log_q1_BV) if dlogits_BV is None else dlogits_BV
+        _add_ce_gradient_(dlogits_BV, log_q1_BV, rows.labels_C, objective.ce_weight * weights_B1, shard)
+    rows.dlogits_CV.copy_(logits_backward_(dlogits_BV, logits_BV, spec.student))
+
+
+def _add_ce_gradient_(
+    dlogits_BV: Tensor, log_q_BV: Tensor, labels_B: Tensor, scale_B1: Tensor, shard: VocabShard | None
+) -> None:
+    """Add scale * (q - onehot), where q - 1 = expm1(log q) at the label; log q is overwritten."""
+    labels_B1, is_mine_B1 = labels_B[:, None], True
+    if shard is not None:
+        labels_B1, is_mine_B1 = (tensor[:, None] for tensor in shard.local_labels(labels_B))
+    at_label_B1 = dlogits_BV.gather(1, labels_B1) + scale_B1 * (log_q_BV.gather(1, labels_B1).expm1())
+    dlogits_BV.addcmul_(log_q_BV.exp_(), scale_B1)
+    if shard is not None:
+        at_label_B1 = torch.where(is_mine_B1, at_label_B1, dlogits_BV.gather(1, labels_B1))
+    dlogits_BV.scatter_(1, labels_B1, at_label_B1)
+
+
+def _diagnostics(log_p_BV: Tensor, log_q_BV: Tensor, shard: VocabShard | None) -> Tensor:
+    """Return DIAGNOSTICS of each row, (B, 5). Models agree where one token is the most likely of both."""
+    p_BV, q_BV = log_p_BV.exp(), log_q_BV.exp()
+    difference_BV = log_p_BV - log_q_BV
+    top_B2 = torch.stack([log_p_BV.amax(-1), log_q_BV.amax(-1)], dim=1)
+    if shard is not None:
+        shard.max_(top_B2)
+    agrees_BV = (log_p_BV == top_B2[:, :1]).logical_and_(log_q_BV == top_B2[:, 1:])
+    sums = (
+        _dot(p_BV, difference_BV),
+        -_dot(q_BV, difference_BV),
+        -_dot(q_BV, log_q_BV),
+        -_dot(p_BV, log_p_BV),
+        agrees_BV.any(-1).to(p_BV.dtype),
+    )
+    diagnostics_B5 = all_ranks_sum_(torch.stack(sums, dim=1), shard)
+    diagnostics_B5[:, 4].clamp_max_(1.0)
+    return diagnostics_B5
+
+
+def _tempered(logits_BV: Tensor, temperature: float) -> Tensor:
+    return logits_BV if temperature == 1.0 else logits_BV / temperature
+
+
+def _dot(a_BV: Tensor, b_BV: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a_BV, b_BV)
 
 
 def _forward_kl(log_p_BV: Tensor, log_q_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
     p_BV = log_p_BV.exp()
-    return (p_BV * (log_p_BV - log_q_BV)).sum(-1), p_BV.neg_()  # f = -p / q
+    return _dot(p_BV, log_p_BV - log_q_BV), p_BV.neg_()  # f = -p / q
 
 
 def _reverse_kl(log_p_BV: Tensor, log_q_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
@@ -128,7 +163,7 @@ def _jsd(log_p_BV: Tensor, log_q_BV: Tensor, beta: float) -> tuple[Tensor, Tenso
     log_m_BV = log_mixture(log_p_BV, log_q_BV, beta)
     # the terms of m's own derivative add up to the constant 1, so f = (1 - beta) * (log q - log m)
     w_BV = (1 - beta) * log_q_BV.exp() * (log_q_BV - log_m_BV)
-    return beta * (log_p_BV.exp() * (log_p_BV - log_m_BV)).sum(-1) + w_BV.sum(-1), w_BV
+    return beta * _dot(log_p_BV.exp(), log_p_BV - log_m_BV) + w_BV.sum(-1), w_BV
 
 
 def _skew_kl(log_p_BV: Tensor, log_q_BV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -136,7 +171,7 @@ def _skew_kl(log_p_BV: Tensor, log_q_BV: Tensor, alpha: float) -> tuple[Tensor, 
     p_BV = log_p_BV.exp()
     # f = -(1 - alpha) * p / m, and q / m <= 1 / (1 - alpha)
     w_BV = -(1 - alpha) * p_BV * (log_q_BV - log_m_BV).exp()
-    return (p_BV * (log_p_BV - log_m_BV)).sum(-1), w_BV
+    return _dot(p_BV, log_p_BV - log_m_BV), w_BV
 
 
 def _skew_reverse_kl(log_p_BV: Tensor, log_q_BV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -144,7 +179,7 @@ def _skew_reverse_kl(log_p_BV: Tensor, log_q_BV: Tensor, alpha: float) -> tuple[
     q_BV = log_q_BV.exp()
     # f = log(q / m) + 1 - alpha * q / m, and q / m <= 1 / alpha
     w_BV = q_BV * (log_ratio_BV - alpha * log_ratio_BV.exp())
-    return (q_BV * log_ratio_BV).sum(-1), w_BV
+    return _dot(q_BV, log_ratio_BV), w_BV
 
 
 def _tvd(log_p_BV: Tensor, log_q_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
@@ -155,7 +190,7 @@ def _tvd(log_p_BV: Tensor, log_q_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
 
 
 # (log p, log q, parameter) -> (divergence of each row, w)
-_DIVERGENCE: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+DIVERGENCE: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "mixed_kl": _mixed_kl,

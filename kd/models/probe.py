@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kd.errors import UserError
-from kd.losses.heads import Projection, logits_of
+from kd.losses.heads import Projection
+from kd.losses.reference import full_logits
 from kd.models.head import backbone, head_of
 
 NUM_PROBE_TOKENS = 16
@@ -81,8 +82,7 @@ def verify_weights(
 def _check_head(model: PreTrainedModel, hidden: torch.Tensor | None, logits: torch.Tensor, role: str) -> None:
     lm_head, error = model.get_output_embeddings(), math.inf
     if hidden is not None and lm_head is not None and lm_head.weight.shape == (logits.shape[-1], hidden.shape[-1]):
-        head = Projection(hidden.flatten(0, 1), *head_of(model)).with_operand_head(torch.float32)
-        ours = logits_of(head.hidden_NH.float(), head, torch.float32)
+        ours = full_logits(Projection(hidden.flatten(0, 1), *head_of(model)), torch.float32)
         error = _relative_error(ours, logits.flatten(0, 1))
     if not error <= HEAD_TOLERANCE[model.dtype]:
         raise UserError(

@@ -1,0 +1,520 @@
+"""A training step of Qwen2.5-7B into 1.5B at several lengths: time by phase, memory and FLOPs, as JSON and Markdown.
+
+    python benchmarks/train_step.py --output DIR [--keep 4096,2048] [--device cuda|cpu] [--small]
+
+Both models have the real shapes and random weights, made on the device. They stand in the recipe's ZeRO-3 engines, and
+what is timed is kd.train.train_step() itself, on one rank: nothing is communicated. DIR/train_step.json and .md are
+written after each length; lengths that they hold for the same commit, hardware and settings are not repeated.
+"""
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+
+from kd.cli import run
+from kd.data.collate import Batch, collate
+from kd.data.dataset import Example
+from kd.engine.device import device_type
+from kd.engine.distributed import init_distributed, initialize
+from kd.engine.ds_config import is_bf16, student_ds_config, teacher_ds_config
+from kd.engine.zero3 import num_parameters, shard_bytes
+from kd.errors import UserError
+from kd.files import write_json, write_text
+from kd.logs import configure_logging
+from kd.metrics import environment, peak_memory_gib
+from kd.models.distiller import Distiller
+from kd.models.head import backbone
+from kd.models.load import choose_attention
+from kd.models.teacher import TeacherModule, ZeroTeacher
+from kd.recipe import ModelSection, Recipe, load_recipe
+from kd.train import train_step
+
+RECIPE = "qwen7b_to_1p5b"
+# One rank's share of the recipe's 32 sequences on 8 GPUs: the optimizer's part of a step is what it is there.
+GLOBAL_BATCH_SIZE = 4
+# role -> shapes, as in the two models' config.json
+SHAPES: dict[str, dict[str, Any]] = {
+    "teacher": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+    "student": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+PHASES = ("teacher_forward", "student_forward", "loss", "backward", "optimizer")
+WARMUP_STEPS = 2
+MATMUL_SIZE = {"cuda": 8192, "cpu": 256}
+# Dense bf16 FLOP/s of the data sheet, by the start of the device's name: the SXM boards.
+NOMINAL_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+COLUMNS = ("tokens", "step ms (p20-p80)", *(f"{name.replace('_', ' ')} ms" for name in PHASES), "sum / step")
+COLUMNS += ("tokens/s", "peak GiB", "resident GiB", "model TFLOP", "MFU, measured peak", "MFU, nominal peak")
+
+
+class Pair(NamedTuple):
+    """Teacher and student in their engines, and what the benchmark says of them."""
+
+    teacher: ZeroTeacher
+    student: Any
+    configs: dict[str, Qwen2Config]
+    facts: dict[str, Any]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.device != device_type():
+        raise UserError(
+            f"--device {arguments.device}, but DeepSpeed finds {device_type()} here: name that one; a CPU beside a GPU "
+            "is used with DS_ACCELERATOR=cpu in the environment"
+        )
+    recipe = load_recipe(RECIPE, [f"training.global_batch_size={GLOBAL_BATCH_SIZE}", *arguments.overrides])
+    report = open_report(arguments, recipe)
+    missing = [length for length in arguments.keep if str(length) not in report["lengths"]]
+    if missing:
+        device = init_distributed()
+        configure_logging(rank=0)
+        torch.manual_seed(recipe.run.seed)
+        pair = build_pair(recipe, arguments.small, device)
+        report["models"], clock = pair.facts, Clock(device)
+        watch_phases(pair, clock)
+        for length in missing:
+            report["lengths"][str(length)] = measure(pair, recipe, length, arguments.steps, clock, device)
+            write_report(arguments.output, report)
+    print(markdown(report))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time a training step of Qwen2.5-7B into Qwen2.5-1.5B.")
+    parser.add_argument("--output", type=Path, required=True, help="folder of train_step.json and train_step.md")
+    parser.add_argument("--keep", type=_lengths, help="tokens of a sequence, of each length to measure; 4096,2048")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--steps", type=_at_least_two, default=10, help="timed optimizer steps of each length")
+    parser.add_argument("--small", action="store_true", help="the same on tiny shapes: seconds on a CPU")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    arguments = parser.parse_args()
+    # Shortest first: a length that does not fit leaves the others, and the peak of a process on a CPU only grows.
+    arguments.keep = sorted(arguments.keep or ((128, 64) if arguments.small else (4096, 2048)))
+    return arguments
+
+
+def _lengths(text: str) -> list[int]:
+    return [_at_least_two(part) for part in text.split(",")]
+
+
+def _at_least_two(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{number} is less than 2")
+    return number
+
+
+def open_report(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
+    """The report in --output when it says the same of commit, hardware and settings, else one without lengths.
+
+    Uncommitted changes ("+" after the commit) have no name, so that nothing is known to be the same.
+    """
+    settings = {
+        "device": arguments.device,
+        "small": arguments.small,
+        "steps": arguments.steps,
+        "warmup_steps": WARMUP_STEPS,
+        "world_size": 1,
+        "gradient_checkpointing": recipe.student.gradient_checkpointing,
+        "micro_batch_size": recipe.training.micro_batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps(world_size=1),
+        "overrides": arguments.overrides,
+    }
+    here = environment()
+    here["commit"] = os.environ.get("KD_COMMIT") or here["commit"]  # a plain copy of a checkout has no git to ask
+    fresh = {"command": shlex.join(["python", *sys.argv]), "environment": here, "settings": settings, "lengths": {}}
+    path = arguments.output / "train_step.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    named = here["commit"] is not None and not here["commit"].endswith("+")
+    same = named and all(found.get(key) == fresh[key] for key in ("environment", "settings"))
+    return found if same else fresh
+
+
+def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
+    """Both models with random weights, in engines as kd.build makes them. Raises UserError when they do not fit."""
+    started = time.perf_counter()
+    assert recipe.teacher is not None
+    configs = {role: model_config(role, small) for role in SHAPES}
+    ds_configs = {"teacher": teacher_ds_config(recipe), "student": student_ds_config(recipe, 1, device.type)}
+    try:
+        model = random_model(recipe.teacher, configs["teacher"], ds_configs["teacher"], "teacher", device)
+        teacher = ZeroTeacher(initialize(TeacherModule(model), ds_configs["teacher"]))
+        model = random_model(recipe.student, configs["student"], ds_configs["student"], "student", device)
+        if recipe.student.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        student = initialize(Distiller(model.train(), recipe.loss), ds_configs["student"])
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the two models and the optimizer's state do not fit in the device's memory: {_first_line(error)}. "
+            "--set deepspeed.student=zero3_bf16_offload.json keeps that state on the host"
+        ) from error
+    optimizer = student.optimizer.optimizer
+    facts = {
+        "teacher": model_facts(teacher.model),
+        "student": model_facts(model),
+        "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
+        "optimizer_fused": bool(optimizer.defaults.get("fused")),
+        "build_s": time.perf_counter() - started,
+    }
+    return Pair(teacher, student, configs, facts)
+
+
+def model_config(role: str, small: bool) -> Qwen2Config:
+    shapes = SHAPES[role]
+    if small:
+        half = {"hidden_size": 32, "intermediate_size": 80} if role == "student" else {}
+        shapes = shapes | SMALL | half | {"vocab_size": shapes["vocab_size"] // 128}
+    return Qwen2Config(**shapes)
+
+
+def random_model(
+    section: ModelSection, config: Qwen2Config, ds_config: dict[str, Any], role: str, device: torch.device
+) -> PreTrainedModel:
+    """The architecture with random weights, made on the device in the precision of ds_config."""
+    attention = choose_attention(section, config, ds_config, role=role)
+    dtype = torch.bfloat16 if is_bf16(ds_config) else torch.float32
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    parameters = list(model.parameters())
+    return {
+        "architecture": type(model).__name__,
+        "attention": model.config._attn_implementation,
+        "dtype": str(parameters[0].dtype).removeprefix("torch."),
+        "num_parameters": num_parameters(parameters),
+        **{key: getattr(model.config, key) for key in SHAPES["teacher"]},
+    }
+
+
+class Clock:
+    """Milliseconds of named phases: by CUDA events in the stream of the work, by the host's clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._open: dict[str, Any] = {}
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def start(self, name: str) -> None:
+        self._open[name] = self._mark()
+
+    def stop(self, name: str) -> None:
+        self._spans.append((name, self._open.pop(name), self._mark()))
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            self.start(name)
+            result = function(*arguments, **keywords)
+            self.stop(name)
+            return result
+
+        return call
+
+    def take_ms(self) -> dict[str, float]:
+        """Sums over all spans of each phase that ran since the last call. The device must be idle."""
+        sums: dict[str, float] = {}
+        for name, start, stop in self._spans:
+            elapsed = start.elapsed_time(stop) if self._device.type == "cuda" else (stop - start) * 1000
+            sums[name] = sums.get(name, 0.0) + elapsed
+        self._spans.clear()
+        return sums
+
+    def _mark(self) -> Any:
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def watch_phases(pair: Pair, clock: Clock) -> None:
+    """Have the clock run in each phase of train_step(); forward phases include the gathering of their weights."""
+    teacher, student = pair.teacher, pair.student
+    teacher.hidden_states = clock.timed("teacher_forward", teacher.hidden_states)  # type: ignore[method-assign]
+    student.backward = clock.timed("backward", student.backward)
+    student.step = clock.timed("optimizer", student.step)
+    model = student.module.model
+    # The loss runs as lm_head's forward.
+    modules: dict[str, nn.Module] = {"student_forward": backbone(model), "loss": model.get_output_embeddings()}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda *_, name=name: clock.start(name), prepend=True)
+        module.register_forward_hook(lambda *_, name=name: clock.stop(name))
+
+
+def measure(
+    pair: Pair, recipe: Recipe, length: int, num_steps: int, clock: Clock, device: torch.device
+) -> dict[str, Any]:
+    """Everything about steps on sequences of `length` tokens. Raises UserError when they do not fit."""
+    batches = random_batches(pair, recipe, length)
+    step = partial(train_step, pair.student, pair.teacher, batches, recipe.training.learning_rate, device)
+    try:
+        for _ in range(WARMUP_STEPS):
+            step()
+        resident_gib = settle(device)
+        clock.take_ms()
+        steps = [timed_step(step, clock, device) for _ in range(num_steps)]
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"a step on {length} tokens does not fit in the device's memory, beside what was resident: "
+            f"{_first_line(error)}. Lengths measured before it are in the report"
+        ) from error
+    peak_gib, rate = peak_memory_gib(device), matmul_flops(device)
+    step_ms = [ms for ms, _, _ in steps]
+    sums_ms = [sum(phases.values()) for _, phases, _ in steps]
+    phases_ms = {name: spread([phases[name] for _, phases, _ in steps]) for name in PHASES}
+    num_tokens = sum(batch.num_input_tokens for batch in batches)
+    flops = count_flops(pair, recipe, batches)
+    done = flops | {"backward": flops["backward_with_recomputation"]}
+    achieved = flops["model"] / (statistics.median(step_ms) / 1000)
+    nominal = nominal_flops(device)
+    return {
+        "step_ms": spread(step_ms),
+        "phases_ms": phases_ms,
+        "phases_sum_ms": spread(sums_ms),
+        "sum_over_step": statistics.median(total / ms for total, ms in zip(sums_ms, step_ms, strict=True)),
+        "num_input_tokens": num_tokens,
+        "num_supervised_tokens": sum(batch.num_supervised for batch in batches),
+        "tokens_per_second": num_tokens / (statistics.median(step_ms) / 1000),
+        "last_loss": steps[-1][2],
+        "memory_gib": {"peak": peak_gib, "resident": resident_gib, **resident_parts(pair)},
+        "flops": flops,
+        "phases_tflops": {name: done[name] / phases_ms[name]["median"] / 1e9 for name in PHASES if name in done},
+        "model_tflops": achieved / 1e12,
+        "matmul_tflops": rate / 1e12,
+        "mfu_of_measured_peak": achieved / rate,
+        "nominal_tflops": nominal and nominal / 1e12,
+        "mfu_of_nominal_peak": nominal and achieved / nominal,
+    }
+
+
+def random_batches(pair: Pair, recipe: Recipe, length: int) -> list[Batch]:
+    """The micro-batches of one optimizer step; every token but a sequence's first is supervised."""
+    random = np.random.default_rng([recipe.run.seed, length])
+    vocab_size = min(config.vocab_size for config in pair.configs.values())
+    batches = []
+    for _ in range(recipe.gradient_accumulation_steps(world_size=1)):
+        rows = random.integers(0, vocab_size, (recipe.training.micro_batch_size, length))
+        batches.append(collate([Example(input_ids=ids, labels=ids, row=0) for ids in rows], pad_token_id=0))
+    return batches
+
+
+def timed_step(step: Callable[[], Any], clock: Clock, device: torch.device) -> tuple[float, dict[str, float], float]:
+    """(milliseconds on the host's clock, of them in each phase, loss) of a step that begins and ends idle."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = step()
+    synchronize(device)
+    elapsed_ms = (time.perf_counter() - started) * 1000
+    if result.skipped:
+        raise UserError(f"a step was skipped: loss {result.loss}, gradient norm {result.grad_norm}")
+    return elapsed_ms, clock.take_ms(), result.loss
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def settle(device: torch.device) -> float | None:
+    """GPU memory held between steps, in GiB, peaks counting from here; None on a CPU, where a process has no such."""
+    if device.type == "cpu":
+        return None
+    gc.collect()
+    synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device) / 2**30
+
+
+def resident_parts(pair: Pair) -> dict[str, float]:
+    """Of the resident memory, in GiB: both models' weights, and the optimizer's fp32 weights and moments."""
+    state = pair.student.optimizer.optimizer.state
+    held = [tensor for weight, moments in state.items() for tensor in (weight, *moments.values())]
+    optimizer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held if torch.is_tensor(tensor))
+    return {
+        "teacher_weights": shard_bytes(pair.teacher.model.parameters()) / 2**30,
+        "student_weights": shard_bytes(pair.student.module.parameters()) / 2**30,
+        "optimizer": optimizer_bytes / 2**30,
+    }
+
+
+def count_flops(pair: Pair, recipe: Recipe, batches: list[Batch]) -> dict[str, float]:
+    """FLOPs of one optimizer step by formula, two for each multiply-add; "model" is without recomputation."""
+    teacher, student = pair.configs["teacher"], pair.configs["student"]
+    shape = batches[0].input_ids.shape
+    teacher_forward, student_forward = (len(batches) * forward_flops(config, *shape) for config in (teacher, student))
+    num_supervised = sum(batch.num_supervised for batch in batches)
+    vocab_size = min(teacher.vocab_size, student.vocab_size)
+    loss = 2 * num_supervised * vocab_size * (3 * student.hidden_size + teacher.hidden_size)
+    backward = 2 * student_forward
+    recomputation = student_forward if recipe.student.gradient_checkpointing else 0
+    model = teacher_forward + student_forward + loss + backward
+    return {
+        "teacher_forward": teacher_forward,
+        "student_forward": student_forward,
+        "loss": loss,
+        "backward": backward,
+        "backward_with_recomputation": backward + recomputation,
+        "model": model,
+        "with_recomputation": model + recomputation,
+    }
+
+
+def forward_flops(config: Qwen2Config, num_sequences: int, length: int) -> int:
+    """A backbone's forward, without lm_head: its matrices, and the causal half of the two products of attention."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    query_size = config.num_attention_heads * head_dim
+    key_value_size = config.num_key_value_heads * head_dim
+    weights = config.hidden_size * (2 * query_size + 2 * key_value_size + 3 * config.intermediate_size)
+    return config.num_hidden_layers * num_sequences * length * (2 * weights + 2 * length * query_size)
+
+
+def matmul_flops(device: torch.device) -> float:
+    """FLOP/s of a large square bf16 product of random matrices: the median of 20, just after the steps."""
+    size = MATMUL_SIZE[device.type]
+    one, two = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product, clock, times_ms = torch.empty_like(one), Clock(device), []
+    multiply = clock.timed("matmul", partial(torch.mm, one, two, out=product))
+    for _ in range(25):
+        multiply()
+        synchronize(device)
+        times_ms.append(clock.take_ms()["matmul"])
+    return 2 * size**3 / (statistics.median(times_ms[5:]) / 1000)
+
+
+def nominal_flops(device: torch.device) -> float | None:
+    if device.type == "cpu":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for start, flops in NOMINAL_FLOPS.items() if name.startswith(start)), None)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    report["lengths"] = dict(sorted(report["lengths"].items(), key=lambda item: -int(item[0])))
+    report["ratios"] = ratios(report["lengths"])
+    write_json(folder / "train_step.json", report)
+    write_text(folder / "train_step.md", markdown(report))
+
+
+def ratios(lengths: dict[str, Any]) -> dict[str, Any]:
+    """What each shorter length takes of the longest's time, memory and FLOPs, as fractions."""
+    if not lengths:
+        return {}
+    longest = max(lengths, key=int)
+    whole = lengths[longest]
+    return {
+        f"{length}/{longest}": {
+            "tokens": row["num_input_tokens"] / whole["num_input_tokens"],
+            "step_ms": row["step_ms"]["median"] / whole["step_ms"]["median"],
+            "peak_memory": row["memory_gib"]["peak"] / whole["memory_gib"]["peak"],
+            "peak_above_resident": above_resident(row, whole),
+            "model_flops": row["flops"]["model"] / whole["flops"]["model"],
+        }
+        for length, row in lengths.items()
+        if length != longest
+    }
+
+
+def above_resident(row: dict[str, Any], whole: dict[str, Any]) -> float | None:
+    """The part of the peak that steps come and go with: activations, the loss, gathered weights."""
+    one, two = (measured["memory_gib"] for measured in (row, whole))
+    return None if one["resident"] is None else (one["peak"] - one["resident"]) / (two["peak"] - two["resident"])
+
+
+def markdown(report: dict[str, Any]) -> str:
+    here, settings, models = (report[key] for key in ("environment", "settings", "models"))
+    hardware = ", ".join(here["gpus"]) if settings["device"] == "cuda" else f"{here['num_cpus']} CPUs ({here['cpu']})"
+    versions = ", ".join(f"{name} {version}" for name, version in here["packages"].items() if version)
+    names = " -> ".join(
+        f"{models[role]['num_parameters'] / 1e6:,.1f} M parameters ({models[role]['attention']})"
+        for role in ("teacher", "student")
+    )
+    lines = [
+        f"`{report['command']}`",
+        "",
+        f"{hardware}; commit {here['commit']}; Python {here['python']}, {versions}.",
+        "",
+        f"Random weights, {names}, {models['student']['dtype']}; optimizer {models['optimizer']}, "
+        f"fused {models['optimizer_fused']}; micro-batch {settings['micro_batch_size']}, "
+        f"{settings['gradient_accumulation_steps']} of them a step; gradient checkpointing "
+        f"{settings['gradient_checkpointing']}; one rank; median of {settings['steps']} steps.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *(markdown_row(length, row) for length, row in report["lengths"].items()),
+        "",
+    ]
+    for name, ratio in report["ratios"].items():
+        lines.append(f"{name}: " + ", ".join(f"{key} {number(value, '.3f')}" for key, value in ratio.items()))
+    return "\n".join(lines) + "\n"
+
+
+def markdown_row(length: str, row: dict[str, Any]) -> str:
+    step, memory = row["step_ms"], row["memory_gib"]
+    cells = [
+        f"{int(length):,}",
+        f"{step['median']:.1f} ({step['p20']:.1f}-{step['p80']:.1f})",
+        *(f"{row['phases_ms'][name]['median']:.1f}" for name in PHASES),
+        f"{row['sum_over_step']:.3f}",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{memory['peak']:.2f}",
+        number(memory["resident"], ".2f"),
+        f"{row['flops']['model'] / 1e12:.3g}",
+        f"{row['mfu_of_measured_peak']:.3f} of {row['matmul_tflops']:.3g} TFLOP/s",
+        f"{number(row['mfu_of_nominal_peak'], '.3f')} of {number(row['nominal_tflops'], '.0f')} TFLOP/s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def number(value: float | None, form: str) -> str:
+    return "none" if value is None else format(value, form)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    run(main)
