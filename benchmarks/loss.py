@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -62,11 +63,12 @@ CELL_LIMIT_S = 900
 
 RENDER_COMMAND = "python benchmarks/loss.py --render FILE"
 LEGEND = """\
-Forward and backward, T = 1, no cross-entropy, all rows supervised, gradients of the student's hidden states and head for
-an incoming gradient that is not 1. TFLOP/s count 2 * N * V * (3 * Hs + Ht) for everyone. Floors are the four matrix
-products alone, timed in turn with the loss: bare, each once over all rows or the largest slices that fit; planned, at
-the chunk plan's chunks, fp32 logits and an fp32 gradient of the head. Peak is memory beyond what was resident. Errors are
-relative L2 errors of loss, hidden states' gradient and head's gradient against float64 on the CPU."""
+Forward and backward, T = 1, no cross-entropy, all rows supervised, gradients of the student's hidden states and head
+for an incoming gradient that is not 1. TFLOP/s count 2 * N * V * (3 * Hs + Ht) for everyone. Floors are the four matrix
+products alone, timed in turn with the loss: bare, each once over all rows, or over slices where a row says so; planned,
+at the chunks and in the logits' dtype of this project's plan, with an fp32 gradient of the head. Peak is memory beyond
+what was resident before the call. Errors are relative L2 errors of loss, gradient of hidden states and gradient of the
+head against float64 on the CPU."""
 HEADER = """\
 | peer | tokens | ms (p20-p80) | TFLOP/s | of bare floor | of planned floor | peak GiB | errors, random pair \
 | errors, matched pair | commit |
@@ -265,13 +267,8 @@ def markdown(results: dict[str, Any]) -> str:
         section.sort(key=lambda row: (row["num_tokens"], list(PEERS).index(row["peer"])))
         lines += ["", f"## {title}", "", HEADER]
         lines += [_table_row(row) for row in section if row["status"] == "measured"]
-        lines += [_pairs(section), ""] if any("errors" in row for row in section) else [""]
-        lines += [
-            f"- {row['peer']}, {row['num_tokens']} tokens: {row['status']}"
-            for row in section
-            if row["status"] != "measured"
-        ]
-    return "\n".join(lines).rstrip() + "\n"
+        lines += ["", *_notes(section)]
+    return "\n".join(lines) + "\n"
 
 
 def _table_row(row: dict[str, Any]) -> str:
@@ -294,12 +291,20 @@ def _error_cell(case: dict[str, float | None]) -> str:
     return ", ".join("not finite" if value is None else f"{value:.1e}" for value in values)
 
 
-def _pairs(section: list[dict[str, Any]]) -> str:
-    """How far apart teacher and student were in the measurement of errors: the same for all peers of a section."""
-    pairs = next(row["errors"] for row in section if "errors" in row)
-    sizes = "{num_tokens} rows, {vocab_size} columns".format(**pairs["random"])
-    kls = ", ".join(f"{case} pair {pair['kl']:.3g}" for case, pair in pairs.items())
-    return f"\nErrors on {sizes}; KL(teacher, student) per row, in nats: {kls}."
+def _notes(section: list[dict[str, Any]]) -> Iterator[str]:
+    """How far apart teacher and student were, which rows have a bare floor in slices, and which were not measured."""
+    yield from dict.fromkeys(_pairs(row["errors"]) for row in section if "errors" in row)
+    for row in section:
+        if row.get("bare_floor_rows", row["num_tokens"]) < row["num_tokens"]:
+            yield f"- {row['peer']}, {row['num_tokens']} tokens: bare floor in slices of {row['bare_floor_rows']} rows"
+        if row["status"] != "measured":
+            yield f"- {row['peer']}, {row['num_tokens']} tokens: {row['status']}"
+
+
+def _pairs(case_errors: dict[str, dict[str, Any]]) -> str:
+    sizes = "{num_tokens} rows, {vocab_size} columns".format(**case_errors["random"])
+    kls = ", ".join(f"{case} pair {pair['kl']:.3g}" for case, pair in case_errors.items())
+    return f"- errors on {sizes}; KL(teacher, student) per row in nats: {kls}"
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 The floors are the four products that no design can leave out, 2 * N * V * (3 * Hs + Ht) FLOP: student logits, teacher
 logits, gradient of the student's hidden states, gradient of its head.
 
-Shapes: N rows, C rows of a chunk of the student, D of the teacher, V vocabulary, H hidden size (Hs student, Ht teacher).
+Shapes: N rows, C rows of a chunk of the student, D of the teacher, V vocabulary, H hidden size (Hs student, Ht
+teacher).
 """
 
 import ctypes
@@ -84,9 +85,9 @@ def floor_fraction(floor_ms: list[float], measured_ms: list[float]) -> float:
 
 
 def bare_floor(problem: Problem, slice_rows: int) -> Call:
-    """The four products, each once over slices of `slice_rows`, in the dtype of the inputs: N of them where (N, V) fits.
+    """The four products, each once over slices of `slice_rows`, which are all N rows wherever (N, V) fits.
 
-    On the CPU they run in fp32, for it has no fast bf16 product.
+    Inputs and outputs have the dtype of the problem, but float32 on a CPU: that has no fast bf16 product.
     """
     student_hidden_NH, student_head_VH, teacher_hidden_NH, teacher_head_VH = _operands(problem)
     num_rows = student_hidden_NH.shape[0]
@@ -139,7 +140,7 @@ def planned_floor(problem: Problem, plan: ChunkPlan, logits_dtype: torch.dtype) 
 
 
 def rows_that_fit(problem: Problem, reserved_bytes: int) -> int:
-    """All N rows of logits if they fit beside `reserved_bytes` for the measured call, else the largest half, quarter..."""
+    """N if so many rows of logits fit beside `reserved_bytes` of the measured call, else N / 2, N / 4, and so on."""
     device, dtype = problem.student_hidden_NH.device, _operand_dtype(problem)
     gradient_bytes = dtype.itemsize * (problem.student_hidden_NH.numel() + problem.student_head_VH.numel())
     free_bytes = _free_bytes(device) - reserved_bytes - gradient_bytes - SPARE_BYTES

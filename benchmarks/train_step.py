@@ -110,7 +110,8 @@ def main() -> None:
         report["models"], clock = pair.facts, Clock(device)
         watch_phases(pair, clock)
         for length in missing:
-            report["lengths"][str(length)] = measure(pair, recipe, length, arguments.steps, clock, device)
+            row = measure(pair, recipe, length, arguments.steps, clock, device)
+            report["lengths"][str(length)] = row | {"command": shlex.join(["python", *sys.argv])}
             write_report(arguments.output, report)
     print(markdown(report))
 
@@ -141,10 +142,7 @@ def _at_least_two(text: str) -> int:
 
 
 def open_report(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
-    """The report in --output when it says the same of commit, hardware and settings, else one without lengths.
-
-    Uncommitted changes ("+" after the commit) have no name, so that nothing is known to be the same.
-    """
+    """The report in --output when it was measured with the same code, hardware and settings, else one of no length."""
     settings = {
         "device": arguments.device,
         "small": arguments.small,
@@ -158,12 +156,17 @@ def open_report(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, Any]
     }
     here = environment()
     here["commit"] = os.environ.get("KD_COMMIT") or here["commit"]  # a plain copy of a checkout has no git to ask
-    fresh = {"command": shlex.join(["python", *sys.argv]), "environment": here, "settings": settings, "lengths": {}}
+    fresh = {"environment": here, "settings": settings, "lengths": {}}
     path = arguments.output / "train_step.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    named = here["commit"] is not None and not here["commit"].endswith("+")
-    same = named and all(found.get(key) == fresh[key] for key in ("environment", "settings"))
-    return found if same else fresh
+    return found if is_same(found, fresh) else fresh
+
+
+def is_same(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
+    """Whether both are of one commit, hardware and settings; uncommitted changes ("+") have no name to compare."""
+    commit = fresh["environment"]["commit"]
+    named = commit is not None and not commit.endswith("+")
+    return named and all(found.get(key) == fresh[key] for key in ("environment", "settings"))
 
 
 def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
@@ -472,7 +475,7 @@ def markdown(report: dict[str, Any]) -> str:
         for role in ("teacher", "student")
     )
     lines = [
-        f"`{report['command']}`",
+        *dict.fromkeys(f"`{row['command']}`" for row in report["lengths"].values()),
         "",
         f"{hardware}; commit {here['commit']}; Python {here['python']}, {versions}.",
         "",

@@ -38,9 +38,7 @@ class MetricsLog:
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", mininterval=interval, dynamic_ncols=True)
 
     def write(self, record: dict[str, Any]) -> None:
-        # A loss that is not finite is null: NaN is not JSON.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._bar.set_postfix_str(f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False)
         self._bar.update(1)
 
@@ -53,6 +51,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line torn by a crash is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines if line]
+
+
+def _finite(value: Any) -> Any:
+    """The record with null for what is not finite, at any depth: NaN is not JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_memory_gib(device: torch.device) -> float:

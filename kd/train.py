@@ -17,6 +17,7 @@ from kd.data.collate import Batch
 from kd.data.dataset import Data, load_data
 from kd.data.loader import Loader, validation_batches
 from kd.data.tokenizers import load_tokenizers
+from kd.diagnostics import NUM_SUMS, cell_sums, flatten, summarise
 from kd.engine.checkpoint import (
     check_world_size,
     choose_checkpoint,
@@ -51,7 +52,7 @@ class Progress(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Global sums of one optimizer step over its supervised tokens, and whether the step was taken."""
+    """Global means of one optimizer step over its supervised tokens, and whether the step was taken."""
 
     loss: float
     kd: float
@@ -60,6 +61,7 @@ class StepResult(NamedTuple):
     num_input_tokens: int
     grad_norm: float
     skipped: bool
+    diagnostics: dict[str, Any] | None
 
 
 def train(recipe: Recipe, resume: str | None = None) -> None:
@@ -133,15 +135,15 @@ def train_step(
     num_skipped_before = student.skipped_steps
     for group in student.optimizer.param_groups:
         group["lr"] = rate
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(3 + NUM_SUMS, dtype=torch.float64, device=device)
     for batch in batches:
-        loss, kd, ce = distill_batch(student, teacher, batch.to(device))
-        sums += torch.stack([loss.detach(), kd, ce]).double()
+        loss, batch_sums = distill_batch(student, teacher, batch.to(device))
+        sums += batch_sums
         # 1 for a finite loss; NaN for an infinite one, so that its gradient cannot pass for a finite one.
         poison = 1.0 + 0.0 * loss.detach()
         student.backward(loss * (scale * poison), scale_wrt_gas=False)
         student.step()
-    loss_sum, kd_sum, ce_sum, num_input_tokens = all_reduce_sum(
+    loss_sum, kd_sum, ce_sum, *cells, num_input_tokens = all_reduce_sum(
         [*sums.tolist(), sum(batch.num_input_tokens for batch in batches)], device
     )
     grad_norm = float(student.get_global_grad_norm() or 0.0)
@@ -155,38 +157,43 @@ def train_step(
         int(num_input_tokens),
         grad_norm,
         not finite,
+        summarise(cells),
     )
 
 
-def distill_batch(
-    student: Any, teacher: Teacher | None, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, kd, ce) of one micro-batch on this rank, sums over its supervised tokens. Every rank must call it."""
+def distill_batch(student: Any, teacher: Teacher | None, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of one micro-batch on this rank, a sum over its supervised tokens, and all sums to be logged.
+
+    These are loss, kd, ce and the cell_sums: float64 (3 + NUM_SUMS,). Every rank must call it.
+    """
     if teacher is None:
-        return student(batch.input_ids, batch.labels, batch.row_index)
-    teacher_hidden = teacher.hidden_states(batch.input_ids)
-    with teacher.head() as teacher_head:
-        return student(batch.input_ids, batch.labels, batch.row_index, teacher_hidden, teacher_head)
+        loss, kd, ce, rows = student(batch.input_ids, batch.labels, batch.row_index)
+    else:
+        teacher_hidden = teacher.hidden_states(batch.input_ids)
+        with teacher.head() as teacher_head:
+            loss, kd, ce, rows = student(batch.input_ids, batch.labels, batch.row_index, teacher_hidden, teacher_head)
+    return loss, torch.cat([torch.stack([loss.detach(), kd, ce]).double(), cell_sums(rows, batch.cell_index)])
 
 
 @torch.no_grad()
 def validate(
     student: Any, teacher: Teacher | None, data: Data, recipe: Recipe, pad_token_id: int, device: torch.device
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Loss per supervised token of the validation set, under the training objective; empty without such a set."""
     if data.validation is None:
         return {}
     student.eval()
-    sums, num_supervised = torch.zeros(3, dtype=torch.float64, device=device), 0
+    sums, num_supervised = torch.zeros(3 + NUM_SUMS, dtype=torch.float64, device=device), 0
     batches = validation_batches(
         data.validation, recipe.training.micro_batch_size, dist.get_rank(), dist.get_world_size(), pad_token_id
     )
     for batch in batches:
-        sums += torch.stack(distill_batch(student, teacher, batch.to(device))).double()
+        sums += distill_batch(student, teacher, batch.to(device))[1]
         num_supervised += batch.num_supervised
     student.train()
-    loss, kd, ce, num_tokens = all_reduce_sum([*sums.tolist(), num_supervised], device)
-    return {"val_loss": loss / num_tokens, "val_kd": kd / num_tokens, "val_ce": ce / num_tokens}
+    loss, kd, ce, *cells, num_tokens = all_reduce_sum([*sums.tolist(), num_supervised], device)
+    means = {"val_loss": loss / num_tokens, "val_kd": kd / num_tokens, "val_ce": ce / num_tokens}
+    return means | {"val_diagnostics": summarise(cells)}
 
 
 def _load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
@@ -258,14 +265,15 @@ def _record(
         "step_ms": seconds * 1000,
         "peak_memory_gib": peak_memory_gib(device),
         "skipped": result.skipped,
+        "diagnostics": result.diagnostics,
     }
 
 
 def _send_to_monitor(student: Any, record: dict[str, Any]) -> None:
     """To whichever of TensorBoard, CSV and W&B the recipe switched on, through DeepSpeed's monitor."""
     if student.monitor.enabled:
-        values = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
-        student.monitor.write_events([(f"kd/{key}", float(value), record["step"]) for key, value in values.items()])
+        scalars = [scalar for key, value in record.items() if key != "step" for scalar in flatten(f"kd/{key}", value)]
+        student.monitor.write_events([(name, value, record["step"]) for name, value in scalars])
 
 
 def _finish(

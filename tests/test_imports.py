@@ -23,12 +23,14 @@ ALLOWED = {
     "tasks": {"cli", "errors", "files", "metrics"},
     "losses": BASE,
     "data": BASE,
+    "diagnostics": {"data", "losses"},
     "engine": BASE,
     "models": BASE | {"losses", "engine"},
     "build": BASE | {"engine", "models"},
     "run_folder": BASE | {"engine", "metrics"},
     "evaluate": BASE | {"data", "models", "metrics"},
-    "train": BASE | {"build", "data", "engine", "logs", "losses", "metrics", "models", "run_folder", "schedule"},
+    "train": BASE
+    | {"build", "data", "diagnostics", "engine", "logs", "losses", "metrics", "models", "run_folder", "schedule"},
 }
 
 

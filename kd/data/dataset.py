@@ -30,6 +30,8 @@ class Example:
     input_ids: IntArray  # int64 (W,)
     labels: IntArray  # int64 (W,), not shifted: the token itself where supervised, else IGNORE_INDEX
     row: int  # of the file or hub dataset, counted from 0
+    num_tokens_3: IntArray  # of the full sequence, per section
+    read_start: int  # of input_ids[0] in the full sequence
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Examples:
             data.random_mask_fraction,
             mask_seed=(self.recipe.run.seed, row),
         )
-        return Example(input_ids[window[0] : window[2]], labels, row)
+        return Example(input_ids[window[0] : window[2]], labels, row, self.num_tokens_N3[i], window[0])
 
     def select(self, chosen: IntArray | npt.NDArray[np.bool_]) -> "Examples":
         """The examples at positions `chosen` (or where it is true), in that order."""

@@ -1,6 +1,7 @@
 """The student and its loss in one forward(), so that ZeRO-3 sees every use of every weight.
 
-Legend: B sequences, L tokens, N supervised tokens, H hidden size, V vocabulary rows; s student, t teacher.
+Legend: B sequences, L tokens, N supervised tokens, M measures of kd.losses.RowDiagnostics, H hidden size,
+V vocabulary rows; s student, t teacher.
 """
 
 import functools
@@ -9,16 +10,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kd.losses import distillation_loss
+from kd.losses import distillation_loss_with_diagnostics
 from kd.models.head import Head, backbone, head_of
 from kd.recipe import LossSection
 
-Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Distilled = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class Distiller(nn.Module):
-    """forward() returns (loss, kd, ce): sums over the supervised tokens of a batch, scalars; loss carries gradient.
+    """forward() returns (loss, kd, ce, rows_MN); loss carries gradient.
 
+    The first three are sums over the supervised tokens of a batch, scalars. rows_MN are the RowDiagnostics of these
+    tokens, in the order of row_index, or None without a teacher.
     It must be called through the engine: called directly, gradients are silently wrong under accumulation.
     """
 
@@ -37,7 +40,7 @@ class Distiller(nn.Module):
         row_index_N: torch.Tensor,
         teacher_hidden_BLH: torch.Tensor | None = None,
         teacher_head: Head | None = None,
-    ) -> Sums:
+    ) -> Distilled:
         # No attention mask: batches are padded on the right, and under causal attention no token sees what follows.
         hidden_BLH = backbone(self.model)(input_ids=input_ids_BL, use_cache=False).last_hidden_state
         return self.model.get_output_embeddings()(hidden_BLH, labels_BL, row_index_N, teacher_hidden_BLH, teacher_head)
@@ -51,9 +54,9 @@ def _head_loss(
     row_index_N: torch.Tensor,
     teacher_hidden_BLH: torch.Tensor | None,
     teacher_head: Head | None,
-) -> Sums:
+) -> Distilled:
     head = head_of(model)  # read here, inside the hooks: the weight is whole now
-    result = distillation_loss(
+    result, rows = distillation_loss_with_diagnostics(
         hidden_BLH,
         head.weight_VH,
         teacher_hidden_BLH,
@@ -77,4 +80,4 @@ def _head_loss(
         row_index=row_index_N,
         backend=loss.backend,
     )
-    return result.loss, result.kd, result.ce
+    return result.loss, result.kd, result.ce, None if rows is None else torch.stack(rows)

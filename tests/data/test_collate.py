@@ -11,7 +11,7 @@ PAD = 0
 
 def example(length: int, row: int = 0) -> Example:
     labels = np.where(np.arange(length) % 3 == 1, 100 + np.arange(length), IGNORE_INDEX)
-    return Example(np.arange(100, 100 + length), labels, row)
+    return Example(np.arange(100, 100 + length), labels, row, np.array([length, 0, 0]), read_start=0)
 
 
 @pytest.mark.parametrize("pad_to_multiple_of", [1, 8])
@@ -46,10 +46,12 @@ def test_no_examples_give_padding_without_a_label() -> None:
     assert batch.input_ids.tolist() == [[PAD]]
     assert batch.labels.tolist() == [[IGNORE_INDEX]]
     assert (batch.num_supervised, batch.num_input_tokens, batch.ids) == (0, 0, ())
+    assert (batch.cell_index.shape, batch.cell_index.dtype) == ((0,), torch.int64)
 
 
 def test_a_batch_moves_as_a_whole() -> None:
     batch = collate([example(5)], PAD)
     moved = batch.to("meta")
-    assert {moved.input_ids.device.type, moved.labels.device.type, moved.row_index.device.type} == {"meta"}
+    tensors = (moved.input_ids, moved.labels, moved.row_index, moved.cell_index)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.num_input_tokens, moved.ids) == (batch.num_input_tokens, batch.ids)

@@ -63,7 +63,8 @@ def main() -> None:
 def _batch(index: int) -> Batch:
     random = np.random.default_rng([dist.get_rank(), index])
     ids = [random.integers(0, 150, 12) for _ in range(2)]
-    return collate([Example(input_ids=row, labels=row, row=i) for i, row in enumerate(ids)], pad_token_id=0)
+    sections = np.array([2, 8, 2])
+    return collate([Example(tokens, tokens, i, sections, read_start=0) for i, tokens in enumerate(ids)], pad_token_id=0)
 
 
 def _state(student: Any) -> dict[str, torch.Tensor]:

@@ -82,7 +82,7 @@ def make_batch(rank: int, index: int) -> Batch:
         input_ids = random.integers(0, 150, int(random.integers(6, 10)) * (1 + 2 * rank))
         labels = input_ids.copy()
         labels[: len(labels) // 2] = -100
-        examples.append(Example(input_ids=input_ids, labels=labels, row=row))
+        examples.append(Example(input_ids, labels, row, num_tokens_3=np.array([len(input_ids), 0, 0]), read_start=0))
     return collate(examples, pad_token_id=0)
 
 
@@ -130,9 +130,12 @@ def _poisoned_step(
     before, calls = _student_state(student), []
 
     def poisoned(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        loss, kd, ce = distill_batch(*arguments)
+        loss, sums = distill_batch(*arguments)
         calls.append(name)
-        return (POISONS[name](loss) if dist.get_rank() == 1 and len(calls) == ACCUMULATION else loss), kd, ce
+        if dist.get_rank() == 1 and len(calls) == ACCUMULATION:
+            loss = POISONS[name](loss)
+            sums[0] = loss.detach()
+        return loss, sums
 
     kd.train.distill_batch = poisoned
     try:

@@ -1,6 +1,6 @@
-"""Run by the launcher on every rank: gradients of train_step() for many cases, against one process and full logits.
+"""Run by the launcher on every rank: what train_step() gives in many cases, against one process and full logits.
 
-gradients_worker.py MODELS OUTPUT      writes {case: {parameter: [error, norm of the reference]}}
+gradients_worker.py MODELS OUTPUT      writes {case: {"gradients": {parameter: [error, norm of the reference]}, ...}}
 """
 
 import itertools
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from full_logits import full_loss
+from full_logits import full_diagnostics, full_loss
 from transformers import AutoModelForCausalLM
 
 from kd.build import build_student, build_teacher
@@ -44,9 +44,10 @@ def main() -> None:
             result = train_step(student, teacher, batches[dist.get_rank()], 0.0, device)
             name = f"{head}-accumulation{accumulation}-checkpointing{int(checkpointing)}-{layout}"
             if dist.get_rank() == 0:
-                loss, reference = _reference(recipe, [batch for rank in batches for batch in rank])
+                loss, diagnostics, reference = _reference(recipe, [batch for rank in batches for batch in rank])
                 errors = {key: _error(captured[key], reference[key]) for key in reference}
                 results[name] = {"loss": [result.loss, loss], "gradients": errors}
+                results[name]["diagnostics"] = [result.diagnostics, diagnostics]
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results))
     dist.barrier()
@@ -76,7 +77,8 @@ def _batch(layout: str, rank: int, index: int) -> Batch:
         labels[: length // 2] = -100
         if layout == "empty" and (rank == 1 or index == 1):
             labels[:] = -100
-        examples.append(Example(input_ids=input_ids, labels=labels, row=row))
+        num_tokens, read_start = np.array([6, length, 10]), int(random.integers(0, 16))
+        examples.append(Example(input_ids, labels, row, num_tokens, read_start))
     return collate(examples, pad_token_id=0)
 
 
@@ -94,8 +96,8 @@ def _capture_gradients_at_boundary(student: Any) -> dict[str, torch.Tensor]:
     return captured
 
 
-def _reference(recipe: Recipe, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of the whole global batch in one process, through full logits and plain autograd."""
+def _reference(recipe: Recipe, batches: list[Batch]) -> tuple[float, dict[str, Any], dict[str, torch.Tensor]]:
+    """Loss, diagnostics and gradients of the whole global batch in one process, full logits and plain autograd."""
     student = AutoModelForCausalLM.from_pretrained(recipe.student.model, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32)
     num_tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
@@ -104,7 +106,8 @@ def _reference(recipe: Recipe, batches: list[Batch]) -> tuple[float, dict[str, t
         total = total + full_loss(recipe, student, teacher, batch)
     loss = total / num_tokens
     loss.backward()
-    return float(loss), {name: p.grad for name, p in student.named_parameters()}
+    diagnostics = full_diagnostics(recipe, student, teacher, batches)
+    return float(loss), diagnostics, {name: p.grad for name, p in student.named_parameters()}
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> list[float]:

@@ -1,11 +1,23 @@
-"""Gradients of the real path: two ranks, two ZeRO-3 engines loaded under partitioning, against one process."""
+"""What two ranks with two ZeRO-3 engines, loaded under partitioning, make of a global batch, against one process."""
 
 import json
+from itertools import product
 
 import pytest
 from tiny import save_tiny_model
 
+from kd.data.truncate import SECTIONS
+
 pytestmark = pytest.mark.dist
+ALL_CASES = pytest.mark.parametrize(
+    "case",
+    [
+        f"{head}-accumulation{accumulation}-checkpointing{checkpointing}-{layout}"
+        for head, accumulation, checkpointing, layout in product(
+            ["tied", "untied"], [1, 4], [0, 1], ["equal", "unequal", "empty"]
+        )
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +33,24 @@ def results(launch, tmp_path_factory):
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize("layout", ["equal", "unequal", "empty"])
-@pytest.mark.parametrize("checkpointing", [0, 1])
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("head", ["tied", "untied"])
-def test_every_parameter_has_the_gradient_of_one_process(results, head, accumulation, checkpointing, layout):
-    case = results[f"{head}-accumulation{accumulation}-checkpointing{checkpointing}-{layout}"]
-    loss, reference_loss = case["loss"]
+@ALL_CASES
+def test_every_parameter_has_the_gradient_of_one_process(results, case):
+    loss, reference_loss = results[case]["loss"]
     assert reference_loss > 1.0
     assert loss == pytest.approx(reference_loss, rel=1e-5)
-    assert ("lm_head.weight" in case["gradients"]) == (head == "untied")
-    for name, (error, norm) in case["gradients"].items():
+    assert ("lm_head.weight" in results[case]["gradients"]) == case.startswith("untied")
+    for name, (error, norm) in results[case]["gradients"].items():
         assert norm > 1e-3, f"{name}: the reference's gradient vanishes, the test would show nothing"
         assert error < 1e-5 * norm, f"{name}: relative error {error / norm:.2g}"
+
+
+@ALL_CASES
+def test_the_diagnostics_are_those_of_one_process(results, case):
+    actual, expected = results[case]["diagnostics"]
+    parts = {f"section {SECTIONS.index(name)}": part for name, part in actual.pop("by_section").items()}
+    parts |= {f"position {i}": part for i, part in enumerate(actual.pop("by_position")) if part is not None}
+    parts["all"] = actual
+    assert parts.keys() == expected.keys()
+    assert len(parts) > 5
+    for part, means in expected.items():
+        assert parts[part] == pytest.approx(means, rel=1e-4), part

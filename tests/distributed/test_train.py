@@ -74,6 +74,14 @@ def test_a_run_leaves_what_the_readme_says(whole_run):
     assert {"step", "epoch", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens"} <= set(records[0])
     assert {"tokens_per_second", "step_ms", "peak_memory_gib"} <= set(records[0])
     assert records[0]["loss"] == pytest.approx(0.5 * records[0]["kd"] + 0.5 * records[0]["ce"])
+    for record in records:
+        diagnostics = record["diagnostics"]
+        assert diagnostics["num_tokens"] == record["num_tokens"]
+        assert diagnostics["forward_kl"] == pytest.approx(record["kd"], rel=1e-4)  # the recipe's divergence, T = 1
+        assert {"prompt", "cot"} <= set(diagnostics["by_section"])
+        # The first half of each trace is read.
+        assert [part is not None for part in diagnostics["by_position"]] == [True] * 4 + [False] * 4
+    assert records[9]["val_diagnostics"]["forward_kl"] == pytest.approx(records[9]["val_kd"], rel=1e-4)
     assert records[-1]["loss"] < 0.9 * records[0]["loss"], "the student learned nothing"
 
 
@@ -84,6 +92,7 @@ def test_deepspeeds_monitor_writes_what_the_recipe_switches_on(whole_run):
     records = read_metrics(whole_run / "metrics.jsonl")
     written = [float(line.split(",")[1]) for line in losses.read_text().splitlines()[1:]]
     assert written == pytest.approx([record["loss"] for record in records])
+    assert any((whole_run / "monitor").rglob("*kd_diagnostics_by_section_cot_reverse_kl.csv"))
 
 
 def test_best_checkpoint_is_kept_beside_the_newest(whole_run):
@@ -108,6 +117,7 @@ def test_export_loads_and_generates(whole_run, which):
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_to_the_last_bit(whole_run, interrupted_run):
     folder, _ = interrupted_run
     fields = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "val_loss")
+    fields += ("diagnostics", "val_diagnostics")
     curves = [
         [[record.get(field) for field in fields] for record in read_metrics(run / "metrics.jsonl")]
         for run in (whole_run, folder)
