@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -28,23 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import (
-    Call,
-    bare_floor,
-    errors,
-    floor_fraction,
-    forward_backward,
-    num_flop,
-    peak_bytes,
-    planned_floor,
-    rows_that_fit,
-    spread,
-    time_in_turn,
-)
-from peers import BETA, PEERS, Peer, Problem, Shape, make_problem
+from measure import errors, forward_backward, peak_of_call, times_and_floors
+from peers import BETA, PEERS, Peer, Shape, make_problem
 
 from kd.files import write_json, write_text
-from kd.losses.chunk_plan import plan_chunks
 from kd.metrics import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,11 +95,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-tokens", nargs="+", type=_positive, metavar="N")
     parser.add_argument("--divergences", nargs="+", choices=tuple(BETA), default=list(BETA), metavar="NAME")
     parser.add_argument("--seconds", type=_positive, help="stop after this long; without it, measure every cell")
-    parser.add_argument("--measure-seconds", type=float, help="timed part of a cell; default 20 on the CPU, else 3")
+    parser.add_argument("--measure-seconds", type=_seconds, help="timed part of a cell; default 20 on the CPU, else 3")
     parser.add_argument("--threads", type=_positive, help="torch's threads; default 1 on the CPU, else torch's own")
-    parser.add_argument("--commit", help="of the code, where it is a copy and no git checkout")
+    parser.add_argument("--commit", help="of the code, in a plain copy of a checkout; default KD_COMMIT")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--render", type=Path, metavar="FILE", help="write FILE's table beside it, and measure nothing")
+    parser.add_argument("--render", type=_file, metavar="FILE", help="write the table of a JSON file beside it")
     parser.add_argument("--cell", type=_cell, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -219,40 +207,19 @@ def measure(cell: Cell) -> dict[str, Any]:
     try:
         problem = make_problem(cell.shape, cell.num_tokens, cell.divergence, dtype=dtype, device=device)
         call = partial(forward_backward, peer.loss, problem)
-        for _ in range(2):  # compiles, and makes what a library keeps
-            call()
-        peak = peak_bytes(call, device)
+        peak = peak_of_call(call, problem)
     except torch.OutOfMemoryError:
         return {"status": "out of memory"}
     row["peak_gib"] = peak / 2**30
     try:
-        row |= _times(cell, call, problem, reserved_bytes=peak)
+        row |= times_and_floors(
+            call, problem, cell.shape, peer.logits_dtype, reserved_bytes=peak, seconds=cell.measure_seconds
+        )
     except torch.OutOfMemoryError:
         return row | {"status": "out of memory beside the buffers of the floors"}
     del problem, call  # room for the next ones
     row["errors"] = errors(peer.loss, cell.shape, cell.num_tokens, cell.divergence, dtype=dtype, device=device)
     return row
-
-
-def _times(cell: Cell, call: Call, problem: Problem, *, reserved_bytes: int) -> dict[str, Any]:
-    logits_dtype = PEERS[cell.peer].logits_dtype
-    plan = plan_chunks(cell.shape.vocab_size, logits_dtype)
-    planned = planned_floor(problem, plan, logits_dtype)
-    bare_rows = rows_that_fit(problem, reserved_bytes)
-    calls = {"measured": call, "bare": bare_floor(problem, bare_rows), "planned": planned}
-    samples = time_in_turn(calls, torch.device(cell.device), seconds=cell.measure_seconds)
-    times = {name: spread(values) for name, values in samples.items()}
-    return {
-        "num_rounds": len(samples["measured"]),
-        "ms": times["measured"],
-        "tflops": num_flop(cell.shape, cell.num_tokens) / times["measured"]["median"] / 1e9,
-        "bare_floor_ms": times["bare"],
-        "bare_floor_rows": bare_rows,
-        "bare_floor_fraction": floor_fraction(samples["bare"], samples["measured"]),
-        "planned_floor_ms": times["planned"],
-        "planned_floor_rows": [plan.student_rows, plan.teacher_rows],
-        "planned_floor_fraction": floor_fraction(samples["planned"], samples["measured"]),
-    }
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -326,7 +293,7 @@ def _outcome(result: dict[str, Any]) -> str:
     )
 
 
-def provenance(device: str, commit: str | None) -> dict[str, Any]:
+def provenance(device: str, commit: str | None = None) -> dict[str, Any]:
     """What a row was measured with: commit, hardware, versions of the packages that matter."""
     return {
         "commit": commit or code_commit(),
@@ -336,8 +303,11 @@ def provenance(device: str, commit: str | None) -> dict[str, Any]:
 
 
 def code_commit() -> str | None:
-    """The checkout's commit, with "+" and a digest of the changes when code differs from it; results are no code."""
-    commit = environment()["commit"]
+    """The checkout's commit, with "+" and a digest of the changes when code differs from it; results are no code.
+
+    KD_COMMIT names it in a plain copy of a checkout, which has no git to ask.
+    """
+    commit = os.environ.get("KD_COMMIT") or environment()["commit"]
     if commit is None or not commit.endswith("+"):
         return commit
     diff = ["git", "diff", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
@@ -384,6 +354,22 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
+    return seconds
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file; give the JSON that a measurement wrote")
+    return Path(text)
 
 
 def _cell(text: str) -> Cell:

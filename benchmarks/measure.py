@@ -21,14 +21,14 @@ from peers import Problem, Shape, make_problem
 from torch import Tensor
 
 from kd.losses import distillation_loss
-from kd.losses.chunk_plan import ChunkPlan
+from kd.losses.chunk_plan import ChunkPlan, plan_chunks
 
 Call = Callable[[], None]
 Loss = Callable[[Problem], Tensor]
 
 # Rows and columns of the problem on which errors are measured: its float64 logits fit, and take seconds on a CPU.
 ERROR_ROWS = {"cpu": 256, "cuda": 2048}
-ERROR_VOCAB_SIZE = 16384
+ERROR_VOCAB_SIZE = 8192
 # Left free when the bare floor takes the largest slices that fit.
 SPARE_BYTES = 2**30
 
@@ -38,10 +38,14 @@ def forward_backward(loss: Loss, problem: Problem) -> Tensor:
 
     The incoming gradient is 1 / (2 * N), as where the global batch holds twice the rows: no peer may assume 1.
     """
-    problem.student_hidden_NH.grad = problem.student_head_VH.grad = None
+    clear_gradients(problem)
     value = loss(problem)
     value.backward(torch.full_like(value, 0.5 / problem.labels_N.numel()))
     return value.detach()
+
+
+def clear_gradients(problem: Problem) -> None:
+    problem.student_hidden_NH.grad = problem.student_head_VH.grad = None
 
 
 def num_flop(shape: Shape, num_tokens: int) -> int:
@@ -71,6 +75,30 @@ def time_in_turn(
             marks[name].append((start, _mark(device)))
     _synchronize(device)
     return {name: [_elapsed_ms(*pair) for pair in pairs] for name, pairs in marks.items()}
+
+
+def times_and_floors(
+    call: Call, problem: Problem, shape: Shape, logits_dtype: torch.dtype, *, reserved_bytes: int, seconds: float
+) -> dict[str, Any]:
+    """Time a call in turn with both floors, whose buffers leave `reserved_bytes` to it; `tflops` counts `num_flop`."""
+    num_tokens, device = problem.labels_N.numel(), problem.labels_N.device
+    plan = plan_chunks(shape.vocab_size, logits_dtype)
+    planned = planned_floor(problem, plan, logits_dtype)
+    bare_rows = rows_that_fit(problem, reserved_bytes)
+    calls = {"measured": call, "bare": bare_floor(problem, bare_rows), "planned": planned}
+    samples = time_in_turn(calls, device, seconds=seconds)
+    times = {name: spread(values) for name, values in samples.items()}
+    return {
+        "num_rounds": len(samples["measured"]),
+        "ms": times["measured"],
+        "tflops": num_flop(shape, num_tokens) / times["measured"]["median"] / 1e9,
+        "bare_floor_ms": times["bare"],
+        "bare_floor_rows": bare_rows,
+        "bare_floor_fraction": floor_fraction(samples["bare"], samples["measured"]),
+        "planned_floor_ms": times["planned"],
+        "planned_floor_rows": list(plan),
+        "planned_floor_fraction": floor_fraction(samples["planned"], samples["measured"]),
+    }
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -148,6 +176,14 @@ def rows_that_fit(problem: Problem, reserved_bytes: int) -> int:
     while rows > 1 and rows * problem.student_head_VH.shape[0] * dtype.itemsize > free_bytes:
         rows = -(-rows // 2)
     return rows
+
+
+def peak_of_call(call: Call, problem: Problem) -> int:
+    """Bytes that a loss and its gradients take at most, after two calls that compile and make what libraries keep."""
+    for _ in range(2):
+        call()
+    clear_gradients(problem)  # or those of the last call would count as resident
+    return peak_bytes(call, problem.labels_N.device)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
@@ -267,7 +303,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
     if is_first:
         _mm(a, b, total)
     elif total.dtype == a.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
@@ -67,12 +68,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+FEW = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL_SHAPES: dict[str, dict[str, Any]] = {
+    "teacher": SHAPES["teacher"] | FEW | {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 1188},
+    "student": SHAPES["student"] | FEW | {"hidden_size": 32, "intermediate_size": 80, "vocab_size": 1187},
 }
 PHASES = ("teacher_forward", "student_forward", "loss", "backward", "optimizer")
 WARMUP_STEPS = 2
@@ -104,6 +103,8 @@ def main() -> None:
     missing = [length for length in arguments.keep if str(length) not in report["lengths"]]
     if missing:
         device = init_distributed()
+        if dist.get_world_size() != 1:
+            raise UserError(f"{dist.get_world_size()} ranks were started: start one, without a launcher")
         configure_logging(rank=0)
         torch.manual_seed(recipe.run.seed)
         pair = build_pair(recipe, arguments.small, device)
@@ -173,7 +174,7 @@ def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
     """Both models with random weights, in engines as kd.build makes them. Raises UserError when they do not fit."""
     started = time.perf_counter()
     assert recipe.teacher is not None
-    configs = {role: model_config(role, small) for role in SHAPES}
+    configs = model_configs(small)
     ds_configs = {"teacher": teacher_ds_config(recipe), "student": student_ds_config(recipe, 1, device.type)}
     try:
         model = random_model(recipe.teacher, configs["teacher"], ds_configs["teacher"], "teacher", device)
@@ -198,12 +199,8 @@ def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
     return Pair(teacher, student, configs, facts)
 
 
-def model_config(role: str, small: bool) -> Qwen2Config:
-    shapes = SHAPES[role]
-    if small:
-        half = {"hidden_size": 32, "intermediate_size": 80} if role == "student" else {}
-        shapes = shapes | SMALL | half | {"vocab_size": shapes["vocab_size"] // 128}
-    return Qwen2Config(**shapes)
+def model_configs(small: bool) -> dict[str, Qwen2Config]:
+    return {role: Qwen2Config(**shapes) for role, shapes in (SMALL_SHAPES if small else SHAPES).items()}
 
 
 def random_model(
@@ -334,7 +331,8 @@ def random_batches(pair: Pair, recipe: Recipe, length: int) -> list[Batch]:
     batches = []
     for _ in range(recipe.gradient_accumulation_steps(world_size=1)):
         rows = random.integers(0, vocab_size, (recipe.training.micro_batch_size, length))
-        batches.append(collate([Example(input_ids=ids, labels=ids, row=0) for ids in rows], pad_token_id=0))
+        examples = [Example(ids, ids, row=0, num_tokens_3=np.array([length, 0, 0]), read_start=0) for ids in rows]
+        batches.append(collate(examples, pad_token_id=0))
     return batches
 
 

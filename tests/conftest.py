@@ -3,11 +3,18 @@
 import os
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tiny import ROOT, launcher_command
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--profile", action="store_true", help="measure the loss: tests/profile")
+    folder = ROOT / "build" / "profile"
+    parser.addoption("--profile-output", type=Path, default=folder, help="folder of its traces and CSV")
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,7 @@ def _gradients(inputs: Inputs, fill: FillRows, chunk_size: int, needs_grad: list
         fill(chunk, student_CV, dlogits_CV)
         if dlogits_CV is None:
             continue
+        dlogits_CV = dlogits_CV.to(hidden_CH.dtype)  # a copy where logits are narrower than the products' operands
         if grad_hidden_MH is not None:
             grad_CH = product(dlogits_CV, student.weight_VH, dtype=dtype if inputs.shard else hidden_MH.dtype)
             grad_hidden_MH.index_copy_(0, index_C, all_ranks_sum_(grad_CH, inputs.shard).to(hidden_MH.dtype))

@@ -56,12 +56,14 @@ def logits_buffer(weight_VH: Tensor, num_rows: int, dtype: torch.dtype) -> Tenso
 
 
 def gradient_view(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (C, V) in `dtype` on the storage of a logits_buffer: the logits themselves, or each row's second half.
+    """Return (C, V) on the storage of a logits_buffer, for a gradient whose products take operands in `dtype`.
+
+    It is each row's second half where that holds `dtype`, else the logits themselves.
 
     A row written from its end to its start then never overwrites a logit not yet read: in a row of D columns of 4
     bytes, gradient v begins at byte 2 * D + 2 * v >= 4 * v, where logit v does or behind it.
     """
-    if logits_CV.dtype == dtype:
+    if dtype.itemsize >= logits_CV.dtype.itemsize:
         return logits_CV
     num_rows, num_columns = logits_CV.shape[0], logits_CV.stride(0)
     whole = logits_CV.as_strided((num_rows, num_columns), (num_columns, 1)).view(dtype)

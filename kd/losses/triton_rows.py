@@ -212,7 +212,7 @@ def row_kernel(
                 TEACHER_FINISH,
                 True,
             )
-        lses, means, tops = _row_sums(sums, TEMPERED)
+        lses, means, tops = _row_sums(sums, DIVERGENCE, TEMPERED)
         is_mine = (label >= 0) & (label < V)
         label_logit = _finished(student, tl.where(is_mine, label, 0), dtype, V, STUDENT_FINISH, False)
         label_logit = tl.where(is_mine, label_logit, 0.0)
@@ -412,11 +412,13 @@ def _sum_tile(
 
 
 @triton.jit
-def _row_sums(sums, TEMPERED: tl.constexpr):
+def _row_sums(sums, DIVERGENCE: tl.constexpr, TEMPERED: tl.constexpr):
     """From lanes to the row: log(sum(exp)) of x, y, s; means of the four differences; maxima of x and y."""
     top_x, sum_x, top_y, sum_y, top_s, sum_s, x_xy, x_x, y_yx, y_y = sums
     max_x, lse_x, share_x = _across_lanes(top_x, sum_x)
-    max_y, lse_y, share_y = _across_lanes(top_y, sum_y)
+    max_y, lse_y, share_y = max_x, lse_x, share_x
+    if DIVERGENCE != "none":
+        max_y, lse_y, share_y = _across_lanes(top_y, sum_y)
     lse_s = lse_x
     if TEMPERED:
         _, lse_s, _ = _across_lanes(top_s, sum_s)

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,10 @@ import pytest
 import torch
 from tiny import ROOT
 from torch.utils.flop_counter import FlopCounterMode
+from train_step import forward_flops, is_same, main, model_configs
 from transformers import Qwen2Model
+
+from kd.errors import UserError
 
 SCRIPT = ROOT / "benchmarks" / "train_step.py"
 
@@ -73,17 +75,14 @@ def test_flops_count_recomputation_apart(report) -> None:
 
 
 def test_the_formula_agrees_with_what_pytorch_counts() -> None:
-    script = runpy.run_path(str(SCRIPT))
-    config = script["model_config"]("student", small=True)
+    config = model_configs(small=True)["student"]
     config._attn_implementation = "eager"
     batch_size, length = 2, 64
     with FlopCounterMode(display=False) as counter:
         Qwen2Model(config)(torch.zeros(batch_size, length, dtype=torch.long))
     # PyTorch counts the masked half of attention's products too.
     masked = config.num_hidden_layers * batch_size * 2 * length**2 * config.hidden_size
-    assert script["forward_flops"](config, batch_size, length) + masked == pytest.approx(
-        counter.get_total_flops(), rel=1e-2
-    )
+    assert forward_flops(config, batch_size, length) + masked == pytest.approx(counter.get_total_flops(), rel=1e-2)
 
 
 def test_the_short_length_is_compared_with_the_long_one(report) -> None:
@@ -110,19 +109,18 @@ def test_a_second_call_measures_only_what_is_missing(output, report) -> None:
     assert lengths["96"] == report["lengths"]["96"]
 
 
-def test_a_device_that_is_not_there_is_an_error(tmp_path) -> None:
-    process = run(tmp_path, "--device", "cuda")
-    assert process.returncode == 2
-    assert "DS_ACCELERATOR=cpu" in process.stderr
-    assert not (tmp_path / "train_step.json").exists()
+def test_a_device_that_is_not_there_is_an_error(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--output", str(tmp_path), "--device", "cuda"])
+    with pytest.raises(UserError, match="DS_ACCELERATOR=cpu"):
+        main()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_commit_and_uncommitted_changes_are_measured_anew() -> None:
-    script = runpy.run_path(str(SCRIPT))
     here = {"environment": {"commit": "c0ffee"}, "settings": {"steps": 3}}
-    assert script["is_same"](here, here)
-    assert not script["is_same"](here, {**here, "environment": {"commit": "decade"}})
-    assert not script["is_same"](here, {**here, "settings": {"steps": 4}})
+    assert is_same(here, here)
+    assert not is_same(here, {**here, "environment": {"commit": "decade"}})
+    assert not is_same(here, {**here, "settings": {"steps": 4}})
     for unnamed in ("c0ffee+", None):
         changed = {**here, "environment": {"commit": unnamed}}
-        assert not script["is_same"](changed, changed)
+        assert not is_same(changed, changed)

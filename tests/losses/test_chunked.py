@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd.losses import DIVERGENCES, Objective, distillation_loss
-from kd.losses.chunked import LOGITS_BUDGET_BYTES, chunk_rows, chunked_loss
+from kd.losses.chunk_plan import ChunkPlan
+from kd.losses.chunked import RowValues, chunked_loss, fill_from_teacher
 from kd.losses.heads import Projection
 from kd.losses.inputs import supervised_inputs
 from kd.losses.rows import torch_rows
@@ -80,18 +81,18 @@ def test_peak_memory_grows_by_hidden_states_alone(make_problem):
     for num_rows in (512, 2048):
         problem = make_problem((num_rows,), **sizes)
         peak[num_rows] = forward_and_backward(problem, MemoryMeter(), chunk_size=32).peak_bytes
-    # selected hidden states, the student's gradient thrice (computed, scaled, scattered), labels, indices
-    bytes_of_a_row = 4 * (8 + 12 + 3 * 8) + 5 * 8
+    # the student's gradient twice (computed, scaled), and numbers: labels, indices, weights, values
+    bytes_of_a_row = 4 * 2 * 8 + 10 * 8
     assert peak[2048] - peak[512] <= (2048 - 512) * bytes_of_a_row < 0.2 * (2048 - 512) * 4 * 400
 
 
-def test_logits_of_a_chunk_and_blocks_of_intermediates_are_all_that_lives(make_problem, monkeypatch):
-    monkeypatch.setattr("kd.losses.rows.BLOCK_ELEMENTS", 400)
+def test_logits_of_both_chunks_and_blocks_of_intermediates_are_all_that_lives(make_problem, monkeypatch):
+    monkeypatch.setattr("kd.losses.rows.CPU_BLOCK_ELEMENTS", 400)
     num_rows, vocab_size, chunk_size = 512, 400, 128
     problem = make_problem((num_rows,), (4, 4), (vocab_size, vocab_size), dtype=torch.float32)
     meter = forward_and_backward(problem, MemoryMeter(), chunk_size=chunk_size, divergence="jsd")
-    logits_bytes = 4 * chunk_size * vocab_size
-    assert 2 * logits_bytes < meter.peak_bytes < 2.5 * logits_bytes
+    logits_bytes = 4 * (chunk_size + chunk_size // 8) * vocab_size
+    assert logits_bytes < meter.peak_bytes < 1.4 * logits_bytes
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,7 @@ def test_with_row_index_nothing_reads_a_value_from_the_device(make_problem, dive
 
     It knows the products of bf16 operands into fp32 that only CUDA runs, and so shows that dtypes fit.
     """
-    for module in ("heads", "chunked"):
-        monkeypatch.setattr(f"kd.losses.{module}.operand", lambda tensor, _: tensor)
+    monkeypatch.setattr("kd.losses.heads.operand", lambda tensor, _: tensor)
     hidden, head, teacher_hidden, teacher_head, labels, bias, _ = (
         tensor.to("meta") for tensor in vars(make_problem(dtype=dtype)).values()
     )
@@ -150,9 +150,10 @@ def test_with_row_index_nothing_reads_a_value_from_the_device(make_problem, dive
         vocab_size=30,
         logits_dtype=None,
     )
-    loss, kd, ce = chunked_loss(inputs, torch_rows, chunk_size=4)
+    values = RowValues.empty(inputs, diagnostics=True)
+    loss = chunked_loss(inputs, fill_from_teacher(inputs, torch_rows, ChunkPlan(4, 2), values), values, 4)
     loss.backward()
-    assert loss.dtype == kd.dtype == ce.dtype == torch.float32
+    assert loss.dtype == values.kd_N.dtype == values.diagnostics_N5.dtype == torch.float32
     assert [(t.grad.shape, t.grad.dtype) for t in learners] == [(t.shape, dtype) for t in learners]
 
 
@@ -166,14 +167,6 @@ def test_heads_are_not_kept_for_backward(make_problem):
     heads = {head.untyped_storage().data_ptr(), p.teacher_head.untyped_storage().data_ptr()}
     assert kept
     assert heads.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in kept)
-
-
-def test_chunk_rows_fill_the_budget_and_are_never_none():
-    row_bytes = 2 * 151936 * 4
-    assert chunk_rows(10**6, row_bytes) == LOGITS_BUDGET_BYTES // row_bytes == 1766
-    assert chunk_rows(100, row_bytes) == 100
-    assert chunk_rows(100, row_bytes, budget_bytes=row_bytes - 1) == 1
-    assert chunk_rows(0, row_bytes) == 1
 
 
 def test_resident_memory_stays_below_one_full_matrix_of_logits():

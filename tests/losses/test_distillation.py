@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import BACKENDS
 
 from kd.losses import DIVERGENCES, distillation_loss
 
-BACKENDS = ["torch"]
 OPTIONS = {"beta": 0.3, "alpha": 0.2, "mix_weight": 0.7, "kd_weight": 0.6, "ce_weight": 0.3}
 
 # what the test is about -> (the problem, the options)
@@ -167,7 +167,8 @@ def test_gradients_pass_gradcheck(make_problem, backend, divergence):
         return 3.0 * result.loss
 
     inputs = [t.clone().requires_grad_() for t in (p.student_hidden, p.student_head, p.student_bias)]
-    assert torch.autograd.gradcheck(loss, inputs)
+    # one random direction instead of every entry where each call takes long
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=backend == "triton")
 
 
 def test_row_index_gives_what_the_labels_give(make_problem, evaluate):

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends import BACKENDS
 
 from kd.losses import DIVERGENCES, distillation_loss
-
-BACKENDS = ["torch"]
 
 
 def nearly_matched(problem):

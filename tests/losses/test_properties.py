@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from backends import BACKENDS as CHUNKED_BACKENDS
 
 from kd.losses import DIVERGENCES, distillation_loss
 
-BACKENDS = ["reference", "torch"]
+BACKENDS = ["reference", *CHUNKED_BACKENDS]
 
 
 def test_micro_batches_accumulate_to_the_gradient_of_the_whole_batch(make_problem, evaluate):

@@ -1,0 +1,11 @@
+"""The backends that the grid of tests runs."""
+
+import os
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by tests/tiny.py where there is no GPU
+BACKENDS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="compiled here: see test_gpu.py")),
+]

@@ -1,0 +1,51 @@
+"""The chunk plan: what a budget is spent on, and what is said of it."""
+
+import logging
+
+import pytest
+import torch
+
+from kd.losses import distillation_loss
+from kd.losses.chunk_plan import LOGITS_BUDGET_BYTES, ChunkPlan, plan_chunks
+
+
+@pytest.mark.parametrize("vocab_size", [32000, 49152, 128256, 151936, 248320])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plan_spends_most_of_the_budget_and_no_more_on_whole_tiles(vocab_size, dtype):
+    plan = plan_chunks(vocab_size, dtype)
+    assert 0.85 < sum(plan) * vocab_size * dtype.itemsize / LOGITS_BUDGET_BYTES <= 1
+    assert plan.student_rows >= 8 * plan.teacher_rows
+    assert plan.student_rows % plan.teacher_rows == plan.teacher_rows % 128 == 0
+
+
+def test_qwen_plans_are_those_that_the_readme_counts_with():
+    assert plan_chunks(151936, torch.float32) == ChunkPlan(3072, 384)
+    assert plan_chunks(151936, torch.bfloat16) == ChunkPlan(6144, 768)
+
+
+def test_without_a_teacher_all_rows_are_the_students():
+    plan = plan_chunks(151936, torch.float32, has_teacher=False)
+    assert plan == ChunkPlan(3456, 0)
+
+
+def test_chunk_size_replaces_the_budget():
+    assert plan_chunks(151936, torch.float32, chunk_size=4096) == ChunkPlan(4096, 512)
+    assert plan_chunks(151936, torch.float32, chunk_size=3) == ChunkPlan(3, 1)
+    assert plan_chunks(151936, torch.float32, chunk_size=3, has_teacher=False) == ChunkPlan(3, 0)
+
+
+@pytest.mark.parametrize("budget_bytes", [1, 4 * 1000 - 1, 4 * 1000, 2 * 4 * 1000, 5 * 4 * 1000])
+def test_no_budget_is_too_small_for_a_row_each(budget_bytes):
+    plan = plan_chunks(1000, torch.float32, budget_bytes=budget_bytes)
+    assert plan.teacher_rows == 1
+    assert plan.student_rows == max(1, budget_bytes // 4000 - 1)
+
+
+def test_a_plan_is_logged_once_whatever_the_number_of_rows(make_problem, caplog):
+    for num_rows in (13, 7):
+        p = make_problem((num_rows,), vocab_sizes=(41, 41))
+        with caplog.at_level(logging.INFO, "kd.losses"):
+            distillation_loss(p.student_hidden, p.student_head, p.teacher_hidden, p.teacher_head, p.labels)
+    (record,) = caplog.records
+    assert "backend torch, logits in float64" in record.getMessage()
+    assert "student and" in record.getMessage()
