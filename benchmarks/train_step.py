@@ -75,7 +75,7 @@ SMALL_SHAPES: dict[str, dict[str, Any]] = {
 }
 PHASES = ("teacher_forward", "student_forward", "loss", "backward", "optimizer")
 WARMUP_STEPS = 2
-MATMUL_SIZE = {"cuda": 8192, "cpu": 256}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 128}
 # Dense bf16 FLOP/s of the data sheet, by the start of the device's name: the SXM boards.
 NOMINAL_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 COLUMNS = ("tokens", "step ms (p20-p80)", *(f"{name.replace('_', ' ')} ms" for name in PHASES), "sum / step")

@@ -7,6 +7,7 @@ from kd.losses.distillation import (
     distillation_loss_with_diagnostics,
 )
 from kd.losses.objective import DIVERGENCES, Divergence, Objective
+from kd.losses.sparse import sparse_distillation_loss
 
 __all__ = [
     "DIVERGENCES",
@@ -16,4 +17,5 @@ __all__ = [
     "RowDiagnostics",
     "distillation_loss",
     "distillation_loss_with_diagnostics",
+    "sparse_distillation_loss",
 ]

@@ -96,6 +96,41 @@ def check_labels(labels_N: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_top_k(ids: Tensor, logprobs: Tensor, labels: Tensor, row_index_N: Tensor, vocab_size: int) -> None:
+    """Raise a ValueError for a teacher's K tokens that do not fit labels and vocabulary, of supervised rows alone."""
+    if ids.shape[:-1] != labels.shape or ids.dim() == labels.dim() or ids.shape[-1] == 0 or ids.dtype != torch.int64:
+        raise ValueError(
+            f"teacher_ids is {ids.dtype} {_shape(ids)} and labels {_shape(labels)}; "
+            "give torch.int64, the shape of labels with a last dimension of K >= 1 tokens"
+        )
+    if logprobs.shape != ids.shape or not logprobs.is_floating_point():
+        raise ValueError(
+            f"teacher_logprobs is {logprobs.dtype} {_shape(logprobs)} and teacher_ids {_shape(ids)}; "
+            "give one floating log-probability per id"
+        )
+    for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
+        if tensor.device != labels.device:
+            raise ValueError(f"{name} is on {tensor.device} and labels on {labels.device}; move one of them")
+    ids_NK, logprobs_NK = (tensor.reshape(-1, ids.shape[-1])[row_index_N] for tensor in (ids, logprobs))
+    sorted_NK = ids_NK.sort(dim=1).values
+    _check_all((ids_NK >= 0) & (ids_NK < vocab_size), f"teacher_ids must lie in [0, {vocab_size}); leave others out")
+    _check_all(
+        sorted_NK[:, 1:] != sorted_NK[:, :-1],
+        "teacher_ids of a row must be distinct; fill K with any other ids and a log-probability of -inf",
+    )
+    _check_all(
+        logprobs_NK <= 1e-3, "teacher_logprobs must be log-probabilities, at most 0 and not NaN; take log_softmax"
+    )
+
+
+def _check_all(holds: Tensor, message: str) -> None:
+    """Raise a ValueError unless all of `holds` is true; off the CPU assert it without waiting."""
+    if not holds.is_cpu:
+        torch._assert_async(holds.all(), message)
+    elif not holds.all():
+        raise ValueError(message)
+
+
 def check_group(
     group: dist.ProcessGroup, vocab_size: int | None, num_head_rows: dict[str, int]
 ) -> tuple[VocabShard, int]:

@@ -98,6 +98,25 @@ def kd_rows(student_logits_NV: Tensor, teacher_logits_NV: Tensor, objective: Obj
     return temperature**2 * divergence_N
 
 
+def top_k_kd_rows(
+    student_logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, tail: str, objective: Objective
+) -> Tensor:
+    """Return kd_N over K + 1 outcomes, the teacher's K tokens and all others as one, at the objective's temperature.
+
+    The teacher's mass of the others is 1 - sum(p) with tail "bucket" and nothing with "ignore"; p is normalised.
+    """
+    p_NK = logprobs_NK.exp()
+    p_tail_N = (1 - p_NK.sum(-1)).clamp_min(0) if tail == "bucket" else torch.zeros_like(p_NK[:, 0])
+    p_NO = torch.cat([p_NK, p_tail_N[:, None]], dim=1)
+    q_NV = torch.softmax(student_logits_NV / objective.temperature, dim=-1)
+    is_tail_NV = torch.ones_like(q_NV, dtype=torch.bool).scatter(1, ids_NK, False)
+    q_NO = torch.cat([q_NV.gather(1, ids_NK), (q_NV * is_tail_NV).sum(-1, keepdim=True)], dim=1)
+    tiny = torch.finfo(q_NV.dtype).tiny
+    log_p_NO, log_q_NO = ((x / x.sum(-1, keepdim=True)).clamp_min(tiny).log() for x in (p_NO, q_NO))
+    temperature = objective.temperature  # kd_rows divides by it, and log-probabilities at T are logits of themselves
+    return kd_rows(temperature * log_q_NO, temperature * log_p_NO, objective)
+
+
 def log_mixture(log_a_NV: Tensor, log_b_NV: Tensor, weight: float) -> Tensor:
     """Return log(weight * a + (1 - weight) * b)."""
     return torch.logaddexp(log_a_NV + math.log(weight), log_b_NV + math.log1p(-weight))

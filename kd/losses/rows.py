@@ -97,12 +97,12 @@ def _block(rows: Rows, spec: RowSpec) -> None:
         return
     if dlogits_BV is None or objective.ce_weight:
         dlogits_BV = torch.zeros_like(log_q1_BV) if dlogits_BV is None else dlogits_BV
-        _add_ce_gradient_(dlogits_BV, log_q1_BV, rows.labels_C, objective.ce_weight * weights_B1, shard)
+        add_ce_gradient_(dlogits_BV, log_q1_BV, rows.labels_C, objective.ce_weight * weights_B1, shard)
     rows.dlogits_CV.copy_(logits_backward_(dlogits_BV, logits_BV, spec.student))
 
 
-def _add_ce_gradient_(
-    dlogits_BV: Tensor, log_q_BV: Tensor, labels_B: Tensor, scale_B1: Tensor, shard: VocabShard | None
+def add_ce_gradient_(
+    dlogits_BV: Tensor, log_q_BV: Tensor, labels_B: Tensor, scale_B1: Tensor, shard: VocabShard | None = None
 ) -> None:
     """Add scale * (q - onehot), where q - 1 = expm1(log q) at the label; log q is overwritten."""
     labels_B1, is_mine_B1 = labels_B[:, None], True

@@ -334,10 +334,7 @@ def row_kernel(
 def _finished(model, cols, dtype: tl.constexpr, V: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr):
     """Logits s of some columns: softcap(scale * (products + bias)), NEVER beyond the vocabulary."""
     row_ptr, bias_ptr, softcap, scale = model
-    if MASKED:
-        s = tl.load(row_ptr + cols, mask=cols < V, other=0.0).to(dtype)
-    else:
-        s = tl.load(row_ptr + cols).to(dtype)
+    s = tl.load(row_ptr + cols, mask=cols < V, other=0.0).to(dtype) if MASKED else tl.load(row_ptr + cols).to(dtype)
     if bias_ptr is not None:
         s += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(dtype)
     if FINISH % 2 == 1:

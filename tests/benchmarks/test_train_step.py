@@ -21,7 +21,7 @@ SCRIPT = ROOT / "benchmarks" / "train_step.py"
 
 def run(output: Path, *arguments: str, commit: str = "c0ffee") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), "--output", str(output), "--small", "--steps", "3", *arguments],
+        [sys.executable, str(SCRIPT), "--output", str(output), "--small", "--steps", "2", *arguments],
         cwd=ROOT,
         env={**os.environ, "KD_COMMIT": commit, "PYTHONPATH": str(ROOT)},
         capture_output=True,

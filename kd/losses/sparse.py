@@ -1,0 +1,189 @@
+"""sparse_distillation_loss: the loss from a teacher of which only the K most likely tokens of each row are known.
+
+Student and teacher are compared over K + 1 outcomes: the teacher's K tokens, and all others as one. Every divergence
+of these is at most that of the full distributions (data-processing inequality), and never negative.
+
+Shapes: ... any leading shape, N supervised rows, C rows of a chunk, B rows of a block of it, K tokens of the teacher,
+O = K + 1 outcomes, V vocabulary, H hidden size.
+
+Gradient. With w and q over outcomes as in `kd.losses.rows`, g = w - q * sum(w) is the gradient in the logit of an
+outcome; a token of the tail has the share softmax(s / T) within the tail of the last outcome's.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kd.losses.checks import check_choice, check_size, check_top_k
+from kd.losses.chunk_plan import plan_chunks
+from kd.losses.chunked import FillRows, RowValues, chunked_loss
+from kd.losses.distillation import DistillationLoss
+from kd.losses.heads import Projection, finish_logits, logits_backward_
+from kd.losses.inputs import Inputs, supervised_inputs
+from kd.losses.objective import Divergence, Objective
+from kd.losses.reference import reference_logits, top_k_kd_rows
+from kd.losses.rows import BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS, DIVERGENCE, add_ce_gradient_
+
+TAILS = ("bucket", "ignore")
+INFINITE_WITHOUT_TAIL = ("reverse_kl", "mixed_kl")
+
+
+def sparse_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Tensor,
+    *,
+    tail: Literal["bucket", "ignore"] = "bucket",
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    mix_weight: float = 0.5,
+    temperature: float = 1.0,
+    kd_weight: float = 0.5,
+    ce_weight: float = 0.5,
+    token_weights: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    student_scale: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+    ignore_index: int = -100,
+    row_index: Tensor | None = None,
+    backend: Literal["auto", "reference", "torch"] = "auto",
+) -> DistillationLoss:
+    """Return what `distillation_loss` does, from the teacher's K most likely tokens: with K = V the two agree.
+
+    Arguments that are not named here are those of
+    `distillation_loss`; memory and products are those of the student alone, 2 * N * V * 3 * H FLOP.
+
+    Args:
+        teacher_ids: (..., K), int64, distinct tokens below the vocabulary in each supervised row.
+        teacher_logprobs: (..., K), their log-probabilities at `temperature`, of the teacher's whole vocabulary; -inf
+            for a token that is there to fill K.
+        tail: "bucket": the mass that the K tokens leave is the teacher's probability of all other tokens together.
+            "ignore": it is dropped, and the teacher's K probabilities are scaled to sum to 1; the student's
+            probability of other tokens remains, and is pushed towards 0. reverse_kl and mixed_kl are then infinite,
+            and refused.
+        backend: "torch", "reference" (full logits, plain autograd), or "auto", which is "torch".
+
+    Raises:
+        ValueError: as `distillation_loss`; positive log-probabilities, or ids that repeat or leave the vocabulary (on
+            the CPU; elsewhere an asynchronous assertion).
+    """
+    check_choice("backend", backend, ("auto", "reference", "torch"))
+    check_choice("reduction", reduction, ("sum", "mean"))
+    check_choice("tail", tail, TAILS)
+    check_size("chunk_size", chunk_size)
+    objective = Objective(divergence, beta, alpha, mix_weight, temperature, kd_weight, ce_weight)
+    if tail == "ignore" and divergence in INFINITE_WITHOUT_TAIL:
+        raise ValueError(f"tail='ignore', divergence={divergence!r}: infinite wherever p is 0; choose tail='bucket'")
+    with torch.autocast(labels.device.type, enabled=False):
+        inputs = supervised_inputs(
+            Projection(student_hidden, student_head, student_bias, student_softcap, student_scale),
+            None,
+            labels,
+            objective,
+            token_weights=token_weights,
+            row_index=row_index,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            vocab_size=vocab_size,
+            logits_dtype=logits_dtype,
+        )
+        check_top_k(teacher_ids, teacher_logprobs, labels, inputs.row_index_N, inputs.vocab_size)
+        ids_NK, logprobs_NK = (
+            tensor.detach().reshape(-1, tensor.shape[-1]).index_select(0, inputs.row_index_N)
+            for tensor in (teacher_ids, teacher_logprobs)
+        )
+        logprobs_NK = logprobs_NK.to(inputs.weights_N.dtype)
+        values = RowValues.empty(inputs)
+        if backend == "reference":
+            logits_NV, _ = reference_logits(inputs)
+            ce_N = torch.nn.functional.cross_entropy(logits_NV, inputs.labels_N, reduction="none")
+            values = RowValues(top_k_kd_rows(logits_NV, ids_NK, logprobs_NK, tail, objective), ce_N, None)
+            loss = ((kd_weight * values.kd_N + ce_weight * ce_N) * inputs.weights_N).sum()
+        else:
+            plan = plan_chunks(inputs.vocab_size, inputs.logits_dtype, has_teacher=False, chunk_size=chunk_size)
+            fill = _fill_from_top_k(inputs, ids_NK, _with_tail(logprobs_NK, tail), values)
+            loss = chunked_loss(inputs, fill, values, plan.student_rows)
+        kd, ce = ((rows_N.detach() * inputs.weights_N).sum() for rows_N in values[:2])
+    return DistillationLoss(loss, kd, ce, torch.full((), inputs.labels_N.shape[0], device=labels.device))
+
+
+def _with_tail(logprobs_NK: Tensor, tail: str) -> Tensor:
+    """Return normalised log-probabilities of the outcomes, (N, O), all finite."""
+    least = torch.finfo(logprobs_NK.dtype).tiny
+    p_tail_N1 = torch.zeros_like(logprobs_NK[:, :1])
+    if tail == "bucket":
+        p_tail_N1 = 1 - logprobs_NK.exp().sum(-1, keepdim=True)
+    log_p_NO = torch.cat([logprobs_NK, p_tail_N1.clamp_min(least).log()], dim=1)
+    return torch.log_softmax(log_p_NO.clamp_min(math.log(least)), dim=1)
+
+
+def _fill_from_top_k(inputs: Inputs, ids_NK: Tensor, log_p_NO: Tensor, values: RowValues) -> FillRows:
+    """Return what fills `values` from the teacher's outcomes, a block of rows at a time."""
+    student = inputs.student.slice_head(inputs.vocab_size)
+    block_elements = CPU_BLOCK_ELEMENTS if ids_NK.is_cpu else BLOCK_ELEMENTS
+    block_rows = max(1, block_elements // inputs.vocab_size)
+
+    def fill(chunk: slice, student_CV: Tensor, dlogits_CV: Tensor | None) -> None:
+        for start in range(0, student_CV.shape[0], block_rows):
+            block = slice(start, start + block_rows)
+            rows = slice(chunk.start + start, min(chunk.start + start + block_rows, chunk.stop))
+            logits_BV = finish_logits(student_CV[block], student, inputs.weights_N.dtype)
+            kd_B, ce_B, dlogits_BV = _block(
+                logits_BV,
+                ids_NK[rows],
+                log_p_NO[rows],
+                inputs.labels_N[rows],
+                inputs.weights_N[rows],
+                inputs.objective,
+                needs_grad=dlogits_CV is not None,
+            )
+            values.kd_N[rows], values.ce_N[rows] = kd_B, ce_B
+            if dlogits_CV is not None and dlogits_BV is not None:
+                dlogits_CV[block] = logits_backward_(dlogits_BV, logits_BV, student)
+
+    return fill
+
+
+def _block(
+    logits_BV: Tensor,
+    ids_BK: Tensor,
+    log_p_BO: Tensor,
+    labels_B: Tensor,
+    weights_B: Tensor,
+    objective: Objective,
+    *,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return kd and ce of each row, and the gradient of the finished logits."""
+    temperature = objective.temperature
+    log_q1_BV = torch.log_softmax(logits_BV, dim=-1)  # at T = 1, for cross-entropy
+    ce_B = -log_q1_BV.gather(1, labels_B[:, None]).squeeze(1)
+
+    tail_BV = logits_BV / temperature
+    top_BK = tail_BV.gather(1, ids_BK)
+    tail_BV.scatter_(1, ids_BK, -torch.inf)
+    # clamped, since all V tokens may be the teacher's: then the tail is empty
+    lse_tail_B1 = torch.logsumexp(tail_BV, dim=-1, keepdim=True).clamp_min(torch.finfo(tail_BV.dtype).min)
+    log_q_BO = torch.log_softmax(torch.cat([top_BK, lse_tail_B1], dim=1), dim=1)
+    log_q_BO.clamp_min_(math.log(torch.finfo(log_q_BO.dtype).tiny))
+    divergence_B, w_BO = DIVERGENCE[objective.divergence](log_p_BO, log_q_BO, objective.parameter)
+    kd_B = temperature**2 * divergence_B.clamp_min(0)  # below 0 by rounding alone
+    if not needs_grad:
+        return kd_B, ce_B, None
+
+    scale_B1 = objective.kd_weight * temperature * weights_B[:, None]
+    g_BO = scale_B1 * (w_BO - log_q_BO.exp() * w_BO.sum(-1, keepdim=True))
+    dlogits_BV = tail_BV.sub_(lse_tail_B1).exp_().mul_(g_BO[:, -1:])
+    dlogits_BV.scatter_(1, ids_BK, g_BO[:, :-1])
+    if objective.ce_weight:
+        add_ce_gradient_(dlogits_BV, log_q1_BV, labels_B, objective.ce_weight * weights_B[:, None])
+    return kd_B, ce_B, dlogits_BV
