@@ -118,7 +118,7 @@ class LossSection(Section):
     ce_weight: Annotated[float, Field(ge=0.0)] = 0.5
     chunk_size: Positive | None = None
     logits_dtype: Literal["float32", "bfloat16"] | None = None
-    backend: Literal["auto", "torch", "reference"] = "auto"
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
 
     @model_validator(mode="after")
     def _some_weight(self) -> "LossSection":

@@ -57,12 +57,14 @@ def fill_from_teacher(inputs: Inputs, row_function: RowFunction, plan: ChunkPlan
     def fill(chunk: slice, student_CV: Tensor, dlogits_CV: Tensor | None) -> None:
         num_rows = student_CV.shape[0]
         step = plan.teacher_rows if teacher else num_rows
-        buffer_CV = teacher and logits_buffer(teacher.weight_VH, min(step, num_rows), inputs.logits_dtype)
+        buffer_CV = None
+        if teacher is not None:
+            buffer_CV = logits_buffer(teacher.weight_VH, min(step, num_rows), inputs.logits_dtype)
         for start in range(0, num_rows, step):
             part = slice(start, min(start + step, num_rows))
             index = slice(chunk.start + part.start, chunk.start + part.stop)
             teacher_CV = None
-            if teacher is not None:
+            if teacher is not None and buffer_CV is not None:
                 teacher_CV = buffer_CV[: part.stop - part.start]
                 product(teacher.rows(inputs.row_index_N[index], dtype), teacher.weight_VH.T, out=teacher_CV)
             rows = Rows(
@@ -85,13 +87,15 @@ def chunked_loss(inputs: Inputs, fill: FillRows, values: RowValues, chunk_size: 
     student, objective = inputs.student, inputs.objective
     learners = (student.hidden_MH, student.weight_VH, student.bias_V)
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in learners]
-    gradients = _gradients(inputs, fill, chunk_size, needs_grad)
+    grad_hidden_MH, grad_weight_VH, grad_bias_V = _gradients(inputs, fill, chunk_size, needs_grad)
     loss_N = (objective.kd_weight * values.kd_N).add_(values.ce_N, alpha=objective.ce_weight)
     loss = loss_N.mul_(inputs.weights_N).sum()
     if any(needs_grad):
         # cast here, where the buffers of logits are gone
-        gradients = tuple(g if g is None else g.to(t.dtype) for g, t in zip(gradients, learners, strict=True))
-        loss = _WithGradients.apply(loss, gradients, *learners)
+        head_dtype = student.weight_VH.dtype
+        grad_weight_VH = None if grad_weight_VH is None else grad_weight_VH.to(head_dtype)
+        grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(head_dtype)
+        loss = _WithGradients.apply(loss, (grad_hidden_MH, grad_weight_VH, grad_bias_V), *learners)
     return loss
 
 

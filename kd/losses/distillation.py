@@ -145,6 +145,11 @@ def distillation_loss_with_diagnostics(*args: Any, **options: Any) -> tuple[Dist
     return _distill(call.arguments, wants_diagnostics=True)
 
 
+distillation_loss_with_diagnostics.__signature__ = inspect.signature(distillation_loss).replace(  # type: ignore[attr-defined]
+    return_annotation=tuple[DistillationLoss, RowDiagnostics | None]
+)
+
+
 def _distill(arguments: dict[str, Any], wants_diagnostics: bool) -> tuple[DistillationLoss, RowDiagnostics | None]:
     """The arguments of `distillation_loss` by name."""
     a = SimpleNamespace(**arguments)

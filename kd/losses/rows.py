@@ -41,8 +41,10 @@ class Rows(NamedTuple):
     dlogits_CV: Tensor | None  # out: gradient in student_CV, whose storage it may share as gradient_view does
     diagnostics_C5: Tensor | None  # out: DIAGNOSTICS; None without a teacher or where nobody asks
 
-    def __getitem__(self, rows: slice) -> "Rows":  # type: ignore[override]
-        return Rows(*(None if tensor is None else tensor[rows] for tensor in self))
+    def block(self, rows: slice) -> "Rows":
+        """The same of some rows alone."""
+        parts = {name: None if tensor is None else tensor[rows] for name, tensor in self._asdict().items()}
+        return Rows(**parts)
 
 
 class RowSpec(NamedTuple):
@@ -71,7 +73,7 @@ def torch_rows(rows: Rows, spec: RowSpec) -> None:
     # A block of a shard waits for other ranks, so there is only one.
     block_rows = num_rows if spec.shard else max(1, block_elements // vocab_size)
     for start in range(0, num_rows, max(1, block_rows)):
-        _block(rows[start : start + block_rows], spec)
+        _block(rows.block(slice(start, start + block_rows)), spec)
 
 
 def _block(rows: Rows, spec: RowSpec) -> None:
@@ -105,13 +107,14 @@ def add_ce_gradient_(
     dlogits_BV: Tensor, log_q_BV: Tensor, labels_B: Tensor, scale_B1: Tensor, shard: VocabShard | None = None
 ) -> None:
     """Add scale * (q - onehot), where q - 1 = expm1(log q) at the label; log q is overwritten."""
-    labels_B1, is_mine_B1 = labels_B[:, None], True
+    is_mine_B = None
     if shard is not None:
-        labels_B1, is_mine_B1 = (tensor[:, None] for tensor in shard.local_labels(labels_B))
+        labels_B, is_mine_B = shard.local_labels(labels_B)
+    labels_B1 = labels_B[:, None]
     at_label_B1 = dlogits_BV.gather(1, labels_B1) + scale_B1 * (log_q_BV.gather(1, labels_B1).expm1())
     dlogits_BV.addcmul_(log_q_BV.exp_(), scale_B1)
-    if shard is not None:
-        at_label_B1 = torch.where(is_mine_B1, at_label_B1, dlogits_BV.gather(1, labels_B1))
+    if is_mine_B is not None:
+        at_label_B1 = torch.where(is_mine_B[:, None], at_label_B1, dlogits_BV.gather(1, labels_B1))
     dlogits_BV.scatter_(1, labels_B1, at_label_B1)
 
 

@@ -77,9 +77,10 @@ def test_the_bare_floor_is_sliced_when_memory_is_short(problem, monkeypatch):
     assert measure.rows_that_fit(problem, 0) == 50
     rows_bytes = 20 * SHAPE.vocab_size * 4
     gradient_bytes = 4 * SHAPE.student_hidden_size * (50 + SHAPE.vocab_size)
-    free_bytes = measure.SPARE_BYTES + 1000 + gradient_bytes + rows_bytes
+    free_bytes = measure.SPARE_BYTES + rows_bytes + gradient_bytes + rows_bytes
     monkeypatch.setattr(measure, "_free_bytes", lambda device: free_bytes)
-    assert measure.rows_that_fit(problem, 1000) == 13
+    assert measure.rows_that_fit(problem, rows_bytes) == 13
+    assert measure.rows_that_fit(problem, 0) == 25
 
 
 @pytest.mark.parametrize("is_kept", [False, True])

@@ -1,0 +1,111 @@
+"""Compiles the row kernel for a GPU that is not there, by the loss itself, and prints what came of it as JSON.
+
+Triton's own launcher runs, up to the launch: its specialisation and its cache are those of a GPU's. A script, for in
+the process of the other tests Triton interprets.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import kd.losses.chunked
+import kd.losses.heads
+from kd.losses import DIVERGENCES, Objective
+from kd.losses.chunk_plan import ChunkPlan
+from kd.losses.chunked import RowValues, chunked_loss, fill_from_teacher
+from kd.losses.heads import Projection
+from kd.losses.inputs import supervised_inputs
+from kd.losses.triton_rows import row_kernel, triton_rows
+
+VOCAB_SIZE, DEVICE = 5008, 0  # a multiple of 16, as rows of CUDA's buffers are
+PLAN = ChunkPlan(64, 8)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def compile_for(capability):
+    """Make Triton believe in a GPU of this compute capability, and stop before every launch."""
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: DEVICE,
+        get_current_stream=lambda _: 0,
+    )
+    triton.runtime.driver.set_active(driver)
+    row_kernel.device_caches.clear()
+    launch = type(row_kernel).run
+    row_kernel.run = lambda *args, **options: launch(row_kernel, *args, **options | {"warmup": True})
+    # bf16 operands and fp32 products, as on CUDA, without the products, for which the CPU has no kernel
+    kd.losses.heads.operand = lambda tensor, _: tensor
+    kd.losses.chunked.product = _no_product
+    kd.losses.chunked.addmm_ = lambda *_, is_first: None
+
+
+def _no_product(a, b, *, dtype=None, out=None):
+    return torch.zeros(a.shape[0], b.shape[1], dtype=dtype) if out is None else out
+
+
+def compiled():
+    """The kernels in Triton's cache."""
+    return list(row_kernel.device_caches[DEVICE][0].values())
+
+
+def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True, dtype=torch.bfloat16):
+    """The chunk loop on the CPU, with whatever a kernel that never ran leaves."""
+    weights = (torch.zeros(VOCAB_SIZE, 4, dtype=dtype).requires_grad_(), torch.zeros(VOCAB_SIZE, 6, dtype=dtype))
+    bias = None if softcap is None else torch.zeros(VOCAB_SIZE, dtype=dtype)
+    inputs = supervised_inputs(
+        Projection(torch.zeros(num_rows, 4, dtype=dtype), weights[0], bias, softcap, 1.0 if softcap is None else 0.5),
+        Projection(torch.zeros(num_rows, 6, dtype=dtype), weights[1]),
+        torch.zeros(num_rows, dtype=torch.int64),
+        objective or Objective(),
+        token_weights=None,
+        row_index=torch.arange(num_rows),
+        ignore_index=-100,
+        reduction="sum",
+        vocab_size=None,
+        logits_dtype=None,
+    )
+    values = RowValues.empty(inputs, diagnostics=diagnostics)
+    chunked_loss(inputs, fill_from_teacher(inputs, triton_rows, plan, values), values, plan.student_rows)
+
+
+def resources(kernel):
+    """Registers, bytes of stack and of local memory (spilled registers) of a thread, as NVIDIA's tool reads them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.check_output([CUOBJDUMP, "-res-usage", file.name], text=True)
+    (line,) = (line for line in text.splitlines() if "REG:" in line)
+    return {key: int(value) for key, value in (part.split(":") for part in line.split() if part.count(":") == 1)}
+
+
+def main():
+    compile_for(90)
+    counts = []
+    for num_rows in (5, 1, 8, 63, 64, 65, 513):
+        run(num_rows)
+        run(num_rows, plan=ChunkPlan(5, 3))
+        counts.append(len(compiled()))
+    kernels = {}
+    for capability in (80, 90):
+        compile_for(capability)
+        for divergence in DIVERGENCES:
+            run(9, Objective(divergence))
+            kernels[f"sm_{capability} {divergence}"] = resources(compiled()[-1])
+    run(9, Objective("mixed_kl", temperature=2.0), softcap=30.0)
+    kernels["sm_90 everything at once"] = resources(compiled()[-1])
+    run(9, Objective(kd_weight=0.0), diagnostics=False)
+    kernels["sm_90 cross-entropy"] = resources(compiled()[-1])
+    json.dump({"counts": counts, "kernels": kernels}, sys.stdout)
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    main()
