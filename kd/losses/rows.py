@@ -12,7 +12,7 @@ but w = -p.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ class Rows(NamedTuple):
 
     def block(self, rows: slice) -> "Rows":
         """The same of some rows alone."""
-        parts = {name: None if tensor is None else tensor[rows] for name, tensor in self._asdict().items()}
+        parts: dict[str, Any] = {
+            name: None if tensor is None else tensor[rows] for name, tensor in self._asdict().items()
+        }
         return Rows(**parts)
 
 

@@ -110,7 +110,7 @@ def test_a_second_call_measures_only_what_is_missing(output, report) -> None:
 
 
 def test_a_device_that_is_not_there_is_an_error(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_step.py", "--output", str(tmp_path), "--device", "cuda"])
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--output", str(tmp_path), "--device", "cuda", "--small"])
     with pytest.raises(UserError, match="DS_ACCELERATOR=cpu"):
         main()
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,8 @@ from kd.losses.chunk_plan import ChunkPlan
 from kd.losses.chunked import RowValues, chunked_loss, fill_from_teacher
 from kd.losses.heads import Projection
 from kd.losses.inputs import supervised_inputs
-from kd.losses.triton_rows import row_kernel, triton_rows
+from kd.losses.triton_kernel import row_kernel
+from kd.losses.triton_rows import triton_rows
 
 VOCAB_SIZE, DEVICE = 5008, 0  # a multiple of 16, as rows of CUDA's buffers are
 PLAN = ChunkPlan(64, 8)

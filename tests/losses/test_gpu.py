@@ -114,7 +114,7 @@ def test_peak_memory_is_logits_of_the_chunks_and_gradients(make_problem, backend
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_with_row_index_the_host_never_waits_and_nothing_is_compiled_twice(make_problem, backend):
-    from kd.losses.triton_rows import row_kernel
+    from kd.losses.triton_kernel import row_kernel
 
     problems = [
         on_gpu(make_problem((num_rows,), (8, 16), (3000, 3000), ignored=0, dtype=torch.bfloat16))
