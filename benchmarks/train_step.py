@@ -359,7 +359,6 @@ def settle(device: torch.device) -> float | None:
         return None
     gc.collect()
     synchronize(device)
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device) / 2**30
 

@@ -4,6 +4,7 @@ Triton's own launcher runs, up to the launch: its specialisation and its cache a
 the process of the other tests Triton interprets.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -23,6 +25,7 @@ from kd.losses.chunk_plan import ChunkPlan
 from kd.losses.chunked import RowValues, chunked_loss, fill_from_teacher
 from kd.losses.heads import Projection
 from kd.losses.inputs import supervised_inputs
+from kd.losses.sharding import VocabShard
 from kd.losses.triton_kernel import row_kernel
 from kd.losses.triton_rows import triton_rows
 
@@ -57,8 +60,9 @@ def compiled():
     return list(row_kernel.device_caches[DEVICE][0].values())
 
 
-def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True, dtype=torch.bfloat16):
+def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True, shard=None):
     """The chunk loop on the CPU, with whatever a kernel that never ran leaves."""
+    dtype = torch.bfloat16
     weights = (torch.zeros(VOCAB_SIZE, 4, dtype=dtype).requires_grad_(), torch.zeros(VOCAB_SIZE, 6, dtype=dtype))
     bias = None if softcap is None else torch.zeros(VOCAB_SIZE, dtype=dtype)
     inputs = supervised_inputs(
@@ -73,6 +77,7 @@ def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True, 
         vocab_size=None,
         logits_dtype=None,
     )
+    inputs = dataclasses.replace(inputs, shard=shard)
     values = RowValues.empty(inputs, diagnostics=diagnostics)
     chunked_loss(inputs, fill_from_teacher(inputs, triton_rows, plan, values), values, plan.student_rows)
 
@@ -104,6 +109,12 @@ def main():
     kernels["sm_90 everything at once"] = resources(compiled()[-1])
     run(9, Objective(kd_weight=0.0), diagnostics=False)
     kernels["sm_90 cross-entropy"] = resources(compiled()[-1])
+    dist.all_reduce = lambda *_, **__: None
+    for divergence in DIVERGENCES:
+        num_before = len(compiled())
+        run(9, Objective(divergence), shard=VocabShard(None, 0, VOCAB_SIZE, VOCAB_SIZE))
+        for number, kernel in enumerate(compiled()[num_before:]):
+            kernels[f"sm_90 {divergence} of a slice, launch {number}"] = resources(kernel)
     json.dump({"counts": counts, "kernels": kernels}, sys.stdout)
 
 
