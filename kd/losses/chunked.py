@@ -87,15 +87,11 @@ def chunked_loss(inputs: Inputs, fill: FillRows, values: RowValues, chunk_size: 
     student, objective = inputs.student, inputs.objective
     learners = (student.hidden_MH, student.weight_VH, student.bias_V)
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in learners]
-    grad_hidden_MH, grad_weight_VH, grad_bias_V = _gradients(inputs, fill, chunk_size, needs_grad)
+    gradients = _gradients(inputs, fill, chunk_size, needs_grad)
     loss_N = (objective.kd_weight * values.kd_N).add_(values.ce_N, alpha=objective.ce_weight)
     loss = loss_N.mul_(inputs.weights_N).sum()
     if any(needs_grad):
-        # cast here, where the buffers of logits are gone
-        head_dtype = student.weight_VH.dtype
-        grad_weight_VH = None if grad_weight_VH is None else grad_weight_VH.to(head_dtype)
-        grad_bias_V = None if grad_bias_V is None else grad_bias_V.to(head_dtype)
-        loss = _WithGradients.apply(loss, (grad_hidden_MH, grad_weight_VH, grad_bias_V), *learners)
+        loss = _WithGradients.apply(loss, gradients, *learners)
     return loss
 
 
@@ -143,16 +139,25 @@ def _zeros_from(first_row: int, like_VH: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known: forward keeps them and no input, backward scales them."""
+    """A loss whose gradients are known: forward keeps them and no input, backward scales them and rounds them once."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Gradients, *learners: Tensor | None) -> Tensor:
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if learner is None else learner.dtype for learner in learners]
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # on the device and out of place: grad_output is a loss scale, and backward may run again
-        gradients = ctx.saved_tensors
-        return None, None, *(None if gradient is None else gradient * grad_output for gradient in gradients)
+        # In place, unless the graph is kept and backward may run again.
+        overwrites = not torch._C._autograd._get_current_graph_task_keep_graph()
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, None, *(None if g is None else _scaled(g, grad_output, dtype, overwrites) for g, dtype in pairs)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, overwrites: bool) -> Tensor:
+    """Return gradient * factor in `dtype`. The factor, a loss scale perhaps, is never read by the host."""
+    out = gradient if overwrites and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    # of one dimension, since a factor of none would be rounded to the gradient's dtype first
+    return torch.mul(gradient, factor.reshape(1), out=out)

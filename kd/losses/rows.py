@@ -8,9 +8,10 @@ Shapes: C rows of a chunk, B rows of a block of it, V shared vocabulary or this 
 Gradient. Let q = softmax(s / T), D the divergence, f = dD/dq and w = q * f. Then
 T^2 * dD/ds = T * (w - q * sum(w)), and adding a multiple of q to w changes nothing. Each w below is written
 without a division by a probability, so that it stays finite where q underflows: forward_kl has f = -p / q,
-but w = -p.
+but w = -p. Every divergence is a function of p, q and log(p / q).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from kd.losses.heads import Projection, finish_logits, logits_backward_
 from kd.losses.objective import Objective
-from kd.losses.reference import log_mixture
-from kd.losses.sharding import VocabShard, all_ranks_sum_, gather_labels, log_softmax
+from kd.losses.sharding import Softmax, VocabShard, all_ranks_sum_, gather_labels, softmax
 
 # Logits worked on at a time, for each of which up to ten intermediates exist: few on a CPU, to stay in its cache.
 CPU_BLOCK_ELEMENTS = 2**18
@@ -82,120 +82,126 @@ def _block(rows: Rows, spec: RowSpec) -> None:
     objective, shard, dtype = spec.objective, spec.shard, rows.weights_C.dtype
     weights_B1, temperature, dlogits_BV = rows.weights_C[:, None], objective.temperature, None
     logits_BV = finish_logits(rows.student_CV, spec.student, dtype)
-    log_q1_BV = log_softmax(logits_BV, shard)  # at T = 1, for cross-entropy
-    log_q1_label_B1 = gather_labels(log_q1_BV, rows.labels_C, shard)
+    q1 = softmax(logits_BV, shard)  # at T = 1, for cross-entropy
+    log_q1_label_B1 = gather_labels(logits_BV, rows.labels_C, shard) - q1.lse_B1
     torch.neg(log_q1_label_B1.squeeze(1), out=rows.ce_C)
     rows.kd_C.zero_()
     if rows.teacher_CV is not None and spec.teacher is not None:
-        log_q_BV = log_q1_BV if temperature == 1.0 else log_softmax(logits_BV / temperature, shard)
-        log_p_BV = log_softmax(_tempered(finish_logits(rows.teacher_CV, spec.teacher, dtype), temperature), shard)
-        divergence_B, w_BV = DIVERGENCE[objective.divergence](log_p_BV, log_q_BV, objective.parameter)
-        rows.kd_C.add_(all_ranks_sum_(divergence_B, shard), alpha=temperature**2)
+        q = q1 if temperature == 1.0 else softmax(logits_BV / temperature, shard)
+        teacher_BV = finish_logits(rows.teacher_CV, spec.teacher, dtype)
+        p = softmax(teacher_BV if temperature == 1.0 else teacher_BV / temperature, shard)
+        log_ratio_BV = torch.sub(p.logits_BV, q.logits_BV).add_(q.lse_B1 - p.lse_B1)
         if rows.diagnostics_C5 is not None:
-            rows.diagnostics_C5.copy_(_diagnostics(log_p_BV, log_q_BV, shard))
+            rows.diagnostics_C5.copy_(_diagnostics(p, q, log_ratio_BV, shard))
+        kd_of = DIVERGENCE[objective.divergence]
+        divergence_B, w_BV = kd_of(p.probability_BV, q.probability_BV, log_ratio_BV, objective.parameter)
+        rows.kd_C.add_(all_ranks_sum_(divergence_B, shard), alpha=temperature**2)
         if rows.dlogits_CV is not None:
             w_sum_B1 = all_ranks_sum_(w_BV.sum(-1, keepdim=True), shard)
-            kd_scale_B1 = objective.kd_weight * temperature * weights_B1
-            dlogits_BV = w_BV.mul_(kd_scale_B1).addcmul_(log_q_BV.exp(), kd_scale_B1 * w_sum_B1, value=-1)
+            scale_B1 = objective.kd_weight * temperature * weights_B1
+            dlogits_BV = w_BV.mul_(scale_B1).addcmul_(q.probability_BV, scale_B1 * w_sum_B1, value=-1)
     if rows.dlogits_CV is None:
         return
     if dlogits_BV is None or objective.ce_weight:
-        dlogits_BV = torch.zeros_like(log_q1_BV) if dlogits_BV is None else dlogits_BV
-        add_ce_gradient_(dlogits_BV, log_q1_BV, rows.labels_C, objective.ce_weight * weights_B1, shard)
+        dlogits_BV = torch.zeros_like(logits_BV) if dlogits_BV is None else dlogits_BV
+        scale_B1 = objective.ce_weight * weights_B1
+        add_ce_gradient_(dlogits_BV, q1.probability_BV, log_q1_label_B1, rows.labels_C, scale_B1, shard)
     rows.dlogits_CV.copy_(logits_backward_(dlogits_BV, logits_BV, spec.student))
 
 
 def add_ce_gradient_(
-    dlogits_BV: Tensor, log_q_BV: Tensor, labels_B: Tensor, scale_B1: Tensor, shard: VocabShard | None = None
+    dlogits_BV: Tensor,
+    q_BV: Tensor,
+    log_q_label_B1: Tensor,
+    labels_B: Tensor,
+    scale_B1: Tensor,
+    shard: VocabShard | None = None,
 ) -> None:
-    """Add scale * (q - onehot), where q - 1 = expm1(log q) at the label; log q is overwritten."""
+    """Add scale * (q - onehot), where q - 1 = expm1(log q) at the label."""
     is_mine_B = None
     if shard is not None:
         labels_B, is_mine_B = shard.local_labels(labels_B)
     labels_B1 = labels_B[:, None]
-    at_label_B1 = dlogits_BV.gather(1, labels_B1) + scale_B1 * (log_q_BV.gather(1, labels_B1).expm1())
-    dlogits_BV.addcmul_(log_q_BV.exp_(), scale_B1)
+    at_label_B1 = dlogits_BV.gather(1, labels_B1) + scale_B1 * log_q_label_B1.expm1()
+    dlogits_BV.addcmul_(q_BV, scale_B1)
     if is_mine_B is not None:
         at_label_B1 = torch.where(is_mine_B[:, None], at_label_B1, dlogits_BV.gather(1, labels_B1))
     dlogits_BV.scatter_(1, labels_B1, at_label_B1)
 
 
-def _diagnostics(log_p_BV: Tensor, log_q_BV: Tensor, shard: VocabShard | None) -> Tensor:
+def _diagnostics(p: Softmax, q: Softmax, log_ratio_BV: Tensor, shard: VocabShard | None) -> Tensor:
     """Return DIAGNOSTICS of each row, (B, 5). Models agree where one token is the most likely of both."""
-    p_BV, q_BV = log_p_BV.exp(), log_q_BV.exp()
-    difference_BV = log_p_BV - log_q_BV
-    top_B2 = torch.stack([log_p_BV.amax(-1), log_q_BV.amax(-1)], dim=1)
-    if shard is not None:
-        shard.max_(top_B2)
-    agrees_BV = (log_p_BV == top_B2[:, :1]).logical_and_(log_q_BV == top_B2[:, 1:])
+    agrees_BV = (p.logits_BV == p.top_B1).logical_and_(q.logits_BV == q.top_B1)
     sums = (
-        _dot(p_BV, difference_BV),
-        -_dot(q_BV, difference_BV),
-        -_dot(q_BV, log_q_BV),
-        -_dot(p_BV, log_p_BV),
-        agrees_BV.any(-1).to(p_BV.dtype),
+        _dot(p.probability_BV, log_ratio_BV),
+        -_dot(q.probability_BV, log_ratio_BV),
+        -_dot(q.probability_BV, q.logits_BV),
+        -_dot(p.probability_BV, p.logits_BV),
+        agrees_BV.any(-1).to(log_ratio_BV.dtype),
     )
     diagnostics_B5 = all_ranks_sum_(torch.stack(sums, dim=1), shard)
-    diagnostics_B5[:, 4].clamp_max_(1.0)
+    diagnostics_B5[:, 2:4] += torch.cat([q.lse_B1, p.lse_B1], dim=1)
+    diagnostics_B5[:, 4].clamp_max_(1.0)  # slices may tie
     return diagnostics_B5
-
-
-def _tempered(logits_BV: Tensor, temperature: float) -> Tensor:
-    return logits_BV if temperature == 1.0 else logits_BV / temperature
 
 
 def _dot(a_BV: Tensor, b_BV: Tensor) -> Tensor:
     return torch.linalg.vecdot(a_BV, b_BV)
 
 
-def _forward_kl(log_p_BV: Tensor, log_q_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
-    p_BV = log_p_BV.exp()
-    return _dot(p_BV, log_p_BV - log_q_BV), p_BV.neg_()  # f = -p / q
+# Each takes p, q, log(p / q) and the divergence's parameter, and returns the divergence of each row and w. It may
+# overwrite p and log(p / q).
 
 
-def _reverse_kl(log_p_BV: Tensor, log_q_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
-    w_BV = log_q_BV.exp() * (log_q_BV - log_p_BV)  # f = log q - log p + 1
+def _forward_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    return _dot(p_BV, log_ratio_BV), p_BV.neg_()  # f = -p / q
+
+
+def _reverse_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    w_BV = log_ratio_BV.neg_().mul_(q_BV)  # f = log q - log p + 1
     return w_BV.sum(-1), w_BV
 
 
-def _mixed_kl(log_p_BV: Tensor, log_q_BV: Tensor, mix_weight: float) -> tuple[Tensor, Tensor]:
-    forward_B, forward_w_BV = _forward_kl(log_p_BV, log_q_BV, 0.0)
-    reverse_B, reverse_w_BV = _reverse_kl(log_p_BV, log_q_BV, 0.0)
+def _mixed_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, mix_weight: float) -> tuple[Tensor, Tensor]:
+    forward_B, forward_w_BV = _forward_kl(p_BV, q_BV, log_ratio_BV, 0.0)
+    reverse_B, reverse_w_BV = _reverse_kl(p_BV, q_BV, log_ratio_BV, 0.0)
     return torch.lerp(reverse_B, forward_B, mix_weight), reverse_w_BV.lerp_(forward_w_BV, mix_weight)
 
 
-def _jsd(log_p_BV: Tensor, log_q_BV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    log_m_BV = log_mixture(log_p_BV, log_q_BV, beta)
+def _jsd(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    log_p_over_m_BV = _log_over_mixture(log_ratio_BV, beta)
     # the terms of m's own derivative add up to the constant 1, so f = (1 - beta) * (log q - log m)
-    w_BV = (1 - beta) * log_q_BV.exp() * (log_q_BV - log_m_BV)
-    return beta * _dot(log_p_BV.exp(), log_p_BV - log_m_BV) + w_BV.sum(-1), w_BV
+    w_BV = torch.sub(log_p_over_m_BV, log_ratio_BV).mul_(q_BV).mul_(1 - beta)
+    return beta * _dot(p_BV, log_p_over_m_BV) + w_BV.sum(-1), w_BV
 
 
-def _skew_kl(log_p_BV: Tensor, log_q_BV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    log_m_BV = log_mixture(log_p_BV, log_q_BV, alpha)
-    p_BV = log_p_BV.exp()
+def _skew_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    log_p_over_m_BV = _log_over_mixture(log_ratio_BV, alpha)
+    skew_kl_B = _dot(p_BV, log_p_over_m_BV)
     # f = -(1 - alpha) * p / m, and q / m <= 1 / (1 - alpha)
-    w_BV = -(1 - alpha) * p_BV * (log_q_BV - log_m_BV).exp()
-    return _dot(p_BV, log_p_BV - log_m_BV), w_BV
+    return skew_kl_B, log_p_over_m_BV.sub_(log_ratio_BV).exp_().mul_(p_BV).mul_(alpha - 1)
 
 
-def _skew_reverse_kl(log_p_BV: Tensor, log_q_BV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    log_ratio_BV = log_q_BV - log_mixture(log_q_BV, log_p_BV, alpha)
-    q_BV = log_q_BV.exp()
+def _skew_reverse_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    log_q_over_m_BV = _log_over_mixture(log_ratio_BV.neg_(), alpha)
+    skew_reverse_kl_B = _dot(q_BV, log_q_over_m_BV)
     # f = log(q / m) + 1 - alpha * q / m, and q / m <= 1 / alpha
-    w_BV = q_BV * (log_ratio_BV - alpha * log_ratio_BV.exp())
-    return _dot(q_BV, log_ratio_BV), w_BV
+    return skew_reverse_kl_B, log_q_over_m_BV.sub_(log_q_over_m_BV.exp(), alpha=alpha).mul_(q_BV)
 
 
-def _tvd(log_p_BV: Tensor, log_q_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
-    q_BV = log_q_BV.exp()
-    difference_BV = q_BV - log_p_BV.exp()
+def _tvd(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    difference_BV = torch.sub(q_BV, p_BV)
     tvd_B = 0.5 * difference_BV.abs().sum(-1)
-    return tvd_B, q_BV.mul_(difference_BV.sign_()).mul_(0.5)  # f = sign(q - p) / 2
+    return tvd_B, difference_BV.sign_().mul_(q_BV).mul_(0.5)  # f = sign(q - p) / 2
 
 
-# (log p, log q, parameter) -> (divergence of each row, w)
-DIVERGENCE: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+def _log_over_mixture(log_ratio_BV: Tensor, weight: float) -> Tensor:
+    """Return log(a / m), where m = weight * a + (1 - weight) * b and log_ratio = log(a / b)."""
+    log_weight = torch.full((), math.log(weight), dtype=log_ratio_BV.dtype, device=log_ratio_BV.device)
+    return torch.logaddexp(math.log1p(-weight) - log_ratio_BV, log_weight).neg_()
+
+
+DIVERGENCE: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "mixed_kl": _mixed_kl,

@@ -1,9 +1,10 @@
 """VocabShard: this rank's slice of a vocabulary whose heads are split over a process group, as DTensor's Shard(0) does.
 
-Shapes: C rows of a chunk, V tokens of this rank's slice.
+Shapes: C rows of a chunk, B rows of a block of it, V tokens of this rank's slice.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,11 +59,24 @@ def all_ranks_sum_(values: Tensor, shard: VocabShard | None) -> Tensor:
     return values if shard is None else shard.sum_(values)
 
 
-def log_softmax(logits_CV: Tensor, shard: VocabShard | None) -> Tensor:
-    """Fresh log-probabilities (C, V) over the whole vocabulary, of which V may be a slice."""
-    if shard is None:
-        return torch.log_softmax(logits_CV, dim=-1)
-    return logits_CV - shard.logsumexp(torch.logsumexp(logits_CV, dim=-1))[:, None]
+class Softmax(NamedTuple):
+    """Probabilities of logits over the whole vocabulary, of which V may be a slice, and log(sum(exp)) and maximum."""
+
+    probability_BV: Tensor
+    logits_BV: Tensor
+    lse_B1: Tensor
+    top_B1: Tensor
+
+
+def softmax(logits_BV: Tensor, shard: VocabShard | None) -> Softmax:
+    """Return the softmax, in new memory. log(sum(exp)) is read off the largest probability, without another exp()."""
+    probability_BV, top_B1 = torch.softmax(logits_BV, dim=-1), logits_BV.amax(-1, keepdim=True)
+    lse_B1 = top_B1 - probability_BV.amax(-1, keepdim=True).log_()
+    if shard is not None:
+        slice_lse_B1, lse_B1 = lse_B1, shard.logsumexp(lse_B1)
+        probability_BV *= (slice_lse_B1 - lse_B1).exp_()
+        top_B1 = shard.max_(top_B1)
+    return Softmax(probability_BV, logits_BV, lse_B1, top_B1)
 
 
 def gather_labels(values_CV: Tensor, labels_C: Tensor, shard: VocabShard | None) -> Tensor:

@@ -25,6 +25,7 @@ from kd.losses.inputs import Inputs, supervised_inputs
 from kd.losses.objective import Divergence, Objective
 from kd.losses.reference import reference_logits, top_k_kd_rows
 from kd.losses.rows import BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS, DIVERGENCE, add_ce_gradient_
+from kd.losses.sharding import gather_labels, softmax
 
 TAILS = ("bucket", "ignore")
 INFINITE_WITHOUT_TAIL = ("reverse_kl", "mixed_kl")
@@ -165,8 +166,8 @@ def _block(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return kd and ce of each row, and the gradient of the finished logits."""
     temperature = objective.temperature
-    log_q1_BV = torch.log_softmax(logits_BV, dim=-1)  # at T = 1, for cross-entropy
-    ce_B = -log_q1_BV.gather(1, labels_B[:, None]).squeeze(1)
+    q1 = softmax(logits_BV, None)  # at T = 1, for cross-entropy
+    log_q1_label_B1 = gather_labels(logits_BV, labels_B, None) - q1.lse_B1
 
     tail_BV = logits_BV / temperature
     top_BK = tail_BV.gather(1, ids_BK)
@@ -175,15 +176,18 @@ def _block(
     lse_tail_B1 = torch.logsumexp(tail_BV, dim=-1, keepdim=True).clamp_min(torch.finfo(tail_BV.dtype).min)
     log_q_BO = torch.log_softmax(torch.cat([top_BK, lse_tail_B1], dim=1), dim=1)
     log_q_BO.clamp_min_(math.log(torch.finfo(log_q_BO.dtype).tiny))
-    divergence_B, w_BO = DIVERGENCE[objective.divergence](log_p_BO, log_q_BO, objective.parameter)
+    q_BO = log_q_BO.exp()
+    kd_of = DIVERGENCE[objective.divergence]
+    divergence_B, w_BO = kd_of(log_p_BO.exp(), q_BO, log_p_BO - log_q_BO, objective.parameter)
     kd_B = temperature**2 * divergence_B.clamp_min(0)  # below 0 by rounding alone
     if not needs_grad:
-        return kd_B, ce_B, None
+        return kd_B, -log_q1_label_B1.squeeze(1), None
 
     scale_B1 = objective.kd_weight * temperature * weights_B[:, None]
-    g_BO = scale_B1 * (w_BO - log_q_BO.exp() * w_BO.sum(-1, keepdim=True))
+    g_BO = scale_B1 * (w_BO - q_BO * w_BO.sum(-1, keepdim=True))
     dlogits_BV = tail_BV.sub_(lse_tail_B1).exp_().mul_(g_BO[:, -1:])
     dlogits_BV.scatter_(1, ids_BK, g_BO[:, :-1])
     if objective.ce_weight:
-        add_ce_gradient_(dlogits_BV, log_q1_BV, labels_B, objective.ce_weight * weights_B[:, None])
-    return kd_B, ce_B, dlogits_BV
+        scale_B1 = objective.ce_weight * weights_B[:, None]
+        add_ce_gradient_(dlogits_BV, q1.probability_BV, log_q1_label_B1, labels_B, scale_B1)
+    return kd_B, -log_q1_label_B1.squeeze(1), dlogits_BV
