@@ -307,7 +307,7 @@ def code_commit() -> str | None:
 
     KD_COMMIT names it in a plain copy of a checkout, which has no git to ask.
     """
-    commit = os.environ.get("KD_COMMIT") or environment()["commit"]
+    commit = environment()["commit"]
     if commit is None or not commit.endswith("+"):
         return commit
     diff = ["git", "diff", "HEAD", "--", ".", ":(exclude)benchmarks/results"]

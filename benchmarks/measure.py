@@ -115,23 +115,26 @@ def floor_fraction(floor_ms: list[float], measured_ms: list[float]) -> float:
 def bare_floor(problem: Problem, slice_rows: int) -> Call:
     """The four products, each once over slices of `slice_rows`, which are all N rows wherever (N, V) fits.
 
-    Inputs and outputs have the dtype of the problem, but float32 on a CPU: that has no fast bf16 product.
+    Inputs and outputs have the dtype of the problem, but float32 on a CPU: that has no fast bf16 product. Each call
+    takes new memory for both logits and both gradients, as every loss must: on a CPU the first touch of a page costs.
     """
     student_hidden_NH, student_head_VH, teacher_hidden_NH, teacher_head_VH = _operands(problem)
     num_rows = student_hidden_NH.shape[0]
     slice_rows = min(slice_rows, num_rows)
-    logits_CV = student_hidden_NH.new_empty(slice_rows, student_head_VH.shape[0])
-    grad_hidden_NH, grad_head_VH = torch.empty_like(student_hidden_NH), torch.empty_like(student_head_VH)
 
     def products() -> None:
+        student_CV, teacher_CV = (
+            student_hidden_NH.new_empty(slice_rows, student_head_VH.shape[0]) for _ in ("student", "teacher")
+        )
+        grad_hidden_NH, grad_head_VH = torch.empty_like(student_hidden_NH), torch.empty_like(student_head_VH)
         for start in range(0, num_rows, slice_rows):
             rows = slice(start, start + slice_rows)
             hidden_CH = student_hidden_NH[rows]
-            out_CV = logits_CV[: hidden_CH.shape[0]]
-            torch.mm(teacher_hidden_NH[rows], teacher_head_VH.T, out=out_CV)
-            torch.mm(hidden_CH, student_head_VH.T, out=out_CV)
-            torch.mm(out_CV, student_head_VH, out=grad_hidden_NH[rows])
-            _accumulate(grad_head_VH, out_CV.T, hidden_CH, is_first=start == 0)
+            dlogits_CV = student_CV[: hidden_CH.shape[0]]
+            torch.mm(teacher_hidden_NH[rows], teacher_head_VH.T, out=teacher_CV[: hidden_CH.shape[0]])
+            torch.mm(hidden_CH, student_head_VH.T, out=dlogits_CV)
+            torch.mm(dlogits_CV, student_head_VH, out=grad_hidden_NH[rows])
+            _accumulate(grad_head_VH, dlogits_CV.T, hidden_CH, is_first=start == 0)
 
     return products
 
@@ -146,14 +149,14 @@ def planned_floor(problem: Problem, plan: ChunkPlan, logits_dtype: torch.dtype) 
     num_rows, vocab_size = student_hidden_NH.shape[0], student_head_VH.shape[0]
     student_rows = min(plan.student_rows, num_rows)
     teacher_rows = min(plan.teacher_rows, student_rows)
-    student_CV = student_hidden_NH.new_empty(student_rows, vocab_size, dtype=logits_dtype)
-    teacher_DV = student_hidden_NH.new_empty(teacher_rows, vocab_size, dtype=logits_dtype)
     row_length = vocab_size * logits_dtype.itemsize // student_hidden_NH.dtype.itemsize
     dlogits_CV = student_hidden_NH.new_empty(student_rows, row_length).normal_()[:, :vocab_size]
-    grad_hidden_NH = torch.empty_like(student_hidden_NH)
-    grad_head_VH = torch.empty_like(student_head_VH, dtype=torch.float32)
 
     def products() -> None:
+        student_CV = student_hidden_NH.new_empty(student_rows, vocab_size, dtype=logits_dtype)
+        teacher_DV = student_hidden_NH.new_empty(teacher_rows, vocab_size, dtype=logits_dtype)
+        grad_hidden_NH = torch.empty_like(student_hidden_NH)
+        grad_head_VH = torch.empty_like(student_head_VH, dtype=torch.float32)
         for start in range(0, num_rows, student_rows):
             rows = slice(start, start + student_rows)
             hidden_CH, teacher_hidden_CH = student_hidden_NH[rows], teacher_hidden_NH[rows]

@@ -155,9 +155,7 @@ def open_report(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, Any]
         "gradient_accumulation_steps": recipe.gradient_accumulation_steps(world_size=1),
         "overrides": arguments.overrides,
     }
-    here = environment()
-    here["commit"] = os.environ.get("KD_COMMIT") or here["commit"]  # a plain copy of a checkout has no git to ask
-    fresh = {"environment": here, "settings": settings, "lengths": {}}
+    fresh = {"environment": environment(), "settings": settings, "lengths": {}}
     path = arguments.output / "train_step.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found if is_same(found, fresh) else fresh

@@ -91,7 +91,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+" when tracked files differ from it; None outside a checkout."""
+    """KD_COMMIT, or the checkout's commit, with "+" when tracked files differ from it; None outside a checkout."""
+    if os.environ.get("KD_COMMIT"):
+        return os.environ["KD_COMMIT"]
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -22,8 +22,9 @@ from kd.losses.heads import Projection, finish_logits, logits_backward_
 from kd.losses.objective import Objective
 from kd.losses.sharding import Softmax, VocabShard, all_ranks_sum_, gather_labels, softmax
 
-# Logits worked on at a time, for each of which up to ten intermediates exist: few on a CPU, to stay in its cache.
-CPU_BLOCK_ELEMENTS = 2**18
+# Logits worked on at a time, for each of which up to ten intermediates exist. On a CPU few, to stay in its cache and in
+# memory that malloc keeps: with twice as many it returns them to the system, and each block pays for new pages.
+CPU_BLOCK_ELEMENTS = 2**17
 BLOCK_ELEMENTS = 2**23
 
 DIAGNOSTICS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
@@ -70,12 +71,18 @@ class RowFunction(Protocol):
 
 def torch_rows(rows: Rows, spec: RowSpec) -> None:
     """The `RowFunction` in plain PyTorch."""
-    num_rows, vocab_size = rows.student_CV.shape
-    block_elements = CPU_BLOCK_ELEMENTS if rows.student_CV.is_cpu else BLOCK_ELEMENTS
+    num_rows = rows.student_CV.shape[0]
     # A block of a shard waits for other ranks, so there is only one.
-    block_rows = num_rows if spec.shard else max(1, block_elements // vocab_size)
-    for start in range(0, num_rows, max(1, block_rows)):
-        _block(rows.block(slice(start, start + block_rows)), spec)
+    step = max(1, num_rows) if spec.shard else block_rows(rows.student_CV)
+    for start in range(0, num_rows, step):
+        _block(rows.block(slice(start, start + step)), spec)
+
+
+def block_rows(logits_CV: Tensor) -> int:
+    """Return how many rows of these logits to work on at a time: on a CPU, at least one for each thread."""
+    if logits_CV.is_cpu:
+        return max(torch.get_num_threads(), CPU_BLOCK_ELEMENTS // logits_CV.shape[1])
+    return max(1, BLOCK_ELEMENTS // logits_CV.shape[1])
 
 
 def _block(rows: Rows, spec: RowSpec) -> None:

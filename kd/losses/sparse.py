@@ -24,7 +24,7 @@ from kd.losses.heads import Projection, finish_logits, logits_backward_
 from kd.losses.inputs import Inputs, supervised_inputs
 from kd.losses.objective import Divergence, Objective
 from kd.losses.reference import reference_logits, top_k_kd_rows
-from kd.losses.rows import BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS, DIVERGENCE, add_ce_gradient_
+from kd.losses.rows import DIVERGENCE, add_ce_gradient_, block_rows
 from kd.losses.sharding import gather_labels, softmax
 
 TAILS = ("bucket", "ignore")
@@ -130,13 +130,12 @@ def _with_tail(logprobs_NK: Tensor, tail: str) -> Tensor:
 def _fill_from_top_k(inputs: Inputs, ids_NK: Tensor, log_p_NO: Tensor, values: RowValues) -> FillRows:
     """Return what fills `values` from the teacher's outcomes, a block of rows at a time."""
     student = inputs.student.slice_head(inputs.vocab_size)
-    block_elements = CPU_BLOCK_ELEMENTS if ids_NK.is_cpu else BLOCK_ELEMENTS
-    block_rows = max(1, block_elements // inputs.vocab_size)
 
     def fill(chunk: slice, student_CV: Tensor, dlogits_CV: Tensor | None) -> None:
-        for start in range(0, student_CV.shape[0], block_rows):
-            block = slice(start, start + block_rows)
-            rows = slice(chunk.start + start, min(chunk.start + start + block_rows, chunk.stop))
+        step = block_rows(student_CV)
+        for start in range(0, student_CV.shape[0], step):
+            block = slice(start, start + step)
+            rows = slice(chunk.start + start, min(chunk.start + start + step, chunk.stop))
             logits_BV = finish_logits(student_CV[block], student, inputs.weights_N.dtype)
             kd_B, ce_B, dlogits_BV = _block(
                 logits_BV,
