@@ -1,5 +1,5 @@
 # make demo and make test do all of their own set-up in .venv; the stamp makes the second call quick.
-.PHONY: demo demo-short test real fault lint assets
+.PHONY: demo demo-short test real fault bench lint assets
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,6 +25,12 @@ real: $(STAMP)
 # Runs broken on purpose; mounts a small file system, so it needs root.
 fault: $(STAMP)
 	$(BIN)/python -m pytest -m fault $(PYTEST_ARGS)
+
+# The loss beside its peers, which are fetched: they agree, and each is measured for a moment.
+bench: $(STAMP)
+	$(BIN)/pip install -c .venv/constraints.txt -e '.[test,bench]'
+	$(BIN)/python -m pytest tests/benchmarks/test_peers.py $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/loss.py --device cpu --divergences forward_kl --measure-seconds 1 --output build/bench
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

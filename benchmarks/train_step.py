@@ -10,7 +10,6 @@ written after each length; lengths that they hold for the same commit, hardware 
 import argparse
 import gc
 import json
-import os
 import shlex
 import statistics
 import sys

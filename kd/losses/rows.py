@@ -161,7 +161,7 @@ def _dot(a_BV: Tensor, b_BV: Tensor) -> Tensor:
 
 
 def _forward_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
-    return _dot(p_BV, log_ratio_BV), p_BV.neg_()  # f = -p / q
+    return log_ratio_BV.mul_(p_BV).sum(-1), p_BV.neg_()  # f = -p / q
 
 
 def _reverse_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
@@ -170,9 +170,9 @@ def _reverse_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float) -> t
 
 
 def _mixed_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, mix_weight: float) -> tuple[Tensor, Tensor]:
-    forward_B, forward_w_BV = _forward_kl(p_BV, q_BV, log_ratio_BV, 0.0)
+    forward_B = _dot(p_BV, log_ratio_BV)
     reverse_B, reverse_w_BV = _reverse_kl(p_BV, q_BV, log_ratio_BV, 0.0)
-    return torch.lerp(reverse_B, forward_B, mix_weight), reverse_w_BV.lerp_(forward_w_BV, mix_weight)
+    return torch.lerp(reverse_B, forward_B, mix_weight), reverse_w_BV.lerp_(p_BV.neg_(), mix_weight)
 
 
 def _jsd(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
