@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses import distillation_loss
+from kd.losses import distillation_loss, distillation_loss_with_diagnostics
 
 BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 
@@ -98,21 +99,23 @@ def make_problem(
 
 
 def ours(problem: Problem, backend: str = "auto", logits_dtype: torch.dtype | None = None) -> Tensor:
-    """This project's loss, called as training calls it: the rows are known, so the host never waits."""
-    return distillation_loss(
-        problem.student_hidden_NH,
-        problem.student_head_VH,
-        problem.teacher_hidden_NH,
-        problem.teacher_head_VH,
-        problem.labels_N,
-        divergence=problem.divergence,
-        kd_weight=1.0,
-        ce_weight=0.0,
-        row_index=problem.row_index_N,
-        reduction="sum",
-        logits_dtype=logits_dtype,
-        backend=backend,
-    ).loss
+    """This project's loss; the rows are known, so the host never waits."""
+    return distillation_loss(*_tensors(problem), **_options(problem), logits_dtype=logits_dtype, backend=backend).loss
+
+
+def ours_diagnostics(problem: Problem) -> Tensor:
+    """The same with diagnostics of each row, as training calls it."""
+    return distillation_loss_with_diagnostics(*_tensors(problem), **_options(problem))[0].loss
+
+
+def _tensors(problem: Problem) -> tuple[Tensor, ...]:
+    student = (problem.student_hidden_NH, problem.student_head_VH)
+    return *student, problem.teacher_hidden_NH, problem.teacher_head_VH, problem.labels_N
+
+
+def _options(problem: Problem) -> dict[str, Any]:
+    rows = {"row_index": problem.row_index_N, "reduction": "sum"}
+    return {"divergence": problem.divergence, "kd_weight": 1.0, "ce_weight": 0.0, **rows}
 
 
 def eager(problem: Problem, is_compiled: bool = False) -> Tensor:
@@ -206,6 +209,7 @@ def trl(problem: Problem) -> Tensor:
 # In the order in which they are measured.
 PEERS = {
     "ours": Peer(ours),
+    "ours_diagnostics": Peer(ours_diagnostics),
     "ours_bf16_logits": Peer(
         partial(ours, logits_dtype=torch.bfloat16), devices=("cuda",), logits_dtype=torch.bfloat16
     ),

@@ -33,6 +33,7 @@ from kd.engine.export import export_student
 from kd.errors import UserError
 from kd.files import write_json
 from kd.logs import configure_logging
+from kd.losses import resolve_backend
 from kd.metrics import MetricsLog, peak_memory_gib
 from kd.models.teacher import Teacher
 from kd.recipe import Recipe
@@ -74,6 +75,7 @@ def train(recipe: Recipe, resume: str | None = None) -> None:
     configure_logging(rank)
     training, folder = recipe.training, recipe.run_dir
     student_config = student_ds_config(recipe, world_size, device.type)
+    _check_loss_backend(recipe, device)
     on_rank_zero(lambda: open_run(recipe, resume))
     checkpoint = _choose_checkpoint(folder, resume)
 
@@ -214,6 +216,14 @@ def data_fingerprint(data: Data) -> str:
         if examples is not None:
             digest.update(examples.row_N.tobytes() + examples.num_tokens_N3.tobytes())
     return digest.hexdigest()
+
+
+def _check_loss_backend(recipe: Recipe, device: torch.device) -> None:
+    """Before a model is loaded."""
+    try:
+        resolve_backend(recipe.loss.backend, device)
+    except ValueError as error:
+        raise UserError(f"loss.backend = {recipe.loss.backend!r}: {error}") from None
 
 
 def _choose_checkpoint(folder: Path, resume: str | None) -> Path | None:

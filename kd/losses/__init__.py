@@ -5,6 +5,7 @@ from kd.losses.distillation import (
     RowDiagnostics,
     distillation_loss,
     distillation_loss_with_diagnostics,
+    resolve_backend,
 )
 from kd.losses.objective import DIVERGENCES, Divergence, Objective
 from kd.losses.sparse import sparse_distillation_loss
@@ -17,5 +18,6 @@ __all__ = [
     "RowDiagnostics",
     "distillation_loss",
     "distillation_loss_with_diagnostics",
+    "resolve_backend",
     "sparse_distillation_loss",
 ]

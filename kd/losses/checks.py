@@ -138,11 +138,13 @@ def check_group(
     if vocab_size is None:
         raise ValueError("vocab_size=None with a group; give the size of the whole shared vocabulary")
     shard = vocab_shard(group, vocab_size)
+    stop = shard.offset + shard.size
     for side, num_rows in num_head_rows.items():
-        if num_rows < shard.size:
+        # Rows beyond the shared vocabulary can only be behind its last token.
+        if num_rows < shard.size or (num_rows > shard.size and stop < vocab_size):
             raise ValueError(
                 f"{side}_head has {num_rows} rows; rank {dist.get_rank(group)} of the group must hold tokens "
-                f"[{shard.offset}, {shard.offset + shard.size}) of vocab_size={vocab_size}, as torch.chunk deals them"
+                f"[{shard.offset}, {stop}) of vocab_size={vocab_size}: slice the whole head to it, then split it"
             )
     return shard, vocab_size
 

@@ -103,7 +103,9 @@ def _gradients(inputs: Inputs, fill: FillRows, chunk_size: int, needs_grad: list
     needs_hidden, needs_weight, needs_bias = needs_grad
     student = inputs.student.slice_head(inputs.vocab_size).with_operand_head(dtype)
     hidden_MH = inputs.student.hidden_MH
-    grad_hidden_MH = torch.zeros_like(hidden_MH) if needs_hidden else None
+    # Unscaled, gradients of float16 would underflow.
+    hidden_dtype = dtype if hidden_MH.dtype == torch.float16 else hidden_MH.dtype
+    grad_hidden_MH = torch.zeros_like(hidden_MH, dtype=hidden_dtype) if needs_hidden else None
     grad_weight_VH = grad_bias_V = None
     if needs_weight:
         grad_weight_VH = _zeros_from(inputs.vocab_size if num_rows else 0, inputs.student.weight_VH, dtype)
@@ -122,8 +124,8 @@ def _gradients(inputs: Inputs, fill: FillRows, chunk_size: int, needs_grad: list
             continue
         dlogits_CV = dlogits_CV.to(hidden_CH.dtype)  # a copy where logits are narrower than the products' operands
         if grad_hidden_MH is not None:
-            grad_CH = product(dlogits_CV, student.weight_VH, dtype=dtype if inputs.shard else hidden_MH.dtype)
-            grad_hidden_MH.index_copy_(0, index_C, all_ranks_sum_(grad_CH, inputs.shard).to(hidden_MH.dtype))
+            grad_CH = product(dlogits_CV, student.weight_VH, dtype=dtype if inputs.shard else hidden_dtype)
+            grad_hidden_MH.index_copy_(0, index_C, all_ranks_sum_(grad_CH, inputs.shard).to(hidden_dtype))
         if grad_weight_VH is not None:
             addmm_(grad_weight_VH[: inputs.vocab_size], dlogits_CV.T, hidden_CH, is_first=start == 0)
         if grad_bias_V is not None:
@@ -139,7 +141,7 @@ def _zeros_from(first_row: int, like_VH: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known: forward keeps them and no input, backward scales them and rounds them once."""
+    """A loss whose gradients are known: forward keeps them, the head's in fp32, and no input; backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Gradients, *learners: Tensor | None) -> Tensor:

@@ -121,10 +121,10 @@ def distillation_loss(
         ignore_index: label of rows that are not supervised.
         row_index: (N), int64 indices of the supervised rows in the flattened labels, none of them twice; None:
             found from labels.
-        group: ranks over which both heads are split by tokens, as torch.chunk and DTensor's Shard(0) do: with
-            S = ceil(vocab_size / ranks), rank r passes rows [r * S, (r + 1) * S) of both heads and biases, and
-            vocab_size, which is then that of the whole. All else is the same on all ranks, as are all results but
-            the gradients of head and bias, which are those of the rank's slice.
+        group: ranks over which the first vocab_size tokens of both heads are split, as torch.chunk splits them: with
+            S = ceil(vocab_size / ranks), rank r passes rows [r * S, (r + 1) * S) of both heads and biases, and the
+            vocab_size of the whole. All else is the same on all ranks, as are all results but the gradients of head
+            and bias, which are those of the rank's slice.
         backend: "triton" (a kernel for CUDA), "torch", "reference" (full logits, plain autograd), or "auto":
             "triton" on CUDA where it is installed, else "torch".
 
@@ -150,6 +150,7 @@ distillation_loss_with_diagnostics.__signature__ = inspect.signature(distillatio
 )
 
 
+@torch.compiler.disable
 def _distill(arguments: dict[str, Any], wants_diagnostics: bool) -> tuple[DistillationLoss, RowDiagnostics | None]:
     """The arguments of `distillation_loss` by name."""
     a = SimpleNamespace(**arguments)
@@ -195,7 +196,8 @@ def _by_reference(inputs: Inputs, wants_diagnostics: bool) -> tuple[Tensor, Tens
 def _by_chunks(
     backend: str, chunk_size: int | None, inputs: Inputs, wants_diagnostics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    backend, row_function = _row_function(backend, inputs.labels_N.device)
+    backend = resolve_backend(backend, inputs.labels_N.device)
+    row_function = _row_function(backend)
     has_teacher = inputs.teacher is not None
     plan = plan_chunks(inputs.plan_vocab_size, inputs.logits_dtype, has_teacher=has_teacher, chunk_size=chunk_size)
     _log_plan(backend, plan, inputs.vocab_size, inputs.logits_dtype)
@@ -206,19 +208,28 @@ def _by_chunks(
     return loss, kd, ce, values.diagnostics_N5
 
 
-def _row_function(backend: str, device: torch.device) -> tuple[str, RowFunction]:
-    """Return the backend that "auto" stands for, and what it does."""
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Return the backend that "auto" stands for on this device.
+
+    Raises:
+        ValueError: the backend cannot run there.
+    """
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
+        return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
+    if backend == "triton":
+        if not importlib.util.find_spec("triton"):
+            raise ValueError("backend='triton' needs the package triton; install it, or use 'torch'")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"backend='triton' runs on CUDA and the tensors are on {device}; use 'auto' or 'torch'")
+    return backend
+
+
+def _row_function(backend: str) -> RowFunction:
     if backend == "torch":
-        return backend, torch_rows
-    if not importlib.util.find_spec("triton"):
-        raise ValueError("backend='triton' needs the package triton; install it, or use 'torch'")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"backend='triton' runs on CUDA and the tensors are on {device}; use 'auto' or 'torch'")
+        return torch_rows
     from kd.losses.triton_rows import triton_rows
 
-    return backend, triton_rows
+    return triton_rows
 
 
 @functools.cache

@@ -35,8 +35,8 @@ class Projection:
         return replace(self, hidden_MH=self.hidden_MH.reshape(-1, self.hidden_MH.shape[-1]))
 
     def slice_head(self, vocab_size: int) -> "Projection":
-        """The same with the first `vocab_size` tokens of the head."""
-        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        """The same with the first `vocab_size` tokens of the head, the bias contiguous, as kernels read it."""
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size].contiguous()
         return replace(self, weight_VH=self.weight_VH[:vocab_size], bias_V=bias_V)
 
     def with_operand_head(self, dtype: torch.dtype) -> "Projection":

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kd.losses.chunk_plan import TILE_ROWS
 from kd.losses.heads import Projection, finish_logits, logits_backward_
 from kd.losses.objective import Objective
 from kd.losses.sharding import Softmax, VocabShard, all_ranks_sum_, gather_labels, softmax
@@ -72,8 +73,8 @@ class RowFunction(Protocol):
 def torch_rows(rows: Rows, spec: RowSpec) -> None:
     """The `RowFunction` in plain PyTorch."""
     num_rows = rows.student_CV.shape[0]
-    # A block of a shard waits for other ranks, so there is only one.
-    step = max(1, num_rows) if spec.shard else block_rows(rows.student_CV)
+    # The blocks of a shard wait for those of other ranks: on all of them as many, and few.
+    step = TILE_ROWS if spec.shard else block_rows(rows.student_CV)
     for start in range(0, num_rows, step):
         _block(rows.block(slice(start, start + step)), spec)
 

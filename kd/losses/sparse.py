@@ -60,8 +60,8 @@ def sparse_distillation_loss(
 ) -> DistillationLoss:
     """Return what `distillation_loss` does, from the teacher's K most likely tokens: with K = V the two agree.
 
-    Arguments that are not named here are those of
-    `distillation_loss`; memory and products are those of the student alone, 2 * N * V * 3 * H FLOP.
+    Arguments that are not named here are those of `distillation_loss`, but that kd is reported at kd_weight=0 too.
+    Memory and products are those of the student alone, 2 * N * V * 3 * H FLOP.
 
     Args:
         teacher_ids: (..., K), int64, distinct tokens below the vocabulary in each supervised row.

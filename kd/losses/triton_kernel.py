@@ -13,7 +13,7 @@ changes freely.
 import triton
 import triton.language as tl
 
-NUM_SUMS = 12
+NUM_SUMS = tl.constexpr(12)
 
 # A masked lane: its exp() is zero, and the difference of two is finite.
 NEVER = tl.constexpr(-1e30)
@@ -60,9 +60,9 @@ def row_kernel(
 ):
     """Passes FIRST to LAST, of sums (0), mixture (1) and gradient (2), of one row.
 
-    What a pointer of None would receive is not computed. `sums` are log(sum(exp)) of x, y and s (columns 0-2); means
-    over q of x - y and of x (3, 4), over p of y - x and of y (5, 6); the label's logit (7); the maxima of x and y
-    (8, 9); divergence and sum(w) of a mixture (10, 11). FINISH: 1 for a scale, 2 for a softcap, 3 for both.
+    What a pointer of None would receive is not computed. `sums` are log(sum(exp)) of x, y and s (columns 0-2); reverse
+    KL and mean of x over q (3, 4); forward KL and mean of y over p (5, 6); the label's logit (7); maxima of x and y (8,
+    9); divergence and sum(w) of a mixture (10, 11). FINISH: 1 for a scale, 2 for a softcap, 3 for both.
     """
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = weights_ptr.dtype.element_ty
@@ -79,10 +79,16 @@ def row_kernel(
     label = tl.load(labels_ptr + row) - vocab_offset
     sums_row = sums_ptr
     if sums_ptr is not None:
-        sums_row = sums_ptr + row * 12
+        sums_row = sums_ptr + row * NUM_SUMS
 
     if FIRST == 0:
         sums = _no_sums(BLOCK, dtype)
+        # Differences of logits are summed less that of the first token: an offset between models costs no digits.
+        shift = label.to(dtype) * 0.0
+        if DIVERGENCE != "none":
+            first = label * 0
+            shift = _tempered(_finished(student, first, dtype, V, STUDENT_FINISH, False), T, TEMPERED)
+            shift -= _tempered(_finished(teacher, first, dtype, V, TEACHER_FINISH, False), T, TEMPERED)
         for i in range(NUM_FULL):
             cols = i * BLOCK + lanes
             sums = _sum_tile(
@@ -90,6 +96,7 @@ def row_kernel(
                 student,
                 teacher,
                 cols,
+                shift,
                 T,
                 V,
                 DIVERGENCE,
@@ -106,6 +113,7 @@ def row_kernel(
                 student,
                 teacher,
                 cols,
+                shift,
                 T,
                 V,
                 DIVERGENCE,
@@ -115,7 +123,7 @@ def row_kernel(
                 TEACHER_FINISH,
                 True,
             )
-        lses, means, tops = _row_sums(sums, DIVERGENCE, TEMPERED)
+        lses, means, tops = _row_sums(sums, shift, DIVERGENCE, TEMPERED)
         is_mine = (label >= 0) & (label < V)
         label_logit = _finished(student, tl.where(is_mine, label, 0), dtype, V, STUDENT_FINISH, False)
         label_logit = tl.where(is_mine, label_logit, 0.0)
@@ -125,9 +133,9 @@ def row_kernel(
         label_logit = tl.load(sums_row + 7)
         tops = (tl.load(sums_row + 8), tl.load(sums_row + 9))
     lse_x, lse_y, lse_s = lses
-    x_xy, x_x, y_yx, y_y = means
+    reverse_kl, mean_x, forward_kl, mean_y = means
 
-    value, w_sum = _from_sums(lses, means, parameter, DIVERGENCE)
+    value, w_sum = _from_sums(means, parameter, DIVERGENCE)
     if IS_MIXTURE:
         if FIRST <= 1 and LAST >= 1:
             terms = (tl.zeros((BLOCK,), dtype), tl.zeros((BLOCK,), dtype))
@@ -172,8 +180,21 @@ def row_kernel(
 
     if LAST < 2:
         top_x, top_y = tops
-        for_store = (lse_x, lse_y, lse_s, x_xy, x_x, y_yx, y_y, label_logit, top_x, top_y, value, w_sum)
-        for k in tl.static_range(12):
+        for_store = (
+            lse_x,
+            lse_y,
+            lse_s,
+            reverse_kl,
+            mean_x,
+            forward_kl,
+            mean_y,
+            label_logit,
+            top_x,
+            top_y,
+            value,
+            w_sum,
+        )
+        for k in tl.static_range(NUM_SUMS):
             tl.store(sums_row + k, for_store[k])
     else:
         weight = tl.load(weights_ptr + row)
@@ -226,10 +247,10 @@ def row_kernel(
         tl.store(ce_ptr + row, lse_s - label_logit)
         if DIAGNOSTICS:
             diagnostics_row = diagnostics_ptr + row * 5
-            tl.store(diagnostics_row, y_yx - (lse_y - lse_x))
-            tl.store(diagnostics_row + 1, x_xy - (lse_x - lse_y))
-            tl.store(diagnostics_row + 2, lse_x - x_x)
-            tl.store(diagnostics_row + 3, lse_y - y_y)
+            tl.store(diagnostics_row, forward_kl)
+            tl.store(diagnostics_row + 1, reverse_kl)
+            tl.store(diagnostics_row + 2, lse_x - mean_x)
+            tl.store(diagnostics_row + 3, lse_y - mean_y)
             tl.store(diagnostics_row + 4, tl.max(agrees, 0).to(dtype))
 
 
@@ -269,7 +290,7 @@ def _online(x, top):
 @triton.jit
 def _no_sums(BLOCK: tl.constexpr, dtype: tl.constexpr):
     """(maximum, sum(exp)) of x, y and s, then of exp(x) * (x - y), exp(x) * x, exp(y) * (y - x), exp(y) * y."""
-    top, zero = tl.full((BLOCK,), float("-inf"), dtype), tl.zeros((BLOCK,), dtype)
+    top, zero = tl.full((BLOCK,), NEVER, dtype), tl.zeros((BLOCK,), dtype)
     return top, zero, top, zero, top, zero, zero, zero, zero, zero
 
 
@@ -279,6 +300,7 @@ def _sum_tile(
     student,
     teacher,
     cols,
+    shift,
     T,
     V: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -288,7 +310,7 @@ def _sum_tile(
     TEACHER_FINISH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The first pass over one tile."""
+    """The first pass over one tile; x_xy and y_yx are of differences less `shift`."""
     top_x, sum_x, top_y, sum_y, top_s, sum_s, x_xy, x_x, y_yx, y_y = sums
     s = _finished(student, cols, sum_x.dtype, V, STUDENT_FINISH, MASKED)
     x = _tempered(s, T, TEMPERED)
@@ -302,9 +324,9 @@ def _sum_tile(
         top_y, keep_y, term_y = _online(y, top_y)
         sum_y = sum_y * keep_y + term_y
         if DIAGNOSTICS or DIVERGENCE == "reverse_kl" or DIVERGENCE == "mixed_kl":
-            x_xy = x_xy * keep_x + term_x * (x - y)
+            x_xy = x_xy * keep_x + term_x * (x - y - shift)
         if DIAGNOSTICS or DIVERGENCE == "forward_kl" or DIVERGENCE == "mixed_kl":
-            y_yx = y_yx * keep_y + term_y * (y - x)
+            y_yx = y_yx * keep_y + term_y * (y - x + shift)
         if DIAGNOSTICS:
             x_x = x_x * keep_x + term_x * x
             y_y = y_y * keep_y + term_y * y
@@ -312,8 +334,8 @@ def _sum_tile(
 
 
 @triton.jit
-def _row_sums(sums, DIVERGENCE: tl.constexpr, TEMPERED: tl.constexpr):
-    """From lanes to the row: log(sum(exp)) of x, y, s; means of the four differences; maxima of x and y."""
+def _row_sums(sums, shift, DIVERGENCE: tl.constexpr, TEMPERED: tl.constexpr):
+    """From lanes to the row: log(sum(exp)) of x, y, s; reverse KL, mean of x, forward KL, mean of y; both maxima."""
     top_x, sum_x, top_y, sum_y, top_s, sum_s, x_xy, x_x, y_yx, y_y = sums
     max_x, lse_x, share_x = _across_lanes(top_x, sum_x)
     max_y, lse_y, share_y = max_x, lse_x, share_x
@@ -322,10 +344,11 @@ def _row_sums(sums, DIVERGENCE: tl.constexpr, TEMPERED: tl.constexpr):
     lse_s = lse_x
     if TEMPERED:
         _, lse_s, _ = _across_lanes(top_s, sum_s)
+    offset = shift - (lse_x - lse_y)
     means = (
-        tl.sum(x_xy * share_x, 0),
+        tl.sum(x_xy * share_x, 0) + offset,
         tl.sum(x_x * share_x, 0),
-        tl.sum(y_yx * share_y, 0),
+        tl.sum(y_yx * share_y, 0) - offset,
         tl.sum(y_y * share_y, 0),
     )
     return (lse_x, lse_y, lse_s), means, (max_x, max_y)
@@ -341,13 +364,11 @@ def _across_lanes(top, total):
 
 
 @triton.jit
-def _from_sums(lses, means, parameter, DIVERGENCE: tl.constexpr):
+def _from_sums(means, parameter, DIVERGENCE: tl.constexpr):
     """The divergence and sum(w), where the first pass tells them; zeros for a mixture and without a teacher."""
-    lse_x, lse_y, _ = lses
-    x_xy, _, y_yx, _ = means
-    value = lse_x * 0.0
+    reverse, mean_x, forward, _ = means
+    value = mean_x * 0.0
     w_sum = value
-    forward, reverse = y_yx - (lse_y - lse_x), x_xy - (lse_x - lse_y)
     if DIVERGENCE == "forward_kl":
         value = forward
         w_sum = value * 0.0 - 1.0

@@ -19,11 +19,13 @@ def recipe(tmp_path_factory) -> Path:
     return write_tiny_recipe(tmp_path_factory.mktemp("bad_input"), num_rows=30)
 
 
-def train(recipe: Path, *overrides: str, resume: str | None = None) -> subprocess.CompletedProcess[str]:
+def train(
+    recipe: Path, *overrides: str, resume: str | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """One rank, without a launcher."""
     command = [sys.executable, TRAIN, "--recipe", str(recipe), *(f"--set={text}" for text in overrides)]
     command += ["--resume", resume] if resume else []
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
 
 
 def assert_one_block(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -44,6 +46,13 @@ def finished(recipe) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_loss_that_cannot_run_here_is_named_before_a_model_is_loaded(recipe):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = train(recipe, "run.name=backend", "loss.backend=triton", env=environment)
+    assert_one_block(done, "loss.backend = 'triton': backend='triton' runs on CUDA and the tensors are on cpu")
+    assert not (recipe.parent / "runs" / "backend").exists()
 
 
 def test_a_finished_run_is_not_overwritten(recipe, finished):

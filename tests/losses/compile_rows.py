@@ -105,6 +105,8 @@ def main():
         for divergence in DIVERGENCES:
             run(9, Objective(divergence))
             kernels[f"sm_{capability} {divergence}"] = resources(compiled()[-1])
+    run(9, Objective(temperature=2.0))
+    kernels["sm_90 tempered"] = resources(compiled()[-1])
     run(9, Objective("mixed_kl", temperature=2.0), softcap=30.0)
     kernels["sm_90 everything at once"] = resources(compiled()[-1])
     run(9, Objective(kd_weight=0.0), diagnostics=False)

@@ -29,8 +29,8 @@ def test_no_number_of_rows_and_no_chunk_compiles_the_kernel_anew(report):
 def test_every_kernel_compiles_and_spills_no_register(report):
     kernels = report["kernels"]
     # two or three launches for a slice of the vocabulary
-    assert len(kernels) == 2 * len(DIVERGENCES) + 2 + (2 * 3 + 3 * 4)
+    assert len(kernels) == 2 * len(DIVERGENCES) + 3 + (2 * 3 + 3 * 4)
     for name, resources in kernels.items():
         assert resources["LOCAL"] == resources["STACK"] == 0, name
-        # of 65536 a multiprocessor, with 256 threads a row: two rows at a time, or one
-        assert 0 < resources["REG"] <= (255 if "everything" in name else 128), name
+        # of 65536 a multiprocessor, with 256 threads a row: two rows at a time at least
+        assert 0 < resources["REG"] <= 128, name

@@ -89,3 +89,26 @@ def test_teacher_and_student_may_be_of_two_dtypes(make_problem, evaluate):
     mixed = replace(p.to(torch.float32), teacher_hidden=p.teacher_hidden, teacher_head=p.teacher_head)
     expected, actual = evaluate(p.to(torch.float32)), evaluate(mixed)
     torch.testing.assert_close(actual.result.loss, expected.result.loss)
+
+
+def test_float16_gradients_do_not_underflow_before_the_loss_scale_reaches_them(make_problem, evaluate):
+    problem = make_problem((256,), dtype=torch.float16)
+    # a mean of small gradients, below the least float16 until it is scaled
+    options = {"reduction": "mean", "grad_output": 2.0**20, "student_scale": 1e-3}
+    exact = evaluate(problem.to(torch.float64), backend="reference", **options)
+    actual = evaluate(problem, **options)
+    for gradient, truth in zip(actual.gradients[:2], exact.gradients[:2], strict=True):
+        assert relative_error(gradient, truth) < 1e-3
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixed_kl"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_offset_between_the_models_costs_few_digits(make_problem, evaluate, backend, divergence):
+    """Logits may differ by a constant that no softmax sees."""
+    problem = nearly_matched(make_problem((32,), (16, 16), (200, 200), dtype=torch.float32))
+    problem = replace(problem, teacher_bias=torch.full((200,), 50.0), student_bias=torch.zeros(200))
+    options = {"divergence": divergence, "ce_weight": 0.0, "bias": True}
+    exact = evaluate(problem.to(torch.float64), backend="reference", **options)
+    actual = evaluate(problem, backend=backend, **options)
+    assert relative_error(actual.result.kd, exact.result.kd) < 1e-4
+    assert relative_error(actual.gradients[0], exact.gradients[0]) < 1e-4

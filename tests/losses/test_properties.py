@@ -50,14 +50,23 @@ def test_only_loss_carries_a_gradient_and_the_teacher_gets_none(make_problem, ba
     assert all(tensor.grad is None for tensor in (*teachers, weights))
 
 
-def test_inputs_are_left_as_they_were_and_may_be_strided(make_problem, evaluate):
+@pytest.mark.parametrize("backend", CHUNKED_BACKENDS)
+def test_inputs_are_left_as_they_were_and_may_be_strided(make_problem, evaluate, backend):
     problem = make_problem()
-    expected = evaluate(problem, chunk_size=4)
+    expected = evaluate(problem, chunk_size=4, bias=True)
     p = {name: torch.stack([t, t], dim=-1)[..., 0] for name, t in vars(problem).items()}
     before = {name: tensor.clone() for name, tensor in p.items()}
     head = p["student_head"].T.contiguous().T.requires_grad_()
     result = distillation_loss(
-        p["student_hidden"], head, p["teacher_hidden"], p["teacher_head"], p["labels"], chunk_size=4
+        p["student_hidden"],
+        head,
+        p["teacher_hidden"],
+        p["teacher_head"],
+        p["labels"],
+        student_bias=p["student_bias"],
+        teacher_bias=p["teacher_bias"],
+        chunk_size=4,
+        backend=backend,
     )
     result.loss.backward()
     torch.testing.assert_close(head.grad, expected.gradients[1])
@@ -86,3 +95,27 @@ def test_identities_of_the_divergences(make_problem):
         assert kd(student, teacher, skewed, alpha=1 - 1e-9) < 1e-6
     assert kd(student, teacher, "tvd", reduction="mean") < 1
     assert kd(student, teacher, "jsd", reduction="mean") < torch.log(torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("backend", CHUNKED_BACKENDS)
+def test_a_token_that_is_ruled_out_costs_cross_entropy_nothing(make_problem, evaluate, backend):
+    problem = make_problem()
+    problem.student_bias[:2] = -torch.inf
+    problem.labels[problem.labels >= 0] += 2
+    options = {"teacher": False, "kd_weight": 0.0, "bias": True}
+    expected, actual = (evaluate(problem, backend=name, **options) for name in ("reference", backend))
+    assert expected.result.ce.isfinite()
+    torch.testing.assert_close(actual.result.ce, expected.result.ce)
+    torch.testing.assert_close(actual.gradients[0], expected.gradients[0])
+
+
+@pytest.mark.parametrize("backend", CHUNKED_BACKENDS)
+def test_backward_with_the_graph_kept_equals_the_last_one(make_problem, backend):
+    p = make_problem()
+    hidden, head = p.student_hidden.requires_grad_(), p.student_head.requires_grad_()
+    loss = distillation_loss(hidden, head, p.teacher_hidden, p.teacher_head, p.labels, backend=backend).loss
+    kept = torch.autograd.grad(loss, (hidden, head), torch.full_like(loss, 3), retain_graph=True)
+    last = torch.autograd.grad(loss, (hidden, head), torch.full_like(loss, 3))
+    assert all(torch.equal(*pair) for pair in zip(kept, last, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, (hidden, head))

@@ -1,5 +1,7 @@
 """Heads split by tokens over 2 and 4 gloo ranks give the numbers of whole heads."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ import torch.multiprocessing as mp
 from backends import BACKENDS
 
 from kd.losses import DIVERGENCES, distillation_loss_with_diagnostics
+from kd.losses.checks import check_group
 from kd.losses.sharding import vocab_shard
 
 VOCAB_SIZE = 29  # over 4 ranks: 8, 8, 8 and 5
@@ -105,3 +108,13 @@ def test_a_rank_without_a_token_is_an_error(monkeypatch):
     assert [vocab_shard(None, size).size for size in (4, 10)] == [1, 3]
     with pytest.raises(ValueError, match="vocab_size=9 leaves the last of 4 ranks no token"):
         vocab_shard(None, 9)
+
+
+def test_slices_of_two_sizes_are_an_error_unless_they_are_the_last(monkeypatch):
+    """Heads of 30 and 40 rows, each dealt over 2 ranks by itself: the teacher's second slice is five tokens off."""
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    message = r"teacher_head has 20 rows; rank 0.*\[0, 15\)"
+    for rank, expectation in ((0, pytest.raises(ValueError, match=message)), (1, nullcontext())):
+        monkeypatch.setattr(dist, "get_rank", lambda _, rank=rank: rank)
+        with expectation:
+            check_group(None, 30, {"student": 15, "teacher": 20})
