@@ -1,6 +1,7 @@
 """Heads split by tokens over 2 and 4 gloo ranks give the numbers of whole heads."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def outcome_of(problem, backend, first_token, num_tokens, options):
     return numbers, diagnostics and torch.stack(diagnostics), hidden.grad, head.grad, bias.grad
 
 
-def run_rank(rank, num_ranks, folder, problem, backend):
+def run_rank(rank, num_ranks, folder, tensors, backend):
+    problem = SimpleNamespace(**tensors)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
     shard = vocab_shard(dist.group.WORLD, VOCAB_SIZE)
@@ -67,7 +69,8 @@ def test_numbers_are_those_of_whole_heads(make_problem, tmp_path, backend, num_r
     # the teacher's head has more rows than the shared vocabulary: its last slice does too
     problem = make_problem(vocab_sizes=(VOCAB_SIZE, VOCAB_SIZE + 4))
     whole = [outcome_of(problem, "reference", 0, VOCAB_SIZE, options) for options in OPTIONS]
-    mp.spawn(run_rank, (num_ranks, str(tmp_path), problem, backend), nprocs=num_ranks)
+    # a dict of tensors, for the fixtures' classes cannot be imported by another process
+    mp.spawn(run_rank, (num_ranks, str(tmp_path), vars(problem), backend), nprocs=num_ranks)
     for rank in range(num_ranks):
         offset, size, outcomes = torch.load(tmp_path / f"rank{rank}.pt")
         assert size == (VOCAB_SIZE + num_ranks - 1) // num_ranks or rank == num_ranks - 1
