@@ -1,6 +1,7 @@
 """What a run measures: one JSON line per optimizer step, a progress bar, peak memory, and the versions it ran with."""
 
 import json
+import logging
 import math
 import os
 import platform
@@ -16,6 +17,8 @@ from tqdm import tqdm
 
 from kd.files import write_jsonl
 
+log = logging.getLogger(__name__)
+
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "flash-attn", "triton", "pydantic")
 
 
@@ -23,7 +26,8 @@ class MetricsLog:
     """Rank 0's view of a run: appends records to metrics.jsonl and moves the progress bar.
 
     Steps are counted from 1, as checkpoints are. A run interrupted after its last checkpoint, `start_step`, repeats
-    steps: their records from before move to metrics.abandoned.jsonl.
+    steps: their records from before move to metrics.abandoned.jsonl. A full disk does not end a run here, on one rank
+    of many: what could not be written is kept and tried again, and the next checkpoint says what is wrong on all ranks.
     """
 
     def __init__(self, path: Path, *, start_step: int, total_steps: int) -> None:
@@ -32,19 +36,29 @@ class MetricsLog:
         if repeated:
             write_jsonl(path.with_name("metrics.abandoned.jsonl"), repeated)
         write_jsonl(path, [record for record in records if record["step"] <= start_step])
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
         # In a log file each refresh is a line: one in half a minute is enough there.
         interval = 0.1 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", mininterval=interval, dynamic_ncols=True)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._unwritten += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+        self._write_what_fits()
         self._bar.set_postfix_str(f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False)
         self._bar.update(1)
 
     def close(self) -> None:
         self._bar.close()
+        self._write_what_fits()
         self._file.close()
+
+    def _write_what_fits(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            log.warning("%s: %s; its last lines are kept and tried again", self._file.name, error.strerror)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

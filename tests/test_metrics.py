@@ -26,3 +26,23 @@ def test_what_is_not_finite_is_null_at_any_depth(tmp_path: Path) -> None:
         "parts": [None, {"forward_kl": None}, {"forward_kl": 0.5}],
     }
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, monkeypatch, caplog):
+    log = MetricsLog(tmp_path / "metrics.jsonl", start_step=0, total_steps=3)
+    record = {"loss": 1.0, "lr": 0.1}
+    log.write(record | {"step": 1})
+
+    class FullDisk:
+        name = "metrics.jsonl"
+
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    file, log._file = log._file, FullDisk()
+    log.write(record | {"step": 2})
+    assert "No space left on device" in caplog.text
+    log._file = file
+    log.write(record | {"step": 3})
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
