@@ -56,7 +56,7 @@ here = environment()
 print(", ".join(here["gpus"]), here["commit"] or "", sep="\n")')" || stop "kd cannot be imported here, see above"
   mapfile -t lines <<<"$place"
   hardware="${lines[0]}"
-  commit="${KD_COMMIT:-${lines[1]:-}}"
+  commit="${lines[1]:-}"
   [[ "$device" == cuda ]] || hardware=CPU
   [[ -n "$hardware" ]] || stop "PyTorch sees no CUDA device here; SUITE_DEVICE=cpu runs everything in small form"
 }
@@ -83,7 +83,6 @@ set_command() {
     tests) command=(python3 -m pytest -m gpu --continue-on-collection-errors) ;;
     loss)
       command=(python3 benchmarks/loss.py --output "$results" --device "$device" --seconds "$((seconds - loss_margin))")
-      [[ -z "${KD_COMMIT:-}" ]] || command+=(--commit "$KD_COMMIT")
       ;;
     train_step) command=(python3 benchmarks/train_step.py --output "$results" --device "$device") ;;
     profile) command=(python3 -m pytest tests/profile --profile --profile-output "$scratch") ;;

@@ -82,17 +82,20 @@ def fill_from_teacher(inputs: Inputs, row_function: RowFunction, plan: ChunkPlan
     return fill
 
 
-def chunked_loss(inputs: Inputs, fill: FillRows, values: RowValues, chunk_size: int) -> Tensor:
-    """Return the loss, a scalar in the dtype of the row weights that carries the gradient; `fill` fills `values`."""
+def chunked_loss(inputs: Inputs, fill: FillRows, values: RowValues, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, kd, ce), scalars in the dtype of the row weights; only `loss` carries a gradient.
+
+    `fill` fills `values`, of which they are the sums.
+    """
     student, objective = inputs.student, inputs.objective
     learners = (student.hidden_MH, student.weight_VH, student.bias_V)
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in learners]
     gradients = _gradients(inputs, fill, chunk_size, needs_grad)
-    loss_N = (objective.kd_weight * values.kd_N).add_(values.ce_N, alpha=objective.ce_weight)
-    loss = loss_N.mul_(inputs.weights_N).sum()
+    kd, ce = (values.kd_N * inputs.weights_N).sum(), (values.ce_N * inputs.weights_N).sum()
+    loss = objective.kd_weight * kd + objective.ce_weight * ce
     if any(needs_grad):
         loss = _WithGradients.apply(loss, gradients, *learners)
-    return loss
+    return loss, kd, ce
 
 
 @torch.no_grad()

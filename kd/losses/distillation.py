@@ -203,9 +203,7 @@ def _by_chunks(
     _log_plan(backend, plan, inputs.vocab_size, inputs.logits_dtype)
     values = RowValues.empty(inputs, diagnostics=wants_diagnostics)
     fill = fill_from_teacher(inputs, row_function, plan, values)
-    loss = chunked_loss(inputs, fill, values, plan.student_rows)
-    kd, ce = (values.kd_N * inputs.weights_N).sum(), (values.ce_N * inputs.weights_N).sum()
-    return loss, kd, ce, values.diagnostics_N5
+    return *chunked_loss(inputs, fill, values, plan.student_rows), values.diagnostics_N5
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:

@@ -103,18 +103,20 @@ def sparse_distillation_loss(
             for tensor in (teacher_ids, teacher_logprobs)
         )
         logprobs_NK = logprobs_NK.to(inputs.weights_N.dtype)
-        values = RowValues.empty(inputs)
         if backend == "reference":
             logits_NV, _ = reference_logits(inputs)
             ce_N = torch.nn.functional.cross_entropy(logits_NV, inputs.labels_N, reduction="none")
-            values = RowValues(top_k_kd_rows(logits_NV, ids_NK, logprobs_NK, tail, objective), ce_N, None)
-            loss = ((kd_weight * values.kd_N + ce_weight * ce_N) * inputs.weights_N).sum()
+            kd_N = top_k_kd_rows(logits_NV, ids_NK, logprobs_NK, tail, objective)
+            kd, ce = (kd_N * inputs.weights_N).sum(), (ce_N * inputs.weights_N).sum()
+            loss = kd_weight * kd + ce_weight * ce
         else:
             plan = plan_chunks(inputs.vocab_size, inputs.logits_dtype, has_teacher=False, chunk_size=chunk_size)
+            values = RowValues.empty(inputs)
             fill = _fill_from_top_k(inputs, ids_NK, _with_tail(logprobs_NK, tail), values)
-            loss = chunked_loss(inputs, fill, values, plan.student_rows)
-        kd, ce = ((rows_N.detach() * inputs.weights_N).sum() for rows_N in values[:2])
-    return DistillationLoss(loss, kd, ce, torch.full((), inputs.labels_N.shape[0], device=labels.device))
+            loss, kd, ce = chunked_loss(inputs, fill, values, plan.student_rows)
+    return DistillationLoss(
+        loss, kd.detach(), ce.detach(), torch.full((), inputs.labels_N.shape[0], device=labels.device)
+    )
 
 
 def _with_tail(logprobs_NK: Tensor, tail: str) -> Tensor:

@@ -151,7 +151,7 @@ def test_with_row_index_nothing_reads_a_value_from_the_device(make_problem, dive
         logits_dtype=None,
     )
     values = RowValues.empty(inputs, diagnostics=True)
-    loss = chunked_loss(inputs, fill_from_teacher(inputs, torch_rows, ChunkPlan(4, 2), values), values, 4)
+    loss, _, _ = chunked_loss(inputs, fill_from_teacher(inputs, torch_rows, ChunkPlan(4, 2), values), values, 4)
     loss.backward()
     assert loss.dtype == values.kd_N.dtype == values.diagnostics_N5.dtype == torch.float32
     assert [(t.grad.shape, t.grad.dtype) for t in learners] == [(t.shape, dtype) for t in learners]
