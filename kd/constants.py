@@ -1,3 +1,8 @@
 """Constants that every package of kd agrees on."""
 
 IGNORE_INDEX = -100
+
+# Exit statuses of launch/train.py, beside 0 (done) and 1 (crashed).
+EXIT_USER_ERROR = 2  # whatever a message said can be put right
+EXIT_INTERRUPTED = 85  # a signal came, a checkpoint was written: start it again with --resume auto
+EXIT_HANG = 86  # the watchdog saw no step

@@ -9,6 +9,7 @@ run.output_dir is relative to the current directory.
 """
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,12 @@ class RunSection(Section):
     name: str = Field("", description="folder of the run inside output_dir; the recipe's name when empty")
     output_dir: str = "runs"
     seed: int = 0
+    watchdog_minutes: Annotated[float, Field(gt=0.0)] = Field(
+        30.0, description="without a step for so long, every rank prints its stack and the run ends"
+    )
+    collective_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
+        120.0, description="longer than any rank waits for another, also while one tokenises or reads a checkpoint"
+    )
 
 
 class ModelSection(Section):
@@ -47,7 +54,9 @@ class ModelSection(Section):
 
 
 class TeacherSection(ModelSection):
-    pass
+    shard: Literal["world", "node"] = Field(
+        "world", description="node: each node holds a whole teacher, and its gathers never cross nodes"
+    )
 
 
 class StudentSection(ModelSection):
@@ -212,6 +221,8 @@ class Recipe(Section):
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     """Resolve a recipe by name (recipes/NAME.toml, a base among them) or by path, with `section.key=value` overrides.
 
+    A path may also name the resolved recipe of a run, runs/NAME/recipe.json.
+
     Raises UserError that names the file, the key or value, and the nearest valid name.
     """
     layers = list(_layers(find_recipe(name)))
@@ -230,8 +241,8 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """The TOML file of a recipe's name or path. Raises UserError with the nearest names when there is none."""
-    if name.endswith(".toml"):
+    """The file of a recipe's name or path. Raises UserError with the nearest names when there is none."""
+    if name.endswith((".toml", ".json")):
         if Path(name).is_file():
             return Path(name)
         raise UserError(f"recipe {name!r}: no such file")
@@ -260,7 +271,7 @@ def is_hub_id(value: str) -> bool:
 
 def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file, content) of a recipe's base, when it names one, and of the recipe itself."""
-    member = _read_toml(path)
+    member = _read_resolved(path) if path.suffix == ".json" else _read_toml(path)
     base = member.pop("base", None)
     if base is not None:
         base_path = RECIPES_DIR / "bases" / f"{base}.toml"
@@ -269,6 +280,16 @@ def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{path}: base = {base!r} is not in recipes/bases/.{_nearest(str(base), known)}")
         yield str(base_path), _read_toml(base_path)
     yield str(path), member
+
+
+def _read_resolved(path: Path) -> dict[str, Any]:
+    try:
+        sections = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(sections, dict):
+        raise UserError(f"{path}: holds {sections!r}; name the recipe.json of a run")
+    return {name: values for name, values in sections.items() if values is not None}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def train(recipe: Recipe, resume: str | None = None) -> None:
 
     Called by every rank. Raises UserError, on every rank, for whatever the user can put right.
     """
-    device = init_distributed()
+    device = init_distributed(recipe.run.collective_timeout_minutes)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     configure_logging(rank)
     training, folder = recipe.training, recipe.run_dir

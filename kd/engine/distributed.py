@@ -16,17 +16,28 @@ from kd.errors import UserError
 
 T = TypeVar("T")
 
-# Longer than the slowest thing one rank does while the others wait: tokenising, reading a checkpoint, an export.
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 # How other launchers say that there are several processes, without saying what torch needs to know.
 OTHER_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-def init_distributed() -> torch.device:
+# What torch needs to know, and what srun tells each task of a step; a batch script that is no task lacks the second.
+OF_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
     """Join the launcher's process group, or make one of a single rank; returns this rank's device.
 
-    Raises UserError when several processes were started without RANK, WORLD_SIZE and LOCAL_RANK.
+    timeout_minutes: how long a rank waits for the others in any collective. Raises UserError when several processes
+    were started without RANK, WORLD_SIZE and LOCAL_RANK, or by srun without MASTER_ADDR and MASTER_PORT.
     """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"{name} is not set: export it before srun, as launch/slurm/train.sbatch does: the first node's "
+                    "name, and a port that is free there"
+                )
+        os.environ |= {name: os.environ[of_slurm] for name, of_slurm in OF_SLURM.items()}
     if "RANK" not in os.environ:
         for name in OTHER_LAUNCHERS:
             if int(os.environ.get(name, "1")) > 1:
@@ -46,7 +57,10 @@ def init_distributed() -> torch.device:
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
         torch.cuda.set_device(device)
     deepspeed.init_distributed(
-        dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, auto_mpi_discovery=False, verbose=False
+        dist_backend=backend,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        auto_mpi_discovery=False,
+        verbose=False,
     )
     return device
 
