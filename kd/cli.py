@@ -2,11 +2,18 @@
 
 import argparse
 import os
+import signal
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
-from kd.errors import UserError
+from kd.constants import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from kd.errors import Interrupted, LostPeer, UserError
+
+WAIT_SECONDS = 3
 
 
 def recipe_parser(description: str) -> argparse.ArgumentParser:
@@ -24,18 +31,36 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main(); print a UserError as one block on stderr and exit with status 2.
+    """Call main(), and end the process as main ended: an error is one block on stderr, and a status from kd.constants.
 
-    Most errors are the same on every rank, and rank 0 speaks for all: it exits at once, upon which the launcher ends
-    the others. A rank that is still alive after three seconds met an error of its own, and speaks for itself.
+    Most UserErrors are the same on every rank, and rank 0 speaks for all: it exits at once, upon which the launcher
+    ends the others. A rank that is still alive after three seconds met an error of its own, and speaks for itself. So
+    does one that lost a peer: by then the peer has told the first cause.
     """
     try:
         main()
+    except Interrupted:
+        _leave(EXIT_INTERRUPTED)
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:
-            time.sleep(3)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends this rank
+            time.sleep(WAIT_SECONDS)
         where = f" on rank {rank}" if rank else ""
-        print(f"\nerror{where}: {error}\n", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2)  # not sys.exit: other ranks may be waiting in a collective, and destructors would join them
+        _leave(EXIT_USER_ERROR, f"error{where}: {error}\n")
+    except LostPeer as error:
+        time.sleep(WAIT_SECONDS)
+        _leave(1, f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {error}\n")
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        _leave(1, f"rank {os.environ['RANK']} on {socket.gethostname()} failed:\n{traceback.format_exc()}")
+
+
+def _leave(status: int, message: str = "") -> NoReturn:
+    """Not sys.exit: other ranks may be waiting in a collective, and destructors would join them."""
+    if message:
+        sys.stderr.write(f"\n{message}\n")  # one write: lines of several ranks do not mix
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(status)

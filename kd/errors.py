@@ -1,5 +1,13 @@
-"""One exception for everything a user can put right: the entry points print it as one block, without a stack."""
+"""How a run ends before its last step: the entry points print each of these as one block, without a stack."""
 
 
 class UserError(ValueError):
     """A bad field, value or file. The message names the field, the value and the remedy."""
+
+
+class LostPeer(RuntimeError):
+    """Another rank is gone or does not answer. The first cause is that rank's to tell."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it has saved a checkpoint."""

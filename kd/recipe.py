@@ -208,14 +208,16 @@ class Recipe(Section):
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step: global / (micro * world_size). Raises when it does not divide."""
         training = self.training
-        per_pass = training.micro_batch_size * world_size
-        if training.global_batch_size % per_pass:
+        num_micro_batches = training.global_batch_size // training.micro_batch_size
+        if num_micro_batches % world_size:
+            sizes = [str(size) for size in range(1, num_micro_batches + 1) if num_micro_batches % size == 0]
             raise UserError(
-                f"training.global_batch_size = {training.global_batch_size} cannot be divided over {world_size} ranks "
-                f"with training.micro_batch_size = {training.micro_batch_size}: use a multiple of {per_pass}, "
-                "or change the number of ranks"
+                f"training.global_batch_size = {training.global_batch_size} in micro-batches of "
+                f"training.micro_batch_size = {training.micro_batch_size} cannot be divided over {world_size} ranks: "
+                f"run on {' or '.join([', '.join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)} ranks, or "
+                "change the micro-batch"
             )
-        return training.global_batch_size // per_pass
+        return num_micro_batches // world_size
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:

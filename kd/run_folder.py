@@ -4,6 +4,7 @@ recipe.json        the resolved recipe          metrics.jsonl     one line per o
 ds_config.json     the JSON of both engines     checkpoints/      step_N, whole or absent
 environment.json   versions, commit, hardware   export/last, best the student, as from_pretrained loads it
 data.json          what the data filters did    SUCCESS           written last
+                                                INTERRUPTED       in its place when a signal stopped the run
 """
 
 import json
@@ -17,10 +18,16 @@ from kd.files import write_json
 from kd.metrics import environment
 from kd.recipe import Recipe
 
+SUCCESS, INTERRUPTED = "SUCCESS", "INTERRUPTED"
+
 # What may differ between a run and its continuation: nothing that changes the weights of a step that is taken.
 FREE_TO_CHANGE = {
     ("run", "name"),
     ("run", "output_dir"),
+    ("run", "watchdog_minutes"),
+    ("run", "collective_timeout_minutes"),
+    ("teacher", "shard"),
+    ("training", "micro_batch_size"),
     ("training", "checkpoint_every"),
     ("training", "keep_last"),
     ("training", "skip_nonfinite"),
@@ -54,7 +61,8 @@ def open_run(recipe: Recipe, resume: str | None) -> None:
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         remove_partial(folder / "checkpoints")
-        (folder / "SUCCESS").unlink(missing_ok=True)
+        for marker in (SUCCESS, INTERRUPTED):
+            (folder / marker).unlink(missing_ok=True)
         for name, content in facts.items():
             write_json(folder / name, content)
         write_json(folder / "environment.json", environment())

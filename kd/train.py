@@ -19,7 +19,6 @@ from kd.data.loader import Loader, validation_batches
 from kd.data.tokenizers import load_tokenizers
 from kd.diagnostics import NUM_SUMS, cell_sums, flatten, summarise
 from kd.engine.checkpoint import (
-    check_world_size,
     choose_checkpoint,
     damage_of,
     load_checkpoint,
@@ -27,18 +26,21 @@ from kd.engine.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from kd.engine.distributed import all_reduce_sum, init_distributed, on_rank_zero
+from kd.engine.distributed import all_reduce_sum, any_rank, init_distributed, on_rank_zero
 from kd.engine.ds_config import student_ds_config
 from kd.engine.export import export_student
-from kd.errors import UserError
+from kd.engine.peers import gather_peers, watching
+from kd.errors import Interrupted, UserError
 from kd.files import write_json
+from kd.interruption import Interruption
 from kd.logs import configure_logging
 from kd.losses import resolve_backend
 from kd.metrics import MetricsLog, peak_memory_gib
 from kd.models.teacher import Teacher
 from kd.recipe import Recipe
-from kd.run_folder import open_run, record_data
+from kd.run_folder import INTERRUPTED, SUCCESS, open_run, record_data
 from kd.schedule import learning_rate
+from kd.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +67,18 @@ class StepResult(NamedTuple):
     diagnostics: dict[str, Any] | None
 
 
-def train(recipe: Recipe, resume: str | None = None) -> None:
+def train(recipe: Recipe, interruption: Interruption, resume: str | None = None) -> None:
     """Train the recipe's student and export it. resume: None (a new run), "auto", or the path of a checkpoint.
 
-    Called by every rank. Raises UserError, on every rank, for whatever the user can put right.
+    Called by every rank. Raises UserError, on every rank, for whatever the user can put right; Interrupted when the
+    interruption was requested on any rank and a checkpoint was written; LostPeer when another rank has gone.
     """
     device = init_distributed(recipe.run.collective_timeout_minutes)
+    with watching(gather_peers()):
+        _train(recipe, interruption, resume, device)
+
+
+def _train(recipe: Recipe, interruption: Interruption, resume: str | None, device: torch.device) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     configure_logging(rank)
     training, folder = recipe.training, recipe.run_dir
@@ -94,30 +102,35 @@ def train(recipe: Recipe, resume: str | None = None) -> None:
     if rank == 0:
         set_aside_after(folder / "checkpoints", progress.step)
         metrics = MetricsLog(folder / "metrics.jsonl", start_step=progress.step, total_steps=total_steps)
-    for step in range(progress.step, total_steps):
-        started = time.perf_counter()
-        batches = loader.micro_batches(step, rank, world_size)
-        rate = learning_rate(step, total_steps, training)
-        result = train_step(student, teacher, batches, rate, device)
-        progress = progress._replace(step=step + 1, num_skipped=progress.num_skipped + result.skipped)
-        record = _record(progress.step, loader.steps_per_epoch, rate, result, time.perf_counter() - started, device)
-        stops = progress.num_skipped > training.skip_nonfinite
-        saves = not stops and (progress.step % training.checkpoint_every == 0 or progress.step == total_steps)
-        if saves:
-            record |= validate(student, teacher, data, recipe, tokenizer.pad_token_id, device)
-            progress = _with_best(progress, record.get("val_loss"))
-        if metrics:
-            metrics.write(record)
-            _send_to_monitor(student, record)
-        if stops:
-            _stop_nonfinite(progress.step, result, batches, training.skip_nonfinite)
-        if saves:
-            save_checkpoint(student, folder / "checkpoints", progress.step, progress._asdict())
-            log.info(
-                "step %d saved; val_loss %s, best at step %s", progress.step, record.get("val_loss"), progress.best_step
-            )
-            if rank == 0:
-                prune(folder / "checkpoints", keep_last=training.keep_last, best_step=progress.best_step)
+    with Watchdog(recipe.run.watchdog_minutes) as watchdog:
+        for step in range(progress.step, total_steps):
+            started = time.perf_counter()
+            batches = loader.micro_batches(step, rank, world_size)
+            rate = learning_rate(step, total_steps, training)
+            result = train_step(student, teacher, batches, rate, device)
+            progress = progress._replace(step=step + 1, num_skipped=progress.num_skipped + result.skipped)
+            record = _record(progress.step, loader.steps_per_epoch, rate, result, time.perf_counter() - started, device)
+            stops = progress.num_skipped > training.skip_nonfinite
+            ends = progress.step == total_steps
+            validates = not stops and (progress.step % training.checkpoint_every == 0 or ends)
+            watchdog.pat()
+            if validates:
+                record |= validate(student, teacher, data, recipe, tokenizer.pad_token_id, device)
+                progress = _with_best(progress, record.get("val_loss"))
+            if metrics:
+                metrics.write(record)
+                _send_to_monitor(student, record)
+            if stops:
+                _stop_nonfinite(progress.step, result, batches, training.skip_nonfinite)
+            interrupted = any_rank(interruption.is_requested(), device)
+            if validates or interrupted:
+                save_checkpoint(student, folder / "checkpoints", progress.step, progress._asdict())
+                log.info("step %d saved; best: step %s, val_loss %s", *progress[:1], *progress[2:])
+                if rank == 0:
+                    prune(folder / "checkpoints", keep_last=training.keep_last, best_step=progress.best_step)
+            if interrupted and not ends:
+                _leave_interrupted(folder, progress)
+            watchdog.pat()
     if metrics:
         metrics.close()
     _finish(student, model, tokenizer, folder, progress)
@@ -233,7 +246,6 @@ def _choose_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if path is None:
         log.info("--resume auto: %s has no whole checkpoint, starting fresh", folder)
     else:
-        check_world_size(path)
         log.info("resuming from %s", path)
     return path
 
@@ -256,6 +268,14 @@ def _stop_nonfinite(step: int, result: StepResult, batches: list[Batch], allowed
         "Look at these rows; continue with --resume auto and a higher training.skip_nonfinite, or begin a new run "
         "(--set run.name=NAME) with a lower training.learning_rate"
     )
+
+
+def _leave_interrupted(folder: Path, progress: Progress) -> None:
+    if dist.get_rank() == 0:
+        write_json(folder / INTERRUPTED, progress._asdict())
+        log.info("asked to stop: step %d is saved, continue with --resume auto", progress.step)
+    dist.barrier()
+    raise Interrupted
 
 
 def _record(
@@ -303,6 +323,6 @@ def _finish(
     elif dist.get_rank() == 0:
         log.warning("the best checkpoint, %s, is damaged (%s): export/last is all there is", best, damage)
     if dist.get_rank() == 0:
-        write_json(folder / "SUCCESS", progress._asdict())
+        write_json(folder / SUCCESS, progress._asdict())
         log.info("done: %s", exports)
     dist.barrier()

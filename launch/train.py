@@ -3,22 +3,28 @@
 import sys
 
 from kd.cli import recipe_parser, run
+from kd.interruption import Interruption
 from kd.recipe import Recipe, load_recipe
 
 
 def main() -> None:
+    interruption = Interruption()
     parser = recipe_parser(__doc__)
     parser.add_argument("--resume", metavar="auto|PATH", help="continue from the newest whole checkpoint, or from PATH")
     parser.add_argument("--check", action="store_true", help="resolve, validate and print the recipe; train nothing")
+    parser.add_argument("--print-run-dir", action="store_true", help="print the run's folder; train nothing")
     parser.add_argument("--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.print_run_dir:
+        print(recipe.run_dir)
+        return
     if arguments.check:
         check(recipe)
         return
     from kd.train import train  # after --check: it imports torch, transformers and deepspeed
 
-    train(recipe, resume=arguments.resume)
+    train(recipe, interruption, resume=arguments.resume)
 
 
 def check(recipe: Recipe) -> None:

@@ -1,6 +1,8 @@
 """Errors on the command line: one block, printed by one rank, and a status that launchers see."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +11,8 @@ import pytest
 from tiny import ROOT
 
 from kd.cli import recipe_parser, run
-from kd.errors import UserError
+from kd.constants import EXIT_INTERRUPTED
+from kd.errors import Interrupted, LostPeer, UserError
 
 
 class Exit(Exception):
@@ -26,6 +29,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     return slept
 
 
@@ -61,6 +65,41 @@ def test_an_error_that_is_not_the_users_keeps_its_stack(waits: list[float]) -> N
     with pytest.raises(ZeroDivisionError):
         run(lambda: print(1 // 0))
     assert waits == []
+
+
+def test_among_many_ranks_it_is_printed_with_the_rank_and_ends_the_process_at_once(
+    waits: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(Exit, match="^1$"):
+        run(lambda: print(1 // 0))
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"\nrank 3 on {socket.gethostname()} failed:\nTraceback")
+    assert "ZeroDivisionError" in stderr
+    assert waits == []
+
+
+def test_a_lost_peer_is_told_in_one_line_after_the_peer_had_time_to_speak(
+    waits: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose_peer() -> None:
+        raise LostPeer("rank 1 ended")
+
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(Exit, match="^1$"):
+        run(lose_peer)
+    assert capsys.readouterr().err == f"\nrank 0 on {socket.gethostname()}: rank 1 ended\n\n"
+    assert len(waits) == 1
+
+
+def test_an_interrupted_run_has_a_status_of_its_own(waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    def stop() -> None:
+        raise Interrupted
+
+    with pytest.raises(Exit, match=f"^{EXIT_INTERRUPTED}$"):
+        run(stop)
+    assert capsys.readouterr().err == ""
 
 
 def test_overrides_are_collected_in_their_order() -> None:

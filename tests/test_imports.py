@@ -16,7 +16,9 @@ ALLOWED = {
     "files": set(),
     "recipe": {"errors"},
     "hub": {"errors", "recipe"},
-    "cli": {"errors"},
+    "cli": {"constants", "errors"},
+    "interruption": set(),
+    "watchdog": {"constants"},
     "logs": set(),
     "metrics": {"files"},
     "schedule": {"recipe"},
@@ -28,9 +30,11 @@ ALLOWED = {
     "models": BASE | {"losses", "engine"},
     "build": BASE | {"engine", "models"},
     "run_folder": BASE | {"engine", "metrics"},
+    "agreement": BASE | {"engine", "metrics"},
     "evaluate": BASE | {"data", "models", "metrics"},
     "train": BASE
-    | {"build", "data", "diagnostics", "engine", "logs", "losses", "metrics", "models", "run_folder", "schedule"},
+    | {"build", "data", "diagnostics", "engine", "interruption", "logs", "losses", "metrics"}
+    | {"models", "run_folder", "schedule", "watchdog"},
 }
 
 

@@ -136,8 +136,24 @@ def test_a_divergence_needs_a_teacher_and_a_teacher_a_divergence(tmp_path):
 def test_a_global_batch_that_ranks_cannot_share_is_an_error():
     recipe = load_recipe("tiny_trunc50")
     assert recipe.gradient_accumulation_steps(2) == 1
-    with pytest.raises(UserError, match="global_batch_size = 32 cannot be divided over 3 ranks.*multiple of 48"):
+    with pytest.raises(
+        UserError, match="global_batch_size = 32 .* cannot be divided over 3 ranks: run on 1 or 2 ranks"
+    ):
         recipe.gradient_accumulation_steps(3)
+
+
+def test_a_run_can_be_named_by_its_resolved_recipe(tmp_path):
+    recipe = load_recipe("tiny_scratch_teacher_1", ["run.seed=5"])  # without a teacher: its section is null
+    resolved = tmp_path / "recipe.json"
+    resolved.write_text(recipe.model_dump_json())
+    assert load_recipe(str(resolved)) == recipe
+    assert load_recipe(str(resolved), ["run.seed=6"]).run.seed == 6
+    resolved.write_text("[]")
+    with pytest.raises(UserError, match=r"recipe.json: holds \[\]; name the recipe.json of a run"):
+        load_recipe(str(resolved))
+    resolved.write_text("{")
+    with pytest.raises(UserError, match="recipe.json: not valid JSON"):
+        load_recipe(str(resolved))
 
 
 def test_check_prints_the_recipe_in_under_five_seconds_and_imports_no_engine():

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from kd.engine.device import device_type
 from kd.engine.distributed import on_rank_zero
+from kd.engine.universal import universal_checkpoint
 from kd.errors import UserError
 from kd.files import write_json
 
@@ -116,26 +117,26 @@ def damage_of(path: Path) -> str | None:
     return next((part for part in parts if part), None)
 
 
-def check_world_size(path: Path) -> None:
-    """Raise UserError when the number of ranks is not the one that wrote the checkpoint."""
-    written_by = on_rank_zero(lambda: read_manifest(path)["world_size"])
-    if written_by != dist.get_world_size():
-        raise UserError(
-            f"{path} was written by {written_by} ranks and this run has {dist.get_world_size()}: "
-            "resume with the same number of ranks"
-        )
-
-
 def load_checkpoint(engine: Any, path: Path) -> dict[str, Any]:
-    """Restore weights, optimizer and random state from a whole checkpoint; returns the loop's state."""
+    """Restore weights, optimizer and random state from a whole checkpoint; returns the loop's state.
+
+    One that another number of ranks wrote is converted first: weights and optimizer are then the same, and only a
+    random state, which models with dropout use, begins anew on ranks that have none.
+    """
     manifest = on_rank_zero(lambda: read_manifest(path))
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
-    if loaded is None:
-        raise UserError(f"{path}: DeepSpeed found no checkpoint in it; remove it and resume from an earlier one")
-    random_state = load_file(path / f"rng_rank{dist.get_rank()}.safetensors")
-    torch.set_rng_state(random_state["cpu"])
-    if "cuda" in random_state:
-        torch.cuda.set_rng_state(random_state["cuda"])
+    written_by, world_size = manifest["world_size"], dist.get_world_size()
+    if written_by == world_size:
+        _load_engine(engine, path)
+    else:
+        if dist.get_rank() == 0:
+            log.info("%s was written by %d ranks, and is converted for %d", path, written_by, world_size)
+        with universal_checkpoint(path) as converted:
+            engine._config.load_universal_checkpoint = True
+            _load_engine(engine, converted)
+            engine._config.load_universal_checkpoint = False
+    random_file = path / f"rng_rank{dist.get_rank()}.safetensors"
+    if random_file.exists():
+        _restore_random_state(load_file(random_file))
     return manifest["state"]
 
 
@@ -148,6 +149,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint (no {MANIFEST}); name a folder like checkpoints/step_40") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: its {MANIFEST} is damaged") from None
+
+
+def _load_engine(engine: Any, path: Path) -> None:
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise UserError(f"{path}: DeepSpeed found no checkpoint in it; remove it and resume from an earlier one")
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -208,3 +215,9 @@ def _random_state() -> dict[str, torch.Tensor]:
     if device_type() == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -94,3 +94,8 @@ def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether the value is true on any rank. Every rank must call it."""
+    return bool(all_reduce_sum([value], device)[0])

@@ -4,10 +4,14 @@ import hashlib
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+from table import message_of
 from tiny import write_tiny_recipe
+
+from kd.metrics import read_metrics
 
 pytestmark = pytest.mark.fault
 
@@ -28,11 +32,12 @@ def assert_whole(checkpoint: Path) -> None:
         assert {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} == entry, name
 
 
-def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes_with_room(launch, tmp_path, small_disk):
+def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes_with_room(launch, tmp_path, small_disk, fault_table):
     recipe = write_tiny_recipe(tmp_path / "recipe")
     arguments = ["launch/train.py", "--recipe", str(recipe), "--set", f"run.output_dir={small_disk}"]
     arguments += ["--set", "training.keep_last=9"]
     done = launch(*arguments)
+    ended = time.time()
     folder = small_disk / "tiny_test"
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
@@ -44,6 +49,14 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes_with_room(lau
     assert not list((folder / "checkpoints").glob(".step_*"))
     for checkpoint in kept:
         assert_whole(checkpoint)
+    fault_table.append(
+        {
+            "fault": "full disk",
+            "shows": message_of(done.stderr, "could not be written", small_disk),
+            "seconds": ended - (folder / "metrics.jsonl").stat().st_mtime,  # the last step was taken then
+            "lost_steps": len(read_metrics(folder / "metrics.jsonl")) - int(kept[-1].name.removeprefix("step_")),
+        }
+    )
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     done = launch(*arguments, "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]

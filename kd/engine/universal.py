@@ -1,0 +1,49 @@
+"""A checkpoint for any number of ranks: DeepSpeed's universal form, made when it is needed and then removed."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from kd.engine.distributed import on_rank_zero
+from kd.errors import UserError
+
+
+@contextlib.contextmanager
+def universal_checkpoint(path: Path) -> Iterator[Path]:
+    """Inside, the folder of the checkpoint in universal form, fp32 weights and optimizer state apart. All ranks.
+
+    Rank 0 converts, on its CPU, in the checkpoints' folder, and needs there about twice the room of the checkpoint.
+    Raises UserError when that fails.
+    """
+    partial = path.parent / f".{path.name}.universal.partial"
+    on_rank_zero(lambda: _convert(path, partial / path.name))
+    try:
+        yield partial / path.name
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _convert(path: Path, output: Path) -> None:
+    shutil.rmtree(output.parent, ignore_errors=True)
+    output.parent.mkdir()
+    workers = str(min(8, os.cpu_count() or 1))
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(path), "--output_folder", str(output)]
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(output.parent, ignore_errors=True)
+        free = shutil.disk_usage(path.parent).free / 2**30
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise UserError(
+            f"{path} could not be converted for {dist.get_world_size()} ranks: {last[0]} ({free:.2f} GiB free). Make "
+            "room, or resume with as many ranks as wrote it"
+        )

@@ -1,0 +1,61 @@
+"""A run that hangs ends by itself, and every rank says where it stood."""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+
+from kd.constants import EXIT_HANG
+
+OTHER_RANKS_SECONDS = 5.0  # ranks do not reach their limit at the same instant; the first to leave ends the others
+BACKSTOP_SECONDS = 30.0
+
+
+class Watchdog:
+    """Ends the process with EXIT_HANG when pat() has not been called for `minutes`, after its stacks were printed.
+
+    Use as a context: outside it nothing is watched. A call that holds the interpreter's lock also stops the thread
+    that watches; faulthandler, which needs no lock, then ends the process half a minute later.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._minutes = minutes
+        self._patted = threading.Event()
+        self._closed = False
+        self._main = threading.get_ident()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        self.pat()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._closed = True
+        self._patted.set()
+
+    def pat(self) -> None:
+        """A step was taken, or a checkpoint written: the time starts anew."""
+        faulthandler.dump_traceback_later(self._minutes * 60 + BACKSTOP_SECONDS, exit=True)
+        self._patted.set()
+
+    def _watch(self) -> None:
+        while self._patted.wait(self._minutes * 60):
+            self._patted.clear()
+            if self._closed:
+                return
+        rank = os.environ.get("RANK", "0")
+        message = (
+            f"\nrank {rank} on {socket.gethostname()}: no step within run.watchdog_minutes = {self._minutes:g}. Every "
+            "rank prints its stack and ends; one that waits in no collective is the cause, and if all do, a rank or "
+            "its network is lost. Continue with --resume auto\n"
+        )
+        # One write, so that ranks do not mix their lines.
+        sys.stderr.write(message + "".join(traceback.format_stack(sys._current_frames()[self._main])))
+        sys.stderr.flush()
+        time.sleep(OTHER_RANKS_SECONDS)
+        os._exit(EXIT_HANG)

@@ -1,0 +1,170 @@
+"""What launch/submit.py finds before it submits, and the scripts that it writes; tests/slurm runs them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, write_tiny_recipe
+
+from kd.errors import UserError
+from kd.recipe import load_recipe
+from kd.sbatch import Job, Request, seconds_of, train_script
+from kd.submit import read_recipes
+
+ON_CPUS = ("--gpus-per-node=0", "--tasks-per-node=2")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return write_tiny_recipe(tmp_path_factory.mktemp("submit"), num_rows=30)
+
+
+def submit(recipe: Path | str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(recipe), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count(message) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def shell_values(script: str, name: str) -> list[str]:
+    """What bash makes of a variable that stands above the first line of train.sbatch itself."""
+    prologue = script[: script.index("\nsource --")]
+    show = f'{prologue}\nprintf "%s\\0" "${{{name}[@]}}"'
+    return subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+
+
+def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tmp_path):
+    folder = tmp_path / "it's $HOME & 50 %j; `x`"
+    folder.mkdir()
+    shutil.copy(ROOT / "README.md", folder / "problems.jsonl")
+    arguments = ("--nodes=2", "--gpus-per-node=2", "--time=1-0", "--evaluate", "--array-over=keep_fraction=0.25,1.0")
+    settings = ("--set=run.output_dir=my runs", "--set=evaluation.path=problems.jsonl")
+    done = submit(recipe, *arguments, *settings, "--dry-run", "--", "--mem=0", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["problems.jsonl"]
+    train, evaluate = done.stdout.split("\n\n#!", 1)
+    escaped = f"{folder}/my runs/tiny_test/slurm/1".replace("%", "%%")
+    for line in (
+        '--nodes="2"', '--ntasks-per-node="2"', '--gpus-per-node="2"', '--time="1-0"', '--signal="B:USR1@600"',
+        '--array="0-1"', f'--output="{escaped}/train-%A_%a.out"', "--requeue", '--open-mode="append"', '--mem="0"',
+    ):  # fmt: skip
+        assert f"#SBATCH {line}\n" in train
+    for line in ('--nodes="1"', '--ntasks="1"', '--gpus-per-node="1"', '--array="0-1"', '--mem="0"'):
+        assert f"#SBATCH {line}\n" in evaluate
+    runs = [f"{folder}/my runs/tiny_test-keep_fraction={value}" for value in ("0.25", "1.0")]
+    assert shell_values(train, "runs") == runs
+    assert shell_values(train, "work_dir") == [str(folder)]
+    assert shell_values(train, "recipes") == [f"{folder}/my runs/tiny_test/slurm/1/recipe_{i}.json" for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpus-per-node=0",), "say how many ranks with --tasks-per-node"),
+        (("--gpus-per-node=2", "--tasks-per-node=2"), "say how many ranks with --tasks-per-node"),
+        (("--gpus-per-node=3",), "cannot be divided over 3 ranks: run on 1, 2 or 4 ranks"),
+        ((*ON_CPUS, "--nodes=0"), "num_nodes = 0: at least 1 is needed"),
+        ((*ON_CPUS, "--time=11"), "--time 11 is over when the signal comes, 600 s (--signal-seconds)"),
+        ((*ON_CPUS, "--time=soon"), "--time soon: write minutes, hours:minutes:seconds or days-hours"),
+        ((*ON_CPUS, "--setup=no file"), "--setup no file: no such file"),
+        ((*ON_CPUS, "--container=image.sif"), "--container image.sif: no such image"),
+        ((*ON_CPUS, "--evaluate"), "--evaluate: evaluation.path is not set"),
+        ((*ON_CPUS, "--array-over=keep_fraction"), "write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5"),
+        ((*ON_CPUS, "--array-over=keep=0.5"), "keep is in no section of a recipe; write section.key"),
+        ((*ON_CPUS, "--array-over=model=a,b"), "model is in teacher and student; write section.key"),
+        ((*ON_CPUS, "--array-over=keep_fraction=0.5,2"), "truncation.keep_fraction = 2"),
+        ((*ON_CPUS, "--array-over=data.path=a/b,a-b"), "two values would share a run"),
+        ((*ON_CPUS, "--set=teacher.model=no/such/model"), "teacher.model = 'no/such/model': no such file or folder"),
+        ((*ON_CPUS, "--set=run.name=a:b"), "a:b' has ':' in it"),
+        ((*ON_CPUS, "--", "--mem", "0"), "'0', after --, is no option of sbatch: write --name=value"),
+        ((*ON_CPUS, "--", "--comment=a\nb"), "an option of sbatch is one line"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments, message):
+    assert_refused(submit(recipe, *arguments), message)
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_an_input_that_only_the_repository_has_does_not_reach_a_copy_of_it(recipe, tmp_path):
+    assert_refused(
+        submit(recipe, *ON_CPUS, "--set=data.path=README.md", cwd=tmp_path),
+        f"data.path = 'README.md' is in {ROOT}, and jobs run from a copy of its code: submit from there",
+    )
+    assert submit(recipe, *ON_CPUS, "--set=data.path=README.md", "--dry-run").returncode == 0
+    models = ("--set=student.model=recipes/assets/tiny/student_base", "--dry-run")  # which are copied
+    assert submit(recipe, *ON_CPUS, *models, cwd=tmp_path).returncode == 0
+
+
+def test_a_run_that_is_finished_or_of_another_recipe_is_refused(recipe, tmp_path):
+    settings = (f"--set=run.output_dir={tmp_path}", "--dry-run")
+    run = tmp_path / "tiny_test"
+    (run / "checkpoints" / "step_10").mkdir(parents=True)
+    (run / "recipe.json").write_text(load_recipe(str(recipe)).model_dump_json())
+    assert submit(recipe, *ON_CPUS, *settings).returncode == 0
+    other = submit(recipe, *ON_CPUS, *settings, "--set=loss.temperature=2.0")
+    assert_refused(other, "loss.temperature: 1.0 there, 2.0 here")
+    (run / "SUCCESS").write_text("{}")
+    assert_refused(submit(recipe, *ON_CPUS, *settings), "is finished, it has its SUCCESS")
+
+
+def test_without_slurm_nothing_is_left_behind(recipe, tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(recipe), *ON_CPUS]
+    command += [f"--set=run.output_dir={tmp_path}/runs"]
+    done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, timeout=60, check=False)
+    assert_refused(done, "sbatch is not here: submit where SLURM is, or look at the script with --dry-run")
+    assert not (tmp_path / "runs" / "tiny_test").exists()
+
+
+def test_a_container_sees_the_current_directory_and_the_runs(recipe, tmp_path):
+    image = tmp_path / "an image.sif"
+    image.touch()
+    done = submit(recipe, "--gpus-per-node=4", f"--container={image}", f"--set=run.output_dir={tmp_path}", "--dry-run")
+    assert shell_values(done.stdout, "container") == [
+        "apptainer", "exec", "--nv", "--bind", str(ROOT), "--bind", str(tmp_path), str(image)
+    ]  # fmt: skip
+
+
+def test_an_array_gives_each_value_a_run_of_its_own(recipe):
+    name, recipes = read_recipes(str(recipe), ["run.name=sweep"], "student.model=org/a,org/b")
+    assert name == "sweep"
+    assert [(r.run.name, r.student.model) for r in recipes] == [
+        ("sweep-model=org-a", "org/a"),
+        ("sweep-model=org-b", "org/b"),
+    ]
+
+
+def test_options_of_sbatch_are_quoted_as_sbatch_reads_them():
+    request = Request(1, 0, 2, 60, constraint='[a&b] "c" \\d', more_options=("--exclusive", "--comment=it's #1"))
+    job = Job("a name/'$x", Path("/runs/a name"), (Path("/runs/a"),), (Path("/runs/a/recipe.json"),), "abc")
+    script = train_script(job, request)
+    for line in ('--constraint="[a&b] \\"c\\" \\\\d"', "--exclusive", '--comment="it\'s #1"', '--job-name="a-name-x"'):
+        assert f"#SBATCH {line}\n" in script
+    assert "gpus-per-node" not in script
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:05", 7205), ("1-2", 93600), ("1-2:3", 93780), ("1-2:3:4", 93784)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int):
+    assert seconds_of(time) == seconds
+
+
+def test_a_frozen_recipe_is_the_resolved_one(recipe, tmp_path):
+    path = tmp_path / "recipe.json"
+    resolved = load_recipe(str(recipe), ["truncation.keep_fraction=0.25"])
+    path.write_text(json.dumps(resolved.model_dump(mode="json")))
+    assert load_recipe(str(path)) == resolved
+
+
+def test_a_time_limit_that_is_not_one_says_how_to_write_it():
+    with pytest.raises(UserError, match="as in 90 or 24:00:00"):
+        seconds_of("1h")
