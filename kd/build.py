@@ -7,14 +7,15 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from kd.engine.distributed import initialize
+from kd.engine.distributed import initialize, on_rank_zero
 from kd.engine.ds_config import teacher_ds_config
-from kd.engine.zero3 import num_parameters, set_moe_leaf_modules, shard_bytes
+from kd.engine.nodes import check_hpz, group_of_node, ranks_of_nodes
+from kd.engine.zero3 import num_parameters, num_shards, repartition, set_moe_leaf_modules, shard_bytes
 from kd.models.distiller import Distiller
 from kd.models.load import load_partitioned, load_whole, random_model
 from kd.models.probe import reference_states, verify_weights
 from kd.models.teacher import TeacherModule, ZeroTeacher
-from kd.recipe import Recipe
+from kd.recipe import ModelSection, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,11 @@ def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
     if recipe.teacher is None:
         return None
     ds_config = teacher_ds_config(recipe)
-    reference = None
-    if dist.get_rank() == 0:
-        reference = reference_states(load_whole(recipe.teacher, ds_config, role="teacher"), role="teacher")
+    reference = _reference_states(recipe.teacher, ds_config, role="teacher")
     model = load_partitioned(recipe.teacher, ds_config, role="teacher")
+    if recipe.teacher.shard == "node":
+        group = group_of_node(ranks_of_nodes(), recipe.run.collective_timeout_minutes)
+        repartition(model, group, ds_config)
     set_moe_leaf_modules(model)
     teacher = ZeroTeacher(initialize(TeacherModule(model), ds_config))
     verify_weights(model, reference, role="teacher", device=device, hidden_states=teacher.hidden_states)
@@ -37,13 +39,13 @@ def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
 
 def build_student(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> tuple[PreTrainedModel, Any]:
     """The recipe's student and its engine around student and loss, its weights proven to have arrived."""
-    section, reference = recipe.student, None
+    section = recipe.student
+    check_hpz(recipe, ds_config, ranks_of_nodes())
     if section.init == "random":
         model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
         reference = reference_states(model, role="student")
     else:
-        if dist.get_rank() == 0:
-            reference = reference_states(load_whole(section, ds_config, role="student"), role="student")
+        reference = _reference_states(section, ds_config, role="student")
         model = load_partitioned(section, ds_config, role="student")
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -54,11 +56,23 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], device: torch.devic
     return model.train(), engine
 
 
+def _reference_states(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> torch.Tensor:
+    """From a whole copy on rank 0, for every rank to compare with: a node without rank 0 has shards of its own."""
+    return on_rank_zero(lambda: reference_states(load_whole(section, ds_config, role=role), role=role))
+
+
 def _log_size(role: str, model: PreTrainedModel) -> None:
+    """What was measured on all ranks, after a first forward pass."""
     parameters = list(model.parameters())
+    measured: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(measured, (num_shards(parameters), shard_bytes(parameters) / 2**20))
+    shards, mebibytes = zip(*measured, strict=True)
     log.info(
-        "%s: %.2f M parameters, %.1f MiB on this rank",
+        "%s: %.2f M parameters over %s of %d ranks, %.1f to %.1f MiB on each",
         role,
         num_parameters(parameters) / 1e6,
-        shard_bytes(parameters) / 2**20,
+        " or ".join(str(number) for number in sorted(set(shards))),
+        len(measured),
+        min(mebibytes),
+        max(mebibytes),
     )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kd.agreement import check_same_everywhere
 from kd.build import build_student, build_teacher
 from kd.data.collate import Batch
 from kd.data.dataset import Data, load_data
@@ -26,7 +27,7 @@ from kd.engine.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from kd.engine.distributed import all_reduce_sum, any_rank, init_distributed, on_rank_zero
+from kd.engine.distributed import all_reduce_sum, any_rank, find_ranks, init_distributed, on_rank_zero
 from kd.engine.ds_config import student_ds_config
 from kd.engine.export import export_student
 from kd.engine.peers import gather_peers, watching
@@ -73,6 +74,8 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
     Called by every rank. Raises UserError, on every rank, for whatever the user can put right; Interrupted when the
     interruption was requested on any rank and a checkpoint was written; LostPeer when another rank has gone.
     """
+    find_ranks()
+    check_same_everywhere(recipe)
     device = init_distributed(recipe.run.collective_timeout_minutes)
     with watching(gather_peers()):
         _train(recipe, interruption, resume, device)

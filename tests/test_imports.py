@@ -28,12 +28,17 @@ ALLOWED = {
     "diagnostics": {"data", "losses"},
     "engine": BASE,
     "models": BASE | {"losses", "engine"},
+    "plan": BASE | {"engine", "losses", "models"},
+    "preflight": BASE | {"agreement", "check", "engine", "models", "plan"},
     "build": BASE | {"engine", "models"},
     "run_folder": BASE | {"engine", "metrics"},
+    "check": BASE | {"engine"},
+    "sbatch": {"errors", "recipe"},
+    "submit": BASE | {"check", "metrics", "run_folder", "sbatch"},
     "agreement": BASE | {"engine", "metrics"},
     "evaluate": BASE | {"data", "models", "metrics"},
     "train": BASE
-    | {"build", "data", "diagnostics", "engine", "interruption", "logs", "losses", "metrics"}
+    | {"agreement", "build", "data", "diagnostics", "engine", "interruption", "logs", "losses", "metrics"}
     | {"models", "run_folder", "schedule", "watchdog"},
 }
 

@@ -24,13 +24,14 @@ OTHER_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 OF_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
-def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
-    """Join the launcher's process group, or make one of a single rank; returns this rank's device.
+def find_ranks() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not: for srun, or one rank.
 
-    timeout_minutes: how long a rank waits for the others in any collective. Raises UserError when several processes
-    were started without RANK, WORLD_SIZE and LOCAL_RANK, or by srun without MASTER_ADDR and MASTER_PORT.
+    Raises UserError when several processes were started without RANK, or by srun without MASTER_ADDR and MASTER_PORT.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "RANK" in os.environ:
+        return
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise UserError(
@@ -38,18 +39,26 @@ def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
                     "name, and a port that is free there"
                 )
         os.environ |= {name: os.environ[of_slurm] for name, of_slurm in OF_SLURM.items()}
-    if "RANK" not in os.environ:
-        for name in OTHER_LAUNCHERS:
-            if int(os.environ.get(name, "1")) > 1:
-                raise UserError(
-                    f"{name} = {os.environ[name]}, but RANK is not set: start one process per GPU with deepspeed or "
-                    "torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each"
-                )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return
+    for name in OTHER_LAUNCHERS:
+        if int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{name} = {os.environ[name]}, but RANK is not set: start one process per GPU with deepspeed or "
+                "torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each"
+            )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
+    """Join the launcher's process group, or make one of a single rank; returns this rank's device.
+
+    timeout_minutes: how long a rank waits for the others in any collective. Raises UserError as find_ranks does.
+    """
+    find_ranks()
     # This op is compiled on first use (minutes), and an interrupted build leaves a lock that hangs later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device, backend = torch.device("cpu"), "gloo"

@@ -48,6 +48,7 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
         raise UserError(f"{path}: deepspeed.teacher needs zero_optimization.stage = 3, found {stage!r}")
     if role == "student" and stage not in (2, 3):
         raise UserError(f"{path}: deepspeed.student needs zero_optimization.stage 2 or 3, found {stage!r}")
+    _check_hpz(config, role, path)
     return config
 
 
@@ -102,6 +103,11 @@ def is_zero3(config: dict[str, Any]) -> bool:
     return _stage(config) == 3
 
 
+def hpz_size(config: dict[str, Any]) -> int:
+    """Ranks that hold a second copy of the weights between them, to gather from in the backward pass; 1 is none."""
+    return config["zero_optimization"].get("zero_hpz_partition_size", 1)
+
+
 def _stage(config: dict[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
@@ -114,6 +120,19 @@ def _check_objects(config: Any, path: Path) -> None:
             raise UserError(f"{path}: {key} = {config[key]!r}: write an object")
     if "bfloat16" in config:  # DeepSpeed still reads it, and would cast a model that was loaded as fp32
         raise UserError(f'{path}: bfloat16 is the old name of the section: write "bf16"')
+
+
+def _check_hpz(config: dict[str, Any], role: Role, path: Path) -> None:
+    size = hpz_size(config)
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"{path}: zero_hpz_partition_size = {size!r}: write the number of ranks per node, or remove it")
+    if size > 1 and role == "teacher":  # DeepSpeed's one group for it would be the student's too
+        raise UserError(
+            f"{path}: zero_hpz_partition_size = {size} is for deepspeed.student: remove it; "
+            'teacher.shard = "node" keeps the teacher\'s gathers within a node'
+        )
+    if size > 1 and not is_zero3(config):
+        raise UserError(f"{path}: zero_hpz_partition_size = {size} needs zero_optimization.stage = 3, found 2")
 
 
 def _auto_keys(config: dict[str, Any], prefix: str = "") -> list[str]:

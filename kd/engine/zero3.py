@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,6 +26,25 @@ def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del handle
+
+
+def repartition(model: PreTrainedModel, group: dist.ProcessGroup, ds_config: dict[str, Any]) -> None:
+    """Divide the parameters of a model that is partitioned over all ranks over those of `group` instead.
+
+    transformers cannot load into groups: rank 0 alone reads the checkpoint, and other groups would keep their random
+    start. Done here module by module, so that no rank holds more than its shards and one module. Every rank must call
+    it, before the model's engine is made.
+    """
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        new = [parameter for parameter in own.values() if parameter not in moved]
+        with gathered(*new):
+            moved |= {p: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in new}
+        for name, parameter in own.items():
+            module.register_parameter(name, moved[parameter])
+        if new:
+            Init(module=module, data_parallel_group=group, config_dict_or_path=ds_config)
 
 
 def gathered(*parameters: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
@@ -73,7 +93,15 @@ def num_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
+def num_shards(parameters: Iterable[nn.Parameter]) -> int:
+    """Ranks that the parameters are divided over; 1 where each rank holds them whole."""
+    groups = (getattr(parameter, "ds_process_group", None) for parameter in parameters)
+    return max(1 if group is None else dist.get_world_size(group) for group in groups)
+
+
 def shard_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of the parameters that this rank holds between steps."""
-    held = (getattr(p, "ds_tensor", None) if getattr(p, "ds_numel", None) else p for p in parameters)
-    return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+    """Bytes that this rank now holds of the parameters: shards, and what is whole or there a second time (hpZ)."""
+    attributes = ("data", "ds_tensor", "ds_secondary_tensor")
+    tensors = (getattr(parameter, name, None) for parameter in parameters for name in attributes)
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -53,7 +53,7 @@ def load_whole(section: ModelSection, ds_config: dict[str, Any], *, role: str) -
 def load_partitioned(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> PreTrainedModel:
     """The model under ds_config: when that is stage 3, each rank keeps its shard of each weight as it is read.
 
-    Host memory still peaks at one checkpoint per rank of a node, since every rank reads every file.
+    Rank 0 alone reads the files, and its host holds one whole checkpoint meanwhile.
     """
     with partitioned_loading(ds_config) if is_zero3(ds_config) else contextlib.nullcontext():
         model = load_whole(section, ds_config, role=role)

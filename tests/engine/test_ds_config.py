@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 from deepspeed.monitor.config import get_monitor_config
 
-from kd.engine.ds_config import RECIPE_KEYS, is_bf16, is_zero3, read_ds_config, student_ds_config, teacher_ds_config
+from kd.engine.ds_config import (
+    RECIPE_KEYS,
+    hpz_size,
+    is_bf16,
+    is_zero3,
+    read_ds_config,
+    student_ds_config,
+    teacher_ds_config,
+)
 from kd.errors import UserError
 from kd.recipe import ROOT, Recipe
 
@@ -93,6 +101,22 @@ def test_only_a_student_may_be_left_unpartitioned(file: Path) -> None:
     assert read(file, stage_2, "student") == stage_2
     with pytest.raises(UserError, match=r"deepspeed\.teacher needs zero_optimization\.stage = 3, found 2"):
         read(file, stage_2, "teacher")
+
+
+@pytest.mark.parametrize("size", [0, -1, "8", 1.5, None])
+def test_hpz_takes_a_number_of_ranks(file: Path, size: object) -> None:
+    with pytest.raises(UserError, match=rf"^{file}: zero_hpz_partition_size = {size!r}: write the number of ranks"):
+        read(file, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}})
+
+
+def test_hpz_is_for_a_student_of_stage_3(file: Path) -> None:
+    hpz = {"stage": 3, "zero_hpz_partition_size": 8}
+    assert hpz_size(read(file, {"zero_optimization": hpz})) == 8
+    assert hpz_size(read(file, STAGE_3)) == 1
+    with pytest.raises(UserError, match=r"is for deepspeed\.student: remove it; teacher\.shard = \"node\" keeps"):
+        read(file, {"zero_optimization": hpz}, "teacher")
+    with pytest.raises(UserError, match=r"zero_hpz_partition_size = 8 needs zero_optimization\.stage = 3, found 2"):
+        read(file, {"zero_optimization": hpz | {"stage": 2}})
 
 
 def test_a_missing_file_is_refused_with_the_ones_there_are() -> None:

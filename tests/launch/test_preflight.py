@@ -12,7 +12,6 @@ from tiny import ROOT, write_tiny_recipe
 
 from kd.errors import UserError
 from kd.preflight.start import check_ssh, read_hostfile
-from kd.recipe import load_recipe
 
 PREFLIGHT = "launch/preflight.py"
 CHECKS = [
@@ -35,6 +34,16 @@ def recipe(tmp_path_factory) -> Path:
     return write_tiny_recipe(tmp_path_factory.mktemp("preflight"), num_rows=30)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system too small for four checkpoints, which only root may mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 def preflight(recipe: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """As a user calls it: it starts the ranks itself."""
     command = [sys.executable, PREFLIGHT, "--recipe", str(recipe), *arguments]
@@ -53,8 +62,8 @@ def start_rank(recipe: Path, rank: int, port: str, *arguments: str, wrapper: tup
 
 def statuses(output: str) -> dict[str, str]:
     """{check: status} of the lines printed."""
-    found = re.findall(r"^(ok|FAIL|skipped) +(\S.*?)(?:  | on | of |$)", output, flags=re.MULTILINE)
-    return {name.strip(): status for status, name in found}
+    found = re.findall(r"^(ok|FAIL|skipped) +(\S.*?)  ", output, flags=re.MULTILINE)
+    return {name: status for status, name in found}
 
 
 def line_of(output: str, check: str) -> str:
@@ -98,16 +107,6 @@ def test_each_thing_that_is_wrong_is_a_line_with_its_remedy(recipe, small_disk):
     assert "make room, or lower training.keep_last" in line_of(done.stdout, "free space")
     assert "less than --min-bandwidth" in line_of(done.stdout, "bandwidth")
     assert "Traceback" not in done.stderr
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system too small for four checkpoints, which only root may mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.mark.dist
@@ -159,11 +158,18 @@ def test_a_port_in_use_is_named(recipe):
     assert "is in use on" in line_of(output, "port")
 
 
-def test_a_batch_that_ranks_cannot_divide_is_found_without_a_launcher_on_one_rank(recipe):
-    assert load_recipe(str(recipe)).training.global_batch_size == 8
+def test_a_batch_that_two_ranks_cannot_divide_is_looked_at_on_one(recipe):
     done = preflight(recipe, "--set", "training.global_batch_size=6")
     assert done.returncode == 0, done.stdout
     assert "a single rank" in line_of(done.stdout, "bandwidth")
+
+
+@pytest.mark.dist
+def test_a_batch_that_the_ranks_cannot_divide_is_a_line(launch, recipe):
+    done = launch(PREFLIGHT, "--recipe", str(recipe), "--set", "training.global_batch_size=6")
+    assert done.returncode == 1
+    assert "cannot be divided over 2 ranks" in line_of(done.stdout, "recipe")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_host_that_ssh_does_not_reach_ends_it_before_anything_is_started(recipe, tmp_path):

@@ -71,7 +71,7 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         (("--gpus-per-node=0",), "say how many ranks with --tasks-per-node"),
         (("--gpus-per-node=2", "--tasks-per-node=2"), "say how many ranks with --tasks-per-node"),
         (("--gpus-per-node=3",), "cannot be divided over 3 ranks: run on 1, 2 or 4 ranks"),
-        ((*ON_CPUS, "--nodes=0"), "num_nodes = 0: at least 1 is needed"),
+        ((*ON_CPUS, "--nodes=0"), "--nodes 0: at least 1 is needed"),
         ((*ON_CPUS, "--time=11"), "--time 11 is over when the signal comes, 600 s (--signal-seconds)"),
         ((*ON_CPUS, "--time=soon"), "--time soon: write minutes, hours:minutes:seconds or days-hours"),
         ((*ON_CPUS, "--setup=no file"), "--setup no file: no such file"),

@@ -1,0 +1,58 @@
+"""Which ranks share a node, and what depends on it: a process group for each node, and hpZ's blocks of ranks."""
+
+import datetime
+import os
+import socket
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch.distributed as dist
+
+from kd.engine.ds_config import hpz_size
+from kd.errors import UserError
+from kd.recipe import Recipe
+
+# What deepspeed, torchrun and srun number nodes with. A host's name alone would join two agents on one host; such a
+# variable alone, when it is left over from a batch script, would join hosts.
+NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
+
+
+def ranks_of_nodes() -> list[list[int]]:
+    """The ranks of each node, both in ascending order. Every rank must call it."""
+    keys: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(keys, (socket.gethostname(), *(os.environ.get(name) for name in NODE_VARIABLES)))
+    return divide(keys)
+
+
+def divide(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Ranks with equal keys together; keys are in the order of ranks."""
+    nodes: dict[Hashable, list[int]] = {}
+    for rank, key in enumerate(keys):
+        nodes.setdefault(key, []).append(rank)
+    return list(nodes.values())
+
+
+def group_of_node(nodes: list[list[int]], timeout_minutes: float) -> dist.ProcessGroup:
+    """The process group of this rank's node; each call makes groups anew. Every rank must call it."""
+    group, _ = dist.new_subgroups_by_enumeration(nodes, timeout=datetime.timedelta(minutes=timeout_minutes))
+    return group
+
+
+def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: list[list[int]]) -> None:
+    """Raise UserError unless each of hpZ's groups, consecutive ranks as DeepSpeed divides them, stays in one node."""
+    size = hpz_size(ds_config)
+    where = f"deepspeed.student = {recipe.deepspeed.student!r}: zero_hpz_partition_size = {size}"
+    if any(len(ranks) % size for ranks in nodes):
+        counts = sorted({len(ranks) for ranks in nodes})
+        raise UserError(
+            f"{where} does not divide the ranks of every node ({' and '.join(map(str, counts))}): "
+            "set it to the number of ranks per node, or to a divisor of it"
+        )
+    node_of = {rank: node for node, ranks in enumerate(nodes) for rank in ranks}
+    for rank, node in sorted(node_of.items()):
+        first = rank - rank % size
+        if node_of[first] != node:
+            raise UserError(
+                f"{where} puts ranks {first} and {rank} into one group, and they are on different nodes: number the "
+                "ranks node by node (srun --distribution=block)"
+            )

@@ -1,0 +1,40 @@
+"""Bytes of a decoder's activations, as autograd keeps them for transformers' llama, qwen2, qwen3 and their like.
+
+Other architectures differ by a norm or an activation, and a kernel that fuses either keeps less. Experts are counted
+as one MLP of their common width. width: bytes of an element (2 in bf16, else 4).
+"""
+
+from kd.plan.shapes import ModelShapes
+from kd.recipe import TruncationSection
+
+
+def num_tokens_read(truncation: TruncationSection, full_tokens: int) -> int:
+    """Tokens that a model reads of a sequence of full_tokens: `kd.data.truncate.plan_windows`, for one length."""
+    keep = max(1, int(truncation.keep_fraction * full_tokens))
+    keep = min(keep, truncation.max_tokens or keep)
+    spare = {"head": 0, "middle": (full_tokens - keep) // 2, "tail": full_tokens - keep}[truncation.window]
+    return keep + (spare if truncation.window_context == "keep" else 0)
+
+
+def saved_activations(shapes: ModelShapes, num_tokens: int, width: int, *, checkpointing: bool) -> int:
+    """Bytes that the decoder keeps from forward to backward: the layers' inputs alone under checkpointing."""
+    inputs = shapes.num_layers * width * shapes.hidden_size * num_tokens
+    layers = shapes.num_layers * layer_activations(shapes, num_tokens, width)
+    final_norm = (4 + width) * shapes.hidden_size * num_tokens
+    return (inputs if checkpointing else layers) + final_norm
+
+
+def layer_activations(shapes: ModelShapes, num_tokens: int, width: int) -> int:
+    """Bytes that one decoder layer keeps for its backward, as autograd saves them (w = width, a token):
+
+    two RMSNorms        (4 + 2 w) H each: the fp32 input, the normalised one, and the output as the next product's input
+    norms of q and k    (4 + w) (Q + K), where there are any; Q, K: the widths of all query and of all key heads
+    attention           w (2 Q + 2 K) for q, k, v and the output, 4 bytes a head for log-sum-exp; by flash or sdpa: no
+                        matrix of tokens by tokens is kept
+    gated MLP           4 w F: gate, up, silu(gate), their product; F: the intermediate size
+    """
+    queries, keys = shapes.num_heads * shapes.head_dim, shapes.num_key_value_heads * shapes.head_dim
+    norms = 2 * (4 + 2 * width) * shapes.hidden_size
+    head_norms = (4 + width) * (queries + keys) if shapes.has_qk_norm else 0
+    attention = width * (2 * queries + 2 * keys) + 4 * shapes.num_heads
+    return num_tokens * (norms + head_norms + attention + 4 * width * shapes.intermediate_size)

@@ -1,0 +1,114 @@
+"""The sizes of a model that its cost depends on, from its configuration: no weight is read and none is allocated.
+
+Those of the hub models that recipes name are stored in recipes/shapes/, so that a plan needs no network. When a model
+is loaded, `check_shapes` compares it with its file.
+"""
+
+import dataclasses
+import functools
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from kd.engine.zero3 import num_parameters
+from kd.errors import UserError
+from kd.hub import hub_errors
+from kd.models.load import load_config
+from kd.recipe import RECIPES_DIR, ModelSection, find_input
+
+SHAPES_DIR = RECIPES_DIR / "shapes"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShapes:
+    """A decoder's sizes. parameter_sizes: how many parameters there are of each number of elements, tied ones once."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int  # of the experts that see a token together, where there are experts
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    has_qk_norm: bool
+    vocab_size: int  # rows of the lm_head
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    parameter_sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(size * count for size, count in self.parameter_sizes)
+
+
+@functools.cache
+def model_shapes(section: ModelSection, *, role: str) -> ModelShapes:
+    """The shapes of a recipe's model: of a local folder, else as stored in recipes/shapes/, else of the hub's config.
+
+    role ("teacher" or "student") names the section of the recipe in errors. Raises UserError when none is to be had.
+    """
+    stored = shapes_file(section.model)
+    if find_input(section.model) is None and stored.is_file():
+        return read_shapes(stored)
+    config = load_config(section, role=role)
+    with hub_errors(f"{role}.model", section.model):
+        return config_shapes(config, trust_remote_code=section.trust_remote_code)
+
+
+def check_shapes(section: ModelSection, model: PreTrainedModel, *, role: str) -> None:
+    """Raise UserError when a loaded model, partitioned or whole, is not what its file in recipes/shapes/ says."""
+    path = shapes_file(section.model)
+    if not path.is_file():
+        return
+    stored, loaded = dataclasses.asdict(read_shapes(path)), dataclasses.asdict(shapes_of(model))
+    # Positions cost nothing until tokens take them: a checkpoint may be edited to allow more.
+    differing = [name for name in stored if stored[name] != loaded[name] and name != "max_position_embeddings"]
+    if differing:
+        listing = "; ".join(f"{name} is {loaded[name]}, stored as {stored[name]}" for name in differing)
+        raise UserError(
+            f"{role}.model = {section.model!r} is not the model of {path}, from which memory was planned: {listing}. "
+            "Remove that file, or name the model's revision"
+        )
+
+
+def config_shapes(config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelShapes:
+    """The shapes of the model that a configuration describes, built without memory for its weights."""
+    with torch.device("meta"):
+        return shapes_of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def shapes_of(model: PreTrainedModel) -> ModelShapes:
+    """The shapes of a model: on any device, partitioned by ZeRO-3 or not."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    num_heads = config.num_attention_heads
+    tokens_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    if getattr(config, "moe_intermediate_size", None):
+        tokens_width = config.moe_intermediate_size * config.num_experts_per_tok
+    sizes = Counter(num_parameters([parameter]) for parameter in model.parameters())
+    return ModelShapes(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=tokens_width or 4 * config.hidden_size,
+        num_heads=num_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        has_qk_norm=any("q_norm" in name for name, _ in model.named_parameters()),
+        vocab_size=num_parameters([head.weight]) // config.hidden_size,
+        tie_word_embeddings=head.weight is model.get_input_embeddings().weight,
+        max_position_embeddings=config.max_position_embeddings,
+        parameter_sizes=tuple(sorted(sizes.items())),
+    )
+
+
+def shapes_file(model: str) -> Path:
+    """Where the shapes of a model are stored: Qwen--Qwen3-8B.json for Qwen/Qwen3-8B."""
+    return SHAPES_DIR / f"{model.replace('/', '--')}.json"
+
+
+def read_shapes(path: Path) -> ModelShapes:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return ModelShapes(
+        **fields | {"parameter_sizes": tuple((size, count) for size, count in fields["parameter_sizes"])}
+    )

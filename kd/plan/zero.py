@@ -1,0 +1,138 @@
+"""Bytes of one model in its ZeRO engine, on one of the ranks that share it; read from DeepSpeed 0.19's own code.
+
+Weights, gradients and optimizer states are exact to within padding; live_bytes and bucket_bytes are bounds.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kd.engine.ds_config import is_bf16, is_zero3
+from kd.plan.shapes import ModelShapes
+
+# DeepSpeed's defaults (runtime/zero/config.py), in elements.
+ZERO_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
+    "zero_hpz_partition_size": 1,
+}
+
+
+@dataclass(frozen=True)
+class ZeroEngine:
+    """A model shared by `num_ranks` under the JSON of its engine."""
+
+    shapes: ModelShapes
+    config: dict[str, Any]
+    num_ranks: int
+
+    @property
+    def width(self) -> int:
+        return 2 if is_bf16(self.config) else 4
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether ranks gather weights from one another."""
+        return is_zero3(self.config) and self.num_ranks > 1
+
+    @property
+    def num_elements(self) -> int:
+        return self.shapes.num_parameters
+
+    @property
+    def model_bytes(self) -> int:
+        return self.num_elements * self.width
+
+    @property
+    def shard_elements(self) -> int:
+        """ZeRO-3 divides each parameter and rounds up (Init._partition_numel)."""
+        return sum(-(-size // self.num_ranks) * count for size, count in self.shapes.parameter_sizes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Between steps: the shard, parameters up to the persistence threshold whole besides it, and hpZ's copy."""
+        if not self.is_shared:
+            return self.model_bytes
+        elements = self._persistent_elements
+        if not self.offloads("param"):
+            elements += self.shard_elements
+        group = self.value("zero_hpz_partition_size")
+        return (elements + (self.num_elements // group if group > 1 else 0)) * self.width
+
+    @property
+    def live_bytes(self) -> int:
+        """Gathered at most: what prefetching and reuse may keep, the module at work, and a bucket being unpacked.
+
+        PartitionedParameterCoordinator.fetch_sub_module prefetches up to max_live_parameters and fetches the module
+        itself in any case; __params_to_release keeps what is used again within max_reuse_distance.
+        """
+        if not self.is_shared:
+            return 0
+        kept = max(self.value("stage3_max_live_parameters"), self.value("stage3_max_reuse_distance"))
+        largest = max(size for size, _ in self.shapes.parameter_sizes)
+        partitioned = self.num_elements - self._persistent_elements
+        bucket = min(self.value("stage3_prefetch_bucket_size"), partitioned)
+        return (min(partitioned, kept + largest) + bucket) * self.width
+
+    @property
+    def head_elements(self) -> int:
+        return self.shapes.vocab_size * self.shapes.hidden_size
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Accumulated over micro-batches, sharded (grad_partitions_flat_buffer)."""
+        is_fp32 = self.config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        return 0 if self.offloads("optimizer") else self.shard_elements * (4 if is_fp32 else self.width)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Master weights and both moments of Adam, in fp32, sharded."""
+        return 0 if self.offloads("optimizer") else 12 * self.shard_elements
+
+    @property
+    def bucket_bytes(self) -> int:
+        """The buffer of gradients to reduce (two for stage 2 with overlap_comm), and a copy while it is reduced."""
+        bucket = self.value("reduce_bucket_size")
+        num_buffers = 2 if not is_zero3(self.config) and self._zero.get("overlap_comm") else 1
+        return (num_buffers * bucket + min(bucket, self.num_elements)) * self.width
+
+    @property
+    def step_bytes(self) -> int:
+        """Gradients once more, flattened for a sub-group at a time (_prepare_fp32_grad_for_sub_group)."""
+        if self.offloads("optimizer"):
+            return 0
+        return 4 * min(self.shard_elements, self.value("sub_group_size"))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of all ranks: optimizer states, and under stage 2 the weights besides them."""
+        weights = 0 if is_zero3(self.config) else self.model_bytes
+        return 12 * self.shard_elements * self.num_ranks + weights
+
+    @property
+    def host_bytes(self) -> int:
+        """Offloaded: master weights, moments, and gradients twice, in fp32 (stage3.py, initialize_optimizer_states)."""
+        parameters = self.width * self.shard_elements if self.offloads("param") else 0
+        return parameters + (20 * self.shard_elements if self.offloads("optimizer") else 0)
+
+    def received_bytes(self, num_gathers: int) -> float:
+        """What a rank receives for that many gathers or reductions of all weights or gradients."""
+        return num_gathers * self.model_bytes * (self.num_ranks - 1) / self.num_ranks
+
+    def offloads(self, what: str) -> bool:
+        return (self._zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+    def value(self, key: str) -> int:
+        return int(self._zero.get(key, ZERO_DEFAULTS[key]))
+
+    @property
+    def _persistent_elements(self) -> int:
+        threshold = self.value("stage3_param_persistence_threshold")
+        return sum(size * count for size, count in self.shapes.parameter_sizes if size <= threshold)
+
+    @property
+    def _zero(self) -> dict[str, Any]:
+        return self.config["zero_optimization"]

@@ -1,0 +1,114 @@
+"""Whether all ranks share the folder of runs, whether checkpoints fit there, and how long one takes to write."""
+
+import os
+import shutil
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from kd.engine.distributed import on_rank_zero
+from kd.errors import UserError
+from kd.plan import MemoryPlan
+from kd.preflight.check import Check, fail, ok, size
+
+GIB = 2**30
+MAX_BYTES = 256 * 2**20  # written by each rank
+BLOCK_BYTES = 2**20
+PATIENCE_SECONDS = 5.0  # a network file system may show another host's new file late
+# DeepSpeed's launcher kills ranks so long after it told them to end.
+LAUNCHER_SECONDS = 30
+
+
+def check_disk(plan: MemoryPlan) -> list[Check]:
+    """Every rank calls it; makes run.output_dir, and leaves nothing in it."""
+    output_dir = plan.recipe.run.output_dir
+    folder = Path(output_dir).resolve()
+    try:
+        name = on_rank_zero(lambda: _write_token(folder))
+    except UserError as error:
+        return [fail("shared folder", f"run.output_dir = {output_dir!r}: {error}")]
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, _problem_of(folder / name))
+    if dist.get_rank() == 0:
+        (folder / name).unlink()
+    found = [problem for problem in problems if problem]
+    if found:
+        return [
+            fail(
+                "shared folder",
+                f"run.output_dir = {output_dir!r}: {found[0]}; {len(found)} of {len(problems)} ranks do not see what "
+                "rank 0 writes: put it on a file system that all hosts mount at the same path",
+            )
+        ]
+    shared = ok("shared folder", f"{folder}: all ranks read what rank 0 writes")
+    free = on_rank_zero(lambda: shutil.disk_usage(folder).free)
+    needs = (
+        f"{size(free / GIB)} free in {folder}, {size(plan.disk_gib)} needed for {plan.recipe.training.keep_last + 2} "
+        f"checkpoints of {size(plan.checkpoint_gib)} and the exports"
+    )
+    if free < plan.disk_gib * GIB:
+        return [shared, fail("free space", f"{needs}: make room, or lower training.keep_last")]
+    return [shared, ok("free space", needs), _check_speed(plan, folder, free)]
+
+
+def _write_token(folder: Path) -> str:
+    name = f".preflight_{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    except OSError as error:
+        raise UserError(f"rank 0 on {socket.gethostname()} cannot write there: {error}") from None
+    return name
+
+
+def _problem_of(token: Path) -> str | None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            same = token.read_text() == token.name
+            return None if same else f"rank {dist.get_rank()} on {socket.gethostname()} reads other contents"
+        except OSError as error:
+            if time.monotonic() > deadline:
+                return f"rank {dist.get_rank()} on {socket.gethostname()}: {error.strerror}"
+            time.sleep(0.1)
+
+
+def _check_speed(plan: MemoryPlan, folder: Path, free: int) -> Check:
+    """All ranks write at once, as for a checkpoint, and wait until it is on the disk."""
+    world_size = dist.get_world_size()
+    wanted = min(MAX_BYTES, int(plan.checkpoint_gib * GIB) // world_size, free // 4 // world_size)
+    num_blocks = max(1, wanted // BLOCK_BYTES)
+    results: list[Any] = [None] * world_size
+    dist.all_gather_object(results, _write(folder / f".preflight_{uuid.uuid4().hex}", num_blocks))
+    problems = [result for result in results if isinstance(result, str)]
+    if problems:
+        return fail("write speed", f"{problems[0]}: see to the disk or the quota of run.output_dir")
+    rate = world_size * num_blocks * BLOCK_BYTES / max(results)
+    seconds = plan.checkpoint_gib * GIB / rate
+    text = f"{rate / 2**20:.0f} MiB/s by {world_size} ranks, fsync included: {seconds:.1f} s for a checkpoint"
+    if seconds > LAUNCHER_SECONDS:
+        text += (
+            f", more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher leaves after a TERM: signal the ranks "
+            "themselves, as launch/hosts.sh and launch/slurm do"
+        )
+    return ok("write speed", text)
+
+
+def _write(path: Path, num_blocks: int) -> float | str:
+    block = os.urandom(BLOCK_BYTES)
+    started = time.perf_counter()
+    try:
+        with path.open("wb") as file:
+            for _ in range(num_blocks):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return time.perf_counter() - started
+    except OSError as error:
+        return f"rank {dist.get_rank()} on {socket.gethostname()}: {error}"
+    finally:
+        path.unlink(missing_ok=True)

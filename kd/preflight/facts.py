@@ -1,0 +1,170 @@
+"""What each rank finds on its own host, and what rank 0 makes of it. No process group is needed."""
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+
+from kd.agreement import describe_differences, facts_of_host, facts_of_recipe
+from kd.check import check_recipe
+from kd.engine.device import device_type
+from kd.engine.ds_config import Role, read_ds_config
+from kd.engine.nodes import NODE_VARIABLES, divide
+from kd.errors import UserError
+from kd.hub import hub_errors, resolve
+from kd.models.load import choose_attention, load_config
+from kd.plan import MemoryPlan, memory_plan
+from kd.preflight.check import Check, fail, ok, size, skipped
+from kd.recipe import ModelSection, Recipe, StudentSection
+
+GIB = 2**30
+Facts = dict[str, Any]
+T = TypeVar("T")
+
+
+def facts_of_rank(recipe: Recipe) -> Facts:
+    """JSON: software, environment and recipe of kd.agreement, and what is asked of this host alone."""
+    return {
+        **facts_of_host(),
+        "recipe": facts_of_recipe(recipe),
+        "node": str((socket.gethostname(), *(os.environ.get(name) for name in NODE_VARIABLES))),
+        "inputs": _problem_with(lambda: _check_inputs(recipe)),
+        "attention": _problem_with(lambda: _choose_attention(recipe)),
+        "gpu": _gpu(),
+        "host_gib": _available_gib(),
+    }
+
+
+def judge(recipe: Recipe, everyone: list[Facts]) -> list[Check]:
+    """The checks of what all ranks found, in the order of ranks."""
+    differences = describe_differences(everyone)
+    software = everyone[0]["software"]
+    same = f"{describe(everyone)}: torch {software['torch']}, deepspeed {software['deepspeed']}"
+    checks = [
+        fail("same everywhere", differences) if differences else ok("same everywhere", same),
+        _judge_inputs(everyone),
+        _judge_attention(everyone),
+    ]
+    try:
+        plan = memory_plan(recipe, *num_nodes_and_gpus(everyone))
+    except UserError as error:
+        return [*checks, fail("recipe", str(error))]
+    return [*checks, _judge_gpu_memory(plan, everyone), _judge_host_memory(plan, everyone)]
+
+
+def num_nodes_and_gpus(everyone: list[Facts]) -> tuple[int, int]:
+    """How many nodes there are, and ranks on each of them."""
+    num_nodes = len(divide(facts["node"] for facts in everyone))
+    return num_nodes, len(everyone) // num_nodes
+
+
+def describe(everyone: list[Facts]) -> str:
+    """4 ranks on 2 hosts."""
+    num_nodes, _ = num_nodes_and_gpus(everyone)
+    return f"{len(everyone)} {'rank' if len(everyone) == 1 else 'ranks'} on {num_nodes} host{'s' * (num_nodes > 1)}"
+
+
+def _problem_with(look: Callable[[], T]) -> T | str:
+    """What look() finds, or the UserError that it raises."""
+    try:
+        return look()
+    except UserError as error:
+        return str(error)
+
+
+def _check_inputs(recipe: Recipe) -> None:
+    check_recipe(recipe)
+    for role in _roles(recipe):
+        _check_weights(getattr(recipe, role), role)
+
+
+def _choose_attention(recipe: Recipe) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for role in _roles(recipe):
+        section = getattr(recipe, role)
+        config = load_config(section, role=role)
+        found[role] = choose_attention(section, config, read_ds_config(recipe, role), role=role)
+    return found
+
+
+def _roles(recipe: Recipe) -> tuple[Role, ...]:
+    return ("teacher", "student") if recipe.teacher else ("student",)
+
+
+def _check_weights(section: ModelSection, role: str) -> None:
+    """Raise UserError unless this host has a model's weights: local, or in its hub cache."""
+    if isinstance(section, StudentSection) and section.init == "random":
+        return
+    field = f"{role}.model"
+    folder = Path(resolve(field, section.model))
+    if not folder.exists():
+        with hub_errors(field, section.model):
+            folder = Path(snapshot_download(section.model, revision=section.revision, local_files_only=True))
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise UserError(f"{field} = {section.model!r}: no weights in {folder}: run launch/prepare.py with this recipe")
+
+
+def _gpu() -> dict[str, Any] | None:
+    if device_type() != "cuda":
+        return None
+    index = int(os.environ["LOCAL_RANK"])
+    free, total = torch.cuda.mem_get_info(index)
+    return {"name": torch.cuda.get_device_name(index), "free_gib": free / GIB, "total_gib": total / GIB}
+
+
+def _available_gib() -> float:
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    return int(found[1]) * 1024 / GIB
+
+
+def _judge_inputs(everyone: list[Facts]) -> Check:
+    problems = [(rank, facts) for rank, facts in enumerate(everyone) if facts["inputs"]]
+    if not problems:
+        return ok("models and data", f"{describe(everyone)} find them")
+    rank, facts = problems[0]
+    others = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+    return fail(
+        "models and data",
+        f"rank {rank} on {facts['host']}{others}: {facts['inputs']}. Correct it, or bring it to every host",
+    )
+
+
+def _judge_attention(everyone: list[Facts]) -> Check:
+    first = everyone[0]["attention"]
+    for rank, facts in enumerate(everyone):
+        if facts["attention"] != first:
+            return fail(
+                "attention",
+                f"{facts['attention']} on rank {rank} ({facts['host']}), {first} on rank 0: install the same packages "
+                "and use GPUs of one kind, or name teacher.attention and student.attention in the recipe",
+            )
+    if isinstance(first, str):
+        return fail("attention", first)
+    return ok("attention", ", ".join(f"{role} {name}" for role, name in first.items()))
+
+
+def _judge_gpu_memory(plan: MemoryPlan, everyone: list[Facts]) -> Check:
+    gpus = [(facts["gpu"], rank, facts["host"]) for rank, facts in enumerate(everyone) if facts["gpu"]]
+    needs = f"{size(plan.total_gib)} planned, most of it in {plan.moment}"
+    if not gpus:
+        return skipped("GPU memory", f"no GPU; {needs}")
+    gpu, rank, host = min(gpus, key=lambda found: found[0]["free_gib"])
+    where = f"{gpu['free_gib']:.1f} of {gpu['total_gib']:.1f} GiB are free on {gpu['name']} of rank {rank} ({host})"
+    problem = plan.verdict(gpu["free_gib"])
+    return fail("GPU memory", f"{where}: {problem}") if problem else ok("GPU memory", f"{needs}; {where}")
+
+
+def _judge_host_memory(plan: MemoryPlan, everyone: list[Facts]) -> Check:
+    # Without GPUs, ranks hold on the host what they would on them.
+    gib = plan.host_gib + (0 if everyone[0]["gpu"] else plan.gpus_per_node * plan.total_gib)
+    least = min(everyone, key=lambda facts: facts["host_gib"])
+    text = f"{size(gib)} needed at most per node, {least['host_gib']:.1f} GiB available on {least['host']}"
+    if gib <= least["host_gib"]:
+        return ok("host memory", text)
+    return fail("host memory", f"{text}: fewer ranks per node, or a student JSON without offload_optimizer")

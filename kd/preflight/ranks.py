@@ -1,0 +1,80 @@
+"""All checks, by every rank of a run: what each finds by itself, then the process group and what needs it.
+
+A rank that does not come is a line after timeout_seconds, and never a hang.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from kd.agreement import agree, gather_facts
+from kd.engine.distributed import OF_SLURM, init_distributed, on_rank_zero
+from kd.engine.peers import watching
+from kd.errors import LostPeer, UserError
+from kd.plan import memory_plan
+from kd.preflight.check import Check, fail, ok
+from kd.preflight.disk import check_disk
+from kd.preflight.facts import Facts, facts_of_rank, judge, num_nodes_and_gpus
+from kd.preflight.network import check_bandwidth, check_port
+from kd.recipe import Recipe
+
+
+def check_ranks(recipe: Recipe, *, timeout_seconds: float, min_bandwidth: float) -> bool:
+    """Run all checks, print a line for each, and return whether none failed. Every rank calls it.
+
+    min_bandwidth: in GB/s. Rank 0 prints, and a rank that cannot reach the others.
+    """
+    if "RANK" not in os.environ:
+        os.environ |= {name: os.environ[of_slurm] for name, of_slurm in OF_SLURM.items()}
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            return _show([fail("port", f"{name} is not set: export it before srun, as launch/slurm does")])
+    # Where torchrun started the ranks, its agent listens there already.
+    if os.environ["RANK"] == "0" and "TORCHELASTIC_RUN_ID" not in os.environ and not _show([check_port()]):
+        return False
+
+    facts, stage, passed = facts_of_rank(recipe), "rendezvous", True
+    try:
+        with watching([]):
+            everyone = gather_facts(facts, timedelta(seconds=timeout_seconds))
+            passed = everyone is None or _show(judge(recipe, everyone))
+            if agree(_why_not_together(everyone), timedelta(seconds=timeout_seconds)):
+                return False
+            stage = "process group"
+            device = init_distributed(timeout_seconds / 60)
+            plan = on_rank_zero(lambda: memory_plan(recipe, *num_nodes_and_gpus(everyone or [])))
+            passed &= _show([ok(stage, f"{dist.get_backend()}, over {os.environ['MASTER_ADDR']}")])
+            stage = "shared folder"
+            passed &= _show(check_disk(plan))
+            stage = "bandwidth"
+            passed &= _show(check_bandwidth(plan, device, timeout_seconds / 60, min_bandwidth))
+            return on_rank_zero(lambda: passed)
+    except UserError:
+        return False  # of the recipe, which judge has shown
+    except LostPeer as error:
+        return _show([fail(stage, _describe(error, timeout_seconds))], is_everyones=False)
+
+
+def _describe(error: LostPeer, timeout_seconds: float) -> str:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return (
+        f"rank {os.environ['RANK']} on {socket.gethostname()} does not meet the others at {where} within "
+        f"{timeout_seconds:g} s: did all start, and does a firewall let them reach each other? "
+        f"[{str(error.__cause__).strip().splitlines()[0]}]"
+    )
+
+
+def _show(checks: list[Check], *, is_everyones: bool = True) -> bool:
+    """Return whether none failed; printed by rank 0, and by each rank that has its own to tell."""
+    if os.environ["RANK"] == "0" or not is_everyones:
+        for check in checks:
+            print(check, flush=True)
+    return all(check.status != "FAIL" for check in checks)
+
+
+def _why_not_together(everyone: list[Facts] | None) -> str | None:
+    """Ranks on devices of two kinds would wait in two process groups."""
+    devices = {facts["environment"]["device"] for facts in everyone or []}
+    return "devices differ" if len(devices) > 1 else None

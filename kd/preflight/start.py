@@ -1,0 +1,102 @@
+"""From one command to a rank on every GPU: the deepspeed launcher, on this machine or on the hosts of a hostfile."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from kd.errors import UserError
+from kd.preflight.check import Check, fail, ok
+from kd.recipe import ROOT, Recipe
+
+SCRIPT = ROOT / "launch" / "preflight.py"
+NODES_ENV = ROOT / "launch" / "nodes.env"
+LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
+SSH = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=10"]
+
+
+def is_rank() -> bool:
+    """Whether a launcher or srun started this process as one of several."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def start_here(recipe: Recipe, arguments: list[str]) -> int:
+    """Run preflight on this machine's GPUs, or without one on two ranks where the recipe's batch has two halves.
+
+    Returns the launcher's status.
+    """
+    num_ranks = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    environment = dict(os.environ)
+    if num_ranks == 0:
+        num_ranks = 1 if recipe.training.global_batch_size // recipe.training.micro_batch_size % 2 else 2
+        environment["DS_ACCELERATOR"] = "cpu"
+    port = ["--master_port", os.environ["MASTER_PORT"]] if "MASTER_PORT" in os.environ else []
+    command = [*LAUNCHER, "--num_gpus", str(num_ranks), *port, str(SCRIPT), *arguments]
+    return subprocess.call(command, env=environment)
+
+
+def start_on_hosts(hostfile: Path, arguments: list[str]) -> int:
+    """Run preflight on all hosts of a hostfile, over pdsh and ssh as launch/hosts.sh does; returns a status.
+
+    MASTER_ADDR (the first host) and MASTER_PORT (29500) are taken from the environment, and the hosts' own variables
+    from launch/nodes.env, or the file that DS_ENV_FILE names. Raises UserError for a hostfile that is none.
+    """
+    hosts = read_hostfile(hostfile)
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        checks = list(pool.map(check_ssh, hosts))
+    for check in checks:
+        print(check, flush=True)
+    if any(check.status == "FAIL" for check in checks):
+        return 1
+    environment = {"DS_ENV_FILE": str(NODES_ENV), **os.environ, "PDSH_RCMD_TYPE": "ssh"}
+    environment["PDSH_SSH_ARGS_APPEND"] = f"-oBatchMode=yes {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
+    # force_multi: a hostfile of one host means that host, not this one.
+    how = ["--hostfile", str(hostfile), "--force_multi", "--no_ssh_check"]
+    how += ["--master_addr", os.environ.get("MASTER_ADDR", hosts[0])]
+    how += ["--master_port", os.environ.get("MASTER_PORT", "29500")]
+    command = [*LAUNCHER, *how, str(SCRIPT), *map(_through_pdsh, arguments)]
+    return subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
+
+
+def read_hostfile(path: Path) -> list[str]:
+    """The names of its hosts. Raises UserError for a line that is not `NAME slots=N`, a comment or empty."""
+    if not path.is_file():
+        raise UserError(f"--hostfile {path}: no such file; launch/hostfile.example shows one")
+    hosts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        found = re.fullmatch(r"(\S+)\s+slots=[1-9]\d*", text)
+        if found:
+            hosts.append(found[1])
+        elif text:
+            raise UserError(
+                f"--hostfile {path}, line {number}: {line!r}: write NAME slots=N, as launch/hostfile.example"
+            )
+    if not hosts:
+        raise UserError(f"--hostfile {path} names no host; launch/hostfile.example shows how")
+    return hosts
+
+
+def check_ssh(host: str) -> Check:
+    """Whether this machine reaches a host without a password, and finds the same environment and checkout there."""
+    name, started = f"ssh {host}", time.perf_counter()
+    test = f"test -x {shlex.quote(sys.executable)} && test -f {shlex.quote(str(SCRIPT))}"
+    done = subprocess.run([*SSH, host, test], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ok(name, f"{time.perf_counter() - started:.2f} s, no password; environment and checkout are there")
+    if done.returncode != 255:
+        return fail(name, f"{sys.executable} or {SCRIPT} is not there: hosts need both at the same path as here")
+    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return fail(name, f"{said}: `ssh {host}` must work without a question: name, key, known_hosts, sshd")
+
+
+def _through_pdsh(argument: str) -> str:
+    """As DeepSpeed must get it: an argument with a space it puts between double quotes, others as they are."""
+    text = argument.replace("%", "%%")
+    return re.sub(r"([\\$`])", r"\\\1", text) if " " in text else shlex.quote(text)

@@ -1,0 +1,205 @@
+"""A recipe as a SLURM job: what it is to train, whether it can, its files frozen, and the job in the queue.
+
+RUN/slurm/1/            one submission: RUN is the recipe's run, or, for an array, named like one without a suffix
+  code/                 a copy of what the job runs: edits made while it waits change nothing
+  recipe.json           resolved; recipe_0.json and so on for an array
+  train.sbatch, evaluate.sbatch, and the logs of both
+RUN/slurm.json          of each run: its jobs, and where their submission is
+"""
+
+import contextlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.check import check_recipe, inputs
+from kd.errors import UserError
+from kd.files import write_json, write_text
+from kd.recipe import ROOT, Recipe, load_recipe
+from kd.sbatch import Job, Request, evaluate_script, train_script
+
+COPIED = ("kd", "launch", "recipes", "ds_configs")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Jobs as they would be submitted; submit() does it."""
+
+    job: Job
+    recipes: tuple[Recipe, ...]
+    train: str
+    evaluate: str | None
+
+
+def read_recipes(name: str, overrides: list[str], array_over: str | None) -> tuple[str, tuple[Recipe, ...]]:
+    """The name of the run and its recipe; of an array, its name, and a recipe for each value of FIELD=V1,V2."""
+    base = load_recipe(name, overrides)
+    if array_over is None:
+        return base.run.name, (base,)
+    field, equals, values = array_over.partition("=")
+    if not equals or not all(values.split(",")):
+        raise UserError(f"--array-over {array_over}: write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5")
+    section, _, key = field.rpartition(".")
+    section = section or _section_of(base, key)
+    names = [re.sub(r"[^\w.=-]+", "-", f"{base.run.name}-{key}={value}") for value in values.split(",")]
+    if len(set(names)) != len(names):
+        raise UserError(f"--array-over {array_over}: two values would share a run ({', '.join(names)})")
+    return base.run.name, tuple(
+        load_recipe(name, [*overrides, f"{section}.{key}={value}", f"run.name={json.dumps(run)}"])
+        for run, value in zip(names, values.split(","), strict=True)
+    )
+
+
+def prepare(name: str, recipes: tuple[Recipe, ...], request: Request, evaluate: bool) -> Submission:
+    """Check everything that can be known before the job starts, and make its scripts; writes nothing.
+
+    name and recipes: of read_recipes. Raises UserError.
+    """
+    for recipe in recipes:
+        check_recipe(recipe)
+        _check_inputs_reach_the_job(recipe)
+        _check_fits(recipe, request)
+        if evaluate and recipe.evaluation.path is None:
+            raise UserError("--evaluate: evaluation.path is not set: name a JSONL file of problems (prompt, answer)")
+        _check_run(recipe)
+    from kd.metrics import environment  # after the checks, which import no torch
+
+    folder = _next_folder(Path(recipes[0].run.output_dir).absolute() / name / "slurm")
+    files = ["recipe.json"] if len(recipes) == 1 else [f"recipe_{index}.json" for index in range(len(recipes))]
+    job = Job(
+        name=name,
+        folder=folder,
+        runs=tuple(recipe.run_dir.absolute() for recipe in recipes),
+        recipes=tuple(folder / file for file in files),
+        commit=environment()["commit"] or "",
+    )
+    return Submission(job, recipes, train_script(job, request), evaluate_script(job, request) if evaluate else None)
+
+
+def submit(submission: Submission) -> list[str]:
+    """Freeze the files, and submit the jobs: the ids of training and, if there is one, of evaluation.
+
+    Raises UserError, and leaves nothing behind, when a run is still in the queue or sbatch refuses.
+    """
+    job = submission.job
+    for run in job.runs:
+        _check_not_queued(run)
+    try:
+        _freeze(submission)
+        ids = _sbatch_all(submission)
+    except BaseException:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # they hold something else
+            job.folder.parent.rmdir()
+            job.folder.parent.parent.rmdir()
+        raise
+    for index, run in enumerate(job.runs):
+        task = f"_{index}" if len(job.runs) > 1 else ""
+        write_json(run / "slurm.json", {"jobs": [id + task for id in ids], "submission": str(job.folder)})
+    return ids
+
+
+def _section_of(recipe: Recipe, key: str) -> str:
+    sections = [name for name in Recipe.model_fields if hasattr(getattr(recipe, name), key)]
+    if len(sections) != 1:
+        found = f"is in {' and '.join(sections)}" if sections else "is in no section of a recipe"
+        raise UserError(f"--array-over {key}: {key} {found}; write section.key, as in truncation.keep_fraction")
+    return sections[0]
+
+
+def _check_inputs_reach_the_job(recipe: Recipe) -> None:
+    """A job looks for inputs in the same current directory, but in the copy of the code, not in the repository."""
+    for field, value in inputs(recipe).items():
+        path = Path(value).expanduser()
+        if not path.exists() and (ROOT / path).exists() and path.parts[0] not in COPIED:
+            raise UserError(
+                f"{field} = {value!r} is in {ROOT}, and jobs run from a copy of its code: submit from there, or "
+                f"write {str(ROOT / path)!r}"
+            )
+
+
+def _check_fits(recipe: Recipe, request: Request) -> None:
+    """Whatever depends on the number of nodes and of ranks on each."""
+    recipe.gradient_accumulation_steps(request.num_tasks)
+
+
+def _check_run(recipe: Recipe) -> None:
+    from kd import run_folder  # imports torch
+
+    run = recipe.run_dir
+    if (run / "SUCCESS").exists():
+        raise UserError(f"{run} is finished, it has its SUCCESS: begin another run with --set run.name=NAME")
+    unsafe = sorted(set(str(run.absolute())) & set(":\\\n"))
+    if unsafe:
+        raise UserError(
+            f"run folder {str(run)!r} has {' and '.join(map(repr, unsafe))} in it, with which neither Python nor SLURM "
+            "can name a path: choose others with --set run.output_dir=FOLDER or --set run.name=NAME"
+        )
+    if run_folder._has_begun(run):
+        there = run_folder._read(run / "recipe.json")
+        changed = run_folder._differences(there, recipe.model_dump(mode="json"))
+        if changed:
+            listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
+            raise UserError(
+                f"{run} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set run.name=NAME"
+            )
+
+
+def _check_not_queued(run: Path) -> None:
+    path = run / "slurm.json"
+    if path.exists():
+        job = json.loads(path.read_text(encoding="utf-8"))["jobs"][0]
+        state = _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T", check=False)
+        if state:
+            raise UserError(f"{run}: its job {job} is {state}: wait for it, or `scancel {job}` first")
+
+
+def _next_folder(parent: Path) -> Path:
+    numbers = [int(path.name) for path in parent.glob("*") if path.name.isdecimal()]
+    return parent / str(max(numbers, default=0) + 1)
+
+
+def _freeze(submission: Submission) -> None:
+    job = submission.job
+    for part in COPIED:
+        shutil.copytree(ROOT / part, job.folder / "code" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for path, recipe in zip(job.recipes, submission.recipes, strict=True):
+        write_json(path, recipe.model_dump(mode="json"))
+    write_text(job.folder / "train.sbatch", submission.train)
+    if submission.evaluate:
+        write_text(job.folder / "evaluate.sbatch", submission.evaluate)
+
+
+def _sbatch_all(submission: Submission) -> list[str]:
+    folder = submission.job.folder
+    train = _sbatch(folder / "train.sbatch")
+    if submission.evaluate is None:
+        return [train]
+    after = "aftercorr" if len(submission.recipes) > 1 else "afterok"
+    options = (f"--dependency={after}:{train}", "--kill-on-invalid-dep=yes")  # cancelled when training fails
+    try:
+        return [train, _sbatch(folder / "evaluate.sbatch", *options)]
+    except BaseException:
+        _slurm("scancel", train)
+        raise
+
+
+def _sbatch(script: Path, *options: str) -> str:
+    return _slurm("sbatch", "--parsable", *options, str(script)).partition(";")[0]
+
+
+def _slurm(*command: str, check: bool = True) -> str:
+    """What a command of SLURM prints. Raises UserError with what it says when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError(
+            f"{command[0]} is not here: submit where SLURM is, or look at the script with --dry-run"
+        ) from None
+    if check and done.returncode:
+        raise UserError(f"{shlex.join(command)}: {done.stderr.strip()}")
+    return done.stdout.strip()

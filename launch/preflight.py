@@ -1,0 +1,39 @@
+"""Look for what would go wrong: one line per check, on every rank; exit status 1 when one fails.
+
+python launch/preflight.py --recipe NAME                      on this machine, a rank for each GPU
+python launch/preflight.py --recipe NAME --hostfile HOSTFILE  on the hosts of launch/hosts.sh
+srun python launch/preflight.py --recipe NAME                 as a step of a job: srun starts the ranks
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from kd.cli import recipe_parser, run
+from kd.recipe import load_recipe
+
+
+def main() -> None:
+    parser = recipe_parser("Check hosts, network, disk, models and memory before a run of this recipe.")
+    parser.add_argument("--hostfile", type=Path, help="start a rank for each slot of these hosts, over ssh")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="to wait for a missing rank")
+    parser.add_argument("--min-bandwidth", type=float, default=0.0, metavar="GB/S", help="fail below it")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from kd.preflight.start import is_rank, start_here, start_on_hosts  # it imports torch, and the ranks much more
+
+    if is_rank():
+        from kd.logs import configure_logging
+        from kd.preflight.ranks import check_ranks
+
+        configure_logging(rank=1)  # warnings alone
+        passed = check_ranks(recipe, timeout_seconds=arguments.timeout, min_bandwidth=arguments.min_bandwidth)
+        sys.stdout.flush()
+        os._exit(0 if passed else 1)  # a process group that never came about would be waited for
+    if arguments.hostfile:
+        sys.exit(start_on_hosts(arguments.hostfile, sys.argv[1:]))
+    sys.exit(start_here(recipe, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run(main)

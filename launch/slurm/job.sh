@@ -1,0 +1,30 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# How each job begins; *.sbatch source it. Sets run, recipe (of this task, when the job is an array) and task, the
+# words before a script's name that start it in the environment of the job.
+
+: "${work_dir:?submit with launch/submit.py}" "${code:?}" "${commit:?}" "${python_dir:?}" "${runs[0]:?}" "${recipes[0]:?}"
+
+cd -- "$work_dir" || exit
+PATH="$python_dir:$PATH"
+if [[ -n "${setup:-}" ]]; then
+  # shellcheck source=/dev/null
+  source -- "$setup" || exit # before set -u, for which few such files are written
+fi
+set -euo pipefail
+
+# As for launch/hosts.sh: KEY=VALUE lines, nothing in them expanded.
+if [[ -f "$code/launch/nodes.env" ]]; then
+  while IFS= read -r line || [[ -n "$line" ]]; do
+    if [[ "$line" =~ ^[A-Za-z_][A-Za-z_0-9]*= ]]; then export "${line?}"; fi
+  done <"$code/launch/nodes.env"
+fi
+# The copy's kd, not the one that is installed; srun hands all of this to the tasks.
+export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" KD_COMMIT="$commit"
+# srun does not take the number of a task's cores from the job.
+if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+
+index="${SLURM_ARRAY_TASK_ID:-0}"
+run="${runs[index]}" recipe="${recipes[index]}"
+task=("${container[@]}" python)
+say() { printf '== %s\n' "$*"; }
+say "$(date -Is): job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST: $run"

@@ -1,0 +1,99 @@
+"""Submit a recipe to SLURM: python launch/submit.py RECIPE --nodes 2 --gpus-per-node 8 [-- OPTIONS OF SBATCH]
+
+Checks recipe and run, freezes code, resolved recipe and script in the run's folder, and submits. A job that nears its
+time limit saves a checkpoint, is requeued and goes on by itself.
+"""
+
+import argparse
+import contextlib
+import shlex
+import sys
+from pathlib import Path
+
+from kd.cli import run
+from kd.errors import UserError
+from kd.sbatch import Request
+from kd.submit import Submission, prepare, read_recipes, submit
+
+
+def main() -> None:
+    arguments = parse_args(sys.argv[1:])
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed says on stdout that a login node has no GPU
+        request = request_of(arguments)
+        name, recipes = read_recipes(arguments.recipe, arguments.overrides, arguments.array_over)
+        submission = prepare(name, recipes, request, arguments.evaluate)
+    if arguments.dry_run:
+        print(submission.train, *([submission.evaluate] if submission.evaluate else []), sep="\n")
+    else:
+        print(how_to_follow(submission, submit(submission)))
+
+
+def parse_args(words: list[str]) -> argparse.Namespace:
+    options = words[words.index("--") + 1 :] if "--" in words else []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a name from recipes/, or the path of a .toml file")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, required=True, help="and as many ranks; 0: train on CPUs")
+    parser.add_argument("--tasks-per-node", type=int, help="ranks of a node without GPUs")
+    parser.add_argument("--time", help="limit of a job, as SLURM writes it: 24:00:00; the partition's when absent")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--constraint")
+    # A checkpoint of 8 B parameters is some 110 GB, which take 5 minutes at 0.4 GB/s; a step may come before it.
+    parser.add_argument(
+        "--signal-seconds", type=int, default=600, help="how long before the limit a job is told to save; default 600"
+    )
+    parser.add_argument("--setup", type=Path, help="a file that the job sources first: modules, an environment")
+    parser.add_argument("--container", metavar="IMAGE", help="run in this image by apptainer")
+    parser.add_argument("--evaluate", action="store_true", help="a second job: launch/evaluate.py, after success")
+    parser.add_argument(
+        "--array-over", metavar="FIELD=V1,V2", help="an array of runs, one per value: keep_fraction=0.25,0.5,0.75,1.0"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check, print the scripts, submit nothing")
+    arguments = parser.parse_args(words[: len(words) - len(options) - ("--" in words)])
+    arguments.sbatch_options = options
+    return arguments
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    if arguments.gpus_per_node < 0 or (arguments.gpus_per_node == 0) != (arguments.tasks_per_node is not None):
+        raise UserError(
+            f"--gpus-per-node {arguments.gpus_per_node}: a node has a rank per GPU; for 0, and for 0 alone, say how "
+            "many ranks with --tasks-per-node"
+        )
+    setup, container = arguments.setup, arguments.container
+    if setup is not None and not setup.is_file():
+        raise UserError(f"--setup {setup}: no such file")
+    if container is not None and "://" not in container:
+        if not Path(container).exists():
+            raise UserError(f"--container {container}: no such image; write a .sif file, a folder or docker://NAME")
+        container = str(Path(container).absolute())
+    return Request(
+        num_nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        tasks_per_node=arguments.gpus_per_node or arguments.tasks_per_node,
+        signal_seconds=arguments.signal_seconds,
+        time=arguments.time,
+        partition=arguments.partition,
+        account=arguments.account,
+        constraint=arguments.constraint,
+        more_options=tuple(arguments.sbatch_options),
+        setup=setup and setup.absolute(),
+        container=container,
+    )
+
+
+def how_to_follow(submission: Submission, ids: list[str]) -> str:
+    job, folder = submission.job, submission.job.folder
+    lines = [f"job {ids[0]} trains {', '.join(map(str, job.runs))}"]
+    lines += [f"job {ids[1]} evaluates after its success"] if len(ids) > 1 else []
+    lines += [f"  squeue --jobs={','.join(ids)}"]
+    logs = [f"train-{ids[0]}{f'_{i}' if len(job.runs) > 1 else ''}.out" for i in range(len(job.runs))]
+    lines += [f"  tail -F {shlex.quote(str(folder / log))}" for log in logs]
+    lines += [f"  scancel {ids[0]}    # the ranks save first; submit the same again to go on"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

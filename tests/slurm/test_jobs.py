@@ -1,0 +1,250 @@
+"""Jobs of launch/submit.py on a real SLURM: time limit, requeue, scancel, arrays, evaluation, failures."""
+
+import json
+import shlex
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from slurm_cluster import Cluster, wait_until
+from tiny import write_tiny_recipe
+
+from kd.metrics import read_metrics
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+# Losses that do not depend on the number of steps to come, so that runs of unequal length can be compared.
+STEADY = ("training.schedule=constant", "training.warmup_fraction=0.0", "training.learning_rate=1e-3")
+ENDLESS = ("training.max_steps=100000", "training.checkpoint_every=100000")
+COMPARED = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "diagnostics")
+
+
+class Submitted(NamedTuple):
+    ids: list[str]
+    folder: Path
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the recipe and its runs: a shell, SLURM and srun would each read something into its name."""
+    folder = tmp_path_factory.mktemp("jobs") / "it's $HOME & 50 %j; `x`"
+    folder.mkdir()
+    write_tiny_recipe(folder)
+    problem = {"prompt": "1+2-3", "answer": "0"}
+    (folder / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    return folder
+
+
+def submit(cluster: Cluster, folder: Path, name: str, *arguments: str) -> Submitted:
+    """From the recipe's folder, to which runs and problems are relative."""
+    settings = [f"run.name={name}", "run.output_dir=runs", "evaluation.path=problems.jsonl", *STEADY]
+    settings += ["evaluation.max_new_tokens=8", "evaluation.judge=exact"]
+    alone = ("--exclusive",) if "--" in arguments else ("--", "--exclusive")  # one job after another
+    done = cluster.submit("tiny_test.toml", *(f"--set={text}" for text in settings), *arguments, *alone, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    ids = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("job ")]
+    return Submitted(ids, folder / "runs" / name / "slurm" / "1", folder / "runs" / name)
+
+
+def num_steps(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return len(read_metrics(metrics)) if metrics.exists() else 0
+
+
+def log_of(submitted: Submitted) -> str:
+    return "\n".join(path.read_text() for path in sorted(submitted.folder.glob("*.out")))
+
+
+class Interrupted(NamedTuple):
+    submitted: Submitted
+    state: dict[str, str]  # of the job, once requeued
+    marker: dict[str, int]
+    first_steps: int
+    cancelled: dict[str, str]  # the job, after scancel
+
+
+@pytest.fixture(scope="module")
+def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
+    """A run on two nodes without end: it meets its time limit, is requeued, goes on, and is cancelled."""
+    endless = [f"--set={text}" for text in ENDLESS]
+    submitted = submit(cluster, folder, "endless", *endless, "--time=2", "--signal-seconds=59")
+    (job,), run = submitted.ids, submitted.run
+    told = "USR1: the ranks are told"
+    wait_until(lambda: num_steps(run) > 5 or told in log_of(submitted), 120, "the first steps")
+    cluster.run("scancel", "--signal=STOP", job)  # a long step, so that the run to compare with can be short
+    wait_until(lambda: told in log_of(submitted), 90, "the signal")
+    cluster.run("scancel", "--signal=CONT", job)
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", 150, "the job to be requeued")
+    state = cluster.job(job)
+    first_steps = num_steps(run)
+    marker = json.loads((run / "INTERRUPTED").read_text())
+    cluster.start_now(job)
+    wait_until(lambda: num_steps(run) >= first_steps + 4, 150, "the job to go on")
+    cluster.run("scancel", job)
+    cluster.wait_for_state(job, "CANCELLED")
+    wait_until(lambda: "cancelled, step" in log_of(submitted), 60, "the end of the batch script")
+    return Interrupted(submitted, state, marker, first_steps, cluster.job(job))
+
+
+class Array(NamedTuple):
+    submitted: Submitted
+    runs: list[Path]
+    restarts: list[str]
+    evaluation_states: list[str]
+
+
+@pytest.fixture(scope="module")
+def array(cluster: Cluster, folder: Path, interrupted: Interrupted) -> Array:
+    """Two runs, as long as the cancelled one, and their evaluation; the second is interrupted and requeued."""
+    size = [f"--set=training.max_steps={interrupted.first_steps + 4}", "--set=training.checkpoint_every=100000"]
+    submitted = submit(cluster, folder, "sweep", *size, "--array-over=keep_fraction=0.5,0.25", "--evaluate")
+    runs = [folder / "runs" / f"sweep-keep_fraction={value}" for value in ("0.5", "0.25")]
+    train, evaluation = submitted.ids
+    wait_until(lambda: num_steps(runs[1]) > 2, 300, "the second run's steps")
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{train}_1")
+    wait_until(lambda: cluster.job(f"{train}_1")["Restarts"] == "1", 60, "the second run to be requeued")
+    cluster.start_now(f"{train}_1")
+    for task in (f"{train}_0", f"{train}_1", f"{evaluation}_0", f"{evaluation}_1"):
+        cluster.wait_for_state(task, "COMPLETED", "FAILED", "CANCELLED")
+    restarts = [cluster.job(f"{train}_{index}")["Restarts"] for index in range(2)]
+    return Array(submitted, runs, restarts, [cluster.job(f"{evaluation}_{index}")["JobState"] for index in range(2)])
+
+
+def test_a_job_that_nears_its_time_limit_saves_and_is_requeued(interrupted: Interrupted):
+    assert interrupted.state["JobState"] == "PENDING"
+    assert interrupted.marker["step"] == interrupted.first_steps > 0
+    log = log_of(interrupted.submitted)
+    assert f"interrupted, step {interrupted.first_steps} is saved: requeued" in log
+    assert "DUE TO TIME LIMIT" not in log
+
+
+def test_the_requeued_job_goes_on_with_the_losses_of_an_uninterrupted_run(interrupted: Interrupted, array: Array):
+    there, here = (read_metrics(run / "metrics.jsonl") for run in (interrupted.submitted.run, array.runs[0]))
+    compared = [[[record[field] for field in COMPARED] for record in records] for records in (there, here)]
+    assert len(here) == interrupted.first_steps + 4
+    assert compared[0][: len(here)] == compared[1]
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued_but_may_be_submitted_again(
+    cluster: Cluster, folder: Path, interrupted: Interrupted
+):
+    assert interrupted.cancelled["JobState"] == "CANCELLED"
+    assert interrupted.cancelled["Restarts"] == "1"
+    run = interrupted.submitted.run
+    saved = json.loads((run / "INTERRUPTED").read_text())["step"]
+    assert saved > interrupted.first_steps
+    assert (run / "checkpoints" / f"step_{saved}" / "manifest.json").exists()
+    settings = [f"--set={text}" for text in ("run.name=endless", "run.output_dir=runs", *STEADY, *ENDLESS)]
+    again = cluster.submit("tiny_test.toml", *settings, "--", "--hold", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((run / "slurm.json").read_text())["submission"] == str(run / "slurm" / "2")
+
+
+def test_the_tasks_of_a_job_are_on_two_nodes(interrupted: Interrupted):
+    assert interrupted.state["NumNodes"] in ("2", "2-2")
+    assert "on 127.0.0.[1-2]" in log_of(interrupted.submitted)
+
+
+def test_an_array_trains_each_value_and_requeues_one_task_alone(array: Array):
+    assert array.restarts == ["0", "1"]
+    for run, fraction in zip(array.runs, (0.5, 0.25), strict=True):
+        assert (run / "SUCCESS").exists()
+        assert json.loads((run / "recipe.json").read_text())["truncation"]["keep_fraction"] == fraction
+
+
+def test_evaluation_follows_success(array: Array):
+    assert array.evaluation_states == ["COMPLETED", "COMPLETED"]
+    for run in array.runs:
+        results = json.loads((run / "evaluation" / "export-best.json").read_text())
+        assert (results["recipe"], results["num_problems"]) == (run.name, 1)
+
+
+def test_a_submission_of_a_finished_run_is_refused(cluster: Cluster, folder: Path, array: Array):
+    done = cluster.submit(
+        "tiny_test.toml", "--set=run.output_dir=runs", f"--set=run.name={array.runs[0].name}", cwd=folder
+    )
+    assert done.returncode == 2
+    assert "is finished, it has its SUCCESS" in done.stderr
+
+
+class Failed(NamedTuple):
+    submitted: Submitted
+    again: subprocess.CompletedProcess[str]  # submitted a second time, with the first in the queue
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def failed(cluster: Cluster, folder: Path) -> Failed:
+    """One rank fails, in the copy of the code that the job has: it was broken there while the job waited."""
+    submitted = submit(cluster, folder, "broken", "--evaluate", "--", "--hold")
+    again = cluster.submit("tiny_test.toml", "--set=run.output_dir=runs", "--set=run.name=broken", cwd=folder)
+    script = submitted.folder / "code" / "kd" / "train.py"
+    script.write_text(f"import os, sys\nif os.environ['SLURM_PROCID'] == '1': sys.exit(7)\n{script.read_text()}")
+    started = time.monotonic()
+    cluster.run("scontrol", "release", submitted.ids[0])
+    cluster.wait_for_state(submitted.ids[0], "FAILED", "COMPLETED")
+    return Failed(submitted, again, time.monotonic() - started)
+
+
+def test_a_failing_rank_ends_the_job_at_once_and_without_success(cluster: Cluster, failed: Failed):
+    state = cluster.job(failed.submitted.ids[0])
+    assert (state["JobState"], state["Restarts"]) == ("FAILED", "0")
+    assert failed.seconds < 60
+    assert "there is no SUCCESS; the newest checkpoint is of step 0" in log_of(failed.submitted)
+
+
+def test_a_run_whose_job_is_in_the_queue_is_not_submitted_again(failed: Failed):
+    assert failed.again.returncode == 2
+    assert f"its job {failed.submitted.ids[0]} is PENDING" in failed.again.stderr
+    assert [path.name for path in failed.submitted.folder.parent.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [
+        ("exit 0", "srun's status is 0 and there is no SUCCESS"),
+        ('touch "$run/INTERRUPTED"; exit 85', "interrupted at step 0, where it began: not requeued"),
+    ],
+    ids=["nothing done", "never further"],
+)
+def test_neither_a_status_nor_an_interruption_passes_for_success(
+    cluster: Cluster, folder: Path, tmp_path: Path, python: str, message: str
+):
+    # What --setup puts first in PATH is what the job runs.
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{python}\n")
+    (tmp_path / "python").chmod(0o755)
+    setup = tmp_path / "an environment's setup"
+    run = shlex.quote(f"{folder}/runs/{tmp_path.name}")
+    setup.write_text(f"export PATH={tmp_path}:$PATH run={run}\necho $NOT_SET\n")
+    submitted = submit(cluster, folder, tmp_path.name, f"--setup={setup}")
+    cluster.wait_for_state(submitted.ids[0], "FAILED", "COMPLETED", timeout=60)
+    state = cluster.job(submitted.ids[0])
+    assert (state["JobState"], state["Restarts"]) == ("FAILED", "0")
+    assert message in log_of(submitted)
+
+
+def test_a_refused_submission_leaves_nothing_behind(cluster: Cluster, folder: Path):
+    done = cluster.submit(
+        "tiny_test.toml", "--set=run.output_dir=runs", "--set=run.name=refused", "--partition=nowhere", cwd=folder
+    )
+    assert done.returncode == 2
+    assert "invalid partition specified: nowhere" in done.stderr
+    assert not (folder / "runs" / "refused").exists()
+
+
+@pytest.mark.parametrize(("gpus", "answer"), [(2, "on nodes 127.0.0.[1-2]"), (3, "configuration is not available")])
+def test_slurm_grants_the_gpus_that_a_script_asks_for(
+    cluster: Cluster, folder: Path, tmp_path: Path, gpus: int, answer: str
+):
+    arguments = ("--nodes=2", f"--gpus-per-node={gpus}", "--set=training.global_batch_size=24", "--dry-run")
+    done = cluster.submit("tiny_test.toml", *arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "train.sbatch").write_text(done.stdout)
+    assert answer in cluster.run("sbatch", "--test-only", str(tmp_path / "train.sbatch")).stderr
+
+
+def test_evaluation_is_cancelled_when_training_fails(cluster: Cluster, failed: Failed):
+    cluster.wait_for_state(failed.submitted.ids[1], "CANCELLED", timeout=60)
