@@ -15,6 +15,7 @@ from kd.models.distiller import Distiller
 from kd.models.load import load_partitioned, load_whole, random_model
 from kd.models.probe import reference_states, verify_weights
 from kd.models.teacher import TeacherModule, ZeroTeacher
+from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
     if recipe.teacher.shard == "node":
         group = group_of_node(ranks_of_nodes(), recipe.run.collective_timeout_minutes)
         repartition(model, group, ds_config)
+    check_shapes(recipe.teacher, model, role="teacher")
     set_moe_leaf_modules(model)
     teacher = ZeroTeacher(initialize(TeacherModule(model), ds_config))
     verify_weights(model, reference, role="teacher", device=device, hidden_states=teacher.hidden_states)
@@ -47,6 +49,7 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], device: torch.devic
     else:
         reference = _reference_states(section, ds_config, role="student")
         model = load_partitioned(section, ds_config, role="student")
+    check_shapes(section, model, role="student")
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     set_moe_leaf_modules(model)

@@ -44,30 +44,36 @@ def open_run(recipe: Recipe, resume: str | None) -> None:
     whose run never took a step, for an error in the recipe say, is taken over.
     """
     folder = recipe.run_dir
-    facts = {"recipe.json": recipe.model_dump(mode="json"), "ds_config.json": _ds_configs(recipe)}
-    if _has_begun(folder):
-        if resume is None:
-            raise UserError(
-                f"{folder} already holds a run: continue it with --resume auto, "
-                "or choose another folder with --set run.name=NAME"
-            )
-        changed = [change for name, new in facts.items() for change in _differences(_read(folder / name), new)]
-        if changed:
-            listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
-            raise UserError(
-                f"{folder} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set run.name=NAME; "
-                "to train a finished student further, begin a new run with student.model = its export"
-            )
+    if resume is None and _has_begun(folder):
+        raise UserError(
+            f"{folder} already holds a run: continue it with --resume auto, "
+            "or choose another folder with --set run.name=NAME"
+        )
+    check_same_run(recipe)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         remove_partial(folder / "checkpoints")
         for marker in (SUCCESS, INTERRUPTED):
             (folder / marker).unlink(missing_ok=True)
-        for name, content in facts.items():
+        for name, content in _facts(recipe).items():
             write_json(folder / name, content)
         write_json(folder / "environment.json", environment())
     except OSError as error:
         raise UserError(f"run.output_dir = {recipe.run.output_dir!r}: cannot write to {folder}: {error}") from error
+
+
+def check_same_run(recipe: Recipe) -> None:
+    """Raise UserError when the recipe's folder holds a run that was begun with another recipe."""
+    folder = recipe.run_dir
+    if not _has_begun(folder):
+        return
+    changed = [c for name, new in _facts(recipe).items() for c in _differences(_read(folder / name), new)]
+    if changed:
+        listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
+        raise UserError(
+            f"{folder} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set run.name=NAME; "
+            "to train a finished student further, begin a new run with student.model = its export"
+        )
 
 
 def record_data(folder: Path, report: str, fingerprint: str) -> None:
@@ -84,6 +90,10 @@ def record_data(folder: Path, report: str, fingerprint: str) -> None:
 def _has_begun(folder: Path) -> bool:
     metrics = folder / "metrics.jsonl"
     return bool(step_folders(folder / "checkpoints")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    return {"recipe.json": recipe.model_dump(mode="json"), "ds_config.json": _ds_configs(recipe)}
 
 
 def _ds_configs(recipe: Recipe) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Submission:
 
     job: Job
     recipes: tuple[Recipe, ...]
+    plans: tuple[str, ...]  # a line for each recipe
     train: str
     evaluate: str | None
 
@@ -59,10 +60,11 @@ def prepare(name: str, recipes: tuple[Recipe, ...], request: Request, evaluate: 
 
     name and recipes: of read_recipes. Raises UserError.
     """
+    plans = []
     for recipe in recipes:
         check_recipe(recipe)
         _check_inputs_reach_the_job(recipe)
-        _check_fits(recipe, request)
+        plans.append(_check_fits(recipe, request))
         if evaluate and recipe.evaluation.path is None:
             raise UserError("--evaluate: evaluation.path is not set: name a JSONL file of problems (prompt, answer)")
         _check_run(recipe)
@@ -77,7 +79,8 @@ def prepare(name: str, recipes: tuple[Recipe, ...], request: Request, evaluate: 
         recipes=tuple(folder / file for file in files),
         commit=environment()["commit"] or "",
     )
-    return Submission(job, recipes, train_script(job, request), evaluate_script(job, request) if evaluate else None)
+    evaluation = evaluate_script(job, request) if evaluate else None
+    return Submission(job, recipes, tuple(plans), train_script(job, request), evaluation)
 
 
 def submit(submission: Submission) -> list[str]:
@@ -122,16 +125,31 @@ def _check_inputs_reach_the_job(recipe: Recipe) -> None:
             )
 
 
-def _check_fits(recipe: Recipe, request: Request) -> None:
-    """Whatever depends on the number of nodes and of ranks on each."""
+def _check_fits(recipe: Recipe, request: Request) -> str:
+    """Whatever depends on the number of nodes and of ranks on each: the batch, and the memory of the GPUs."""
+    from kd.plan import GPU_GIB, memory_plan  # imports torch
+
     recipe.gradient_accumulation_steps(request.num_tasks)
+    try:
+        plan = memory_plan(recipe, request.num_nodes, request.tasks_per_node)
+    except UserError as error:
+        if request.gpu:
+            raise
+        return f"{recipe.run.name}: memory not planned: {error}"  # a model of which nothing is known here
+    problem = plan.verdict(GPU_GIB[request.gpu]) if request.gpu else None
+    if problem:
+        raise UserError(f"--gpu {request.gpu}: {problem}")
+    return (
+        f"{recipe.run.name}: {plan.total_gib:.1f} GiB per rank planned, {plan.checkpoint_gib:.1f} GiB a checkpoint, "
+        f"{plan.disk_gib:.0f} GiB on disk"
+    )
 
 
 def _check_run(recipe: Recipe) -> None:
-    from kd import run_folder  # imports torch
+    from kd.run_folder import SUCCESS, check_same_run  # imports torch
 
     run = recipe.run_dir
-    if (run / "SUCCESS").exists():
+    if (run / SUCCESS).exists():
         raise UserError(f"{run} is finished, it has its SUCCESS: begin another run with --set run.name=NAME")
     unsafe = sorted(set(str(run.absolute())) & set(":\\\n"))
     if unsafe:
@@ -139,14 +157,7 @@ def _check_run(recipe: Recipe) -> None:
             f"run folder {str(run)!r} has {' and '.join(map(repr, unsafe))} in it, with which neither Python nor SLURM "
             "can name a path: choose others with --set run.output_dir=FOLDER or --set run.name=NAME"
         )
-    if run_folder._has_begun(run):
-        there = run_folder._read(run / "recipe.json")
-        changed = run_folder._differences(there, recipe.model_dump(mode="json"))
-        if changed:
-            listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
-            raise UserError(
-                f"{run} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set run.name=NAME"
-            )
+    check_same_run(recipe)
 
 
 def _check_not_queued(run: Path) -> None:

@@ -30,6 +30,7 @@ from kd.engine.checkpoint import (
 from kd.engine.distributed import all_reduce_sum, any_rank, find_ranks, init_distributed, on_rank_zero
 from kd.engine.ds_config import student_ds_config
 from kd.engine.export import export_student
+from kd.engine.nodes import check_hpz, ranks_of_nodes
 from kd.engine.peers import gather_peers, watching
 from kd.errors import Interrupted, UserError
 from kd.files import write_json
@@ -86,6 +87,7 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
     configure_logging(rank)
     training, folder = recipe.training, recipe.run_dir
     student_config = student_ds_config(recipe, world_size, device.type)
+    check_hpz(recipe, student_config, ranks_of_nodes())
     _check_loss_backend(recipe, device)
     on_rank_zero(lambda: open_run(recipe, resume))
     checkpoint = _choose_checkpoint(folder, resume)

@@ -35,6 +35,7 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, required=True, help="and as many ranks; 0: train on CPUs")
+    parser.add_argument("--gpu", help="its kind, as in h100: refuse what will not fit into its memory")
     parser.add_argument("--tasks-per-node", type=int, help="ranks of a node without GPUs")
     parser.add_argument("--time", help="limit of a job, as SLURM writes it: 24:00:00; the partition's when absent")
     parser.add_argument("--partition")
@@ -62,6 +63,11 @@ def request_of(arguments: argparse.Namespace) -> Request:
             f"--gpus-per-node {arguments.gpus_per_node}: a node has a rank per GPU; for 0, and for 0 alone, say how "
             "many ranks with --tasks-per-node"
         )
+    if arguments.gpu is not None:
+        from kd.plan import GPU_GIB  # imports torch
+
+        if arguments.gpu not in GPU_GIB:
+            raise UserError(f"--gpu {arguments.gpu}: choose from {', '.join(GPU_GIB)}")
     setup, container = arguments.setup, arguments.container
     if setup is not None and not setup.is_file():
         raise UserError(f"--setup {setup}: no such file")
@@ -70,6 +76,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
             raise UserError(f"--container {container}: no such image; write a .sif file, a folder or docker://NAME")
         container = str(Path(container).absolute())
     return Request(
+        gpu=arguments.gpu,
         num_nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,
         tasks_per_node=arguments.gpus_per_node or arguments.tasks_per_node,
@@ -86,7 +93,8 @@ def request_of(arguments: argparse.Namespace) -> Request:
 
 def how_to_follow(submission: Submission, ids: list[str]) -> str:
     job, folder = submission.job, submission.job.folder
-    lines = [f"job {ids[0]} trains {', '.join(map(str, job.runs))}"]
+    lines = list(submission.plans)
+    lines += [f"job {ids[0]} trains {', '.join(map(str, job.runs))}"]
     lines += [f"job {ids[1]} evaluates after its success"] if len(ids) > 1 else []
     lines += [f"  squeue --jobs={','.join(ids)}"]
     logs = [f"train-{ids[0]}{f'_{i}' if len(job.runs) > 1 else ''}.out" for i in range(len(job.runs))]

@@ -4,7 +4,7 @@ import sys
 
 from kd.cli import recipe_parser, run
 from kd.interruption import Interruption
-from kd.recipe import Recipe, load_recipe
+from kd.recipe import load_recipe
 
 
 def main() -> None:
@@ -20,29 +20,15 @@ def main() -> None:
         print(recipe.run_dir)
         return
     if arguments.check:
-        check(recipe)
+        from kd.check import check_recipe
+
+        check_recipe(recipe)
+        print(recipe.model_dump_json(indent=2))
+        print(f"ok: results will be in {recipe.run_dir}", file=sys.stderr)
         return
     from kd.train import train  # after --check: it imports torch, transformers and deepspeed
 
     train(recipe, interruption, resume=arguments.resume)
-
-
-def check(recipe: Recipe) -> None:
-    """Everything that can be known without a GPU, a network or a process group; prints the resolved recipe."""
-    from kd.engine.ds_config import read_ds_config
-    from kd.hub import find_file, resolve
-
-    for role in ("student", "teacher") if recipe.teacher else ("student",):
-        resolve(f"{role}.model", getattr(recipe, role).model)
-        read_ds_config(recipe, role)
-    for field in ("path", "validation_path"):
-        if getattr(recipe.data, field) is not None:
-            resolve(f"data.{field}", getattr(recipe.data, field))
-    for name, value in (("data.chat_template", recipe.data.chat_template), ("evaluation.path", recipe.evaluation.path)):
-        if value is not None:
-            find_file(name, value)
-    print(recipe.model_dump_json(indent=2))
-    print(f"ok: results will be in {recipe.run_dir}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ ALLOWED = {
     "models": BASE | {"losses", "engine"},
     "plan": BASE | {"engine", "losses", "models"},
     "preflight": BASE | {"agreement", "check", "engine", "models", "plan"},
-    "build": BASE | {"engine", "models"},
+    "build": BASE | {"engine", "models", "plan"},
     "run_folder": BASE | {"engine", "metrics"},
     "check": BASE | {"engine"},
     "sbatch": {"errors", "recipe"},
-    "submit": BASE | {"check", "metrics", "run_folder", "sbatch"},
+    "submit": BASE | {"check", "metrics", "plan", "run_folder", "sbatch"},
     "agreement": BASE | {"engine", "metrics"},
     "evaluate": BASE | {"data", "models", "metrics"},
     "train": BASE

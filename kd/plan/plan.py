@@ -18,6 +18,8 @@ from kd.recipe import Recipe
 # Beside what tensors take: the CUDA context, NCCL's buffers, and what the allocator cannot use.
 RESERVED_GIB = 3.0
 MAX_NODES_FACTOR = 16
+# What the driver reports of a whole GPU, in GiB.
+GPU_GIB = {"a100-40gb": 39.4, "a100": 79.2, "h100": 79.6, "h200": 140.4, "b200": 179.0, "l40s": 45.0}
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
     gib_per_rank, moment = rank_memory(recipe, student, teacher, batch_tokens)
     saved = functools.partial(saved_activations, student.shapes, batch_tokens, student.width)
     engines = [student, teacher] if teacher else [student]
-    loading = max(engine.model_bytes for engine in engines)  # every rank of a node reads every file of a checkpoint
+    # Rank 0 alone reads the files of a model that is partitioned while it is loaded, and else every rank.
+    loading = max(engine.model_bytes * (1 if is_zero3(engine.config) else gpus_per_node) for engine in engines)
     # Of the student weights in forward and in backward, and gradients; of the teacher weights in forward.
     received = student.received_bytes(3) + (teacher.received_bytes(1) if teacher else 0)
     return MemoryPlan(
@@ -100,7 +103,7 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         activations_whole_gib=saved(checkpointing=False) / GIB,
         checkpoint_gib=student.checkpoint_bytes / GIB,
         disk_gib=((recipe.training.keep_last + 2) * student.checkpoint_bytes + 3 * student.model_bytes) / GIB,
-        host_gib=gpus_per_node * max(loading, sum(engine.host_bytes for engine in engines)) / GIB,
+        host_gib=max(loading, gpus_per_node * sum(engine.host_bytes for engine in engines)) / GIB,
         received_gib_per_step=accumulation * received / GIB,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, write_tiny_recipe
 
+from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.recipe import load_recipe
 from kd.sbatch import Job, Request, seconds_of, train_script
@@ -107,12 +108,26 @@ def test_a_run_that_is_finished_or_of_another_recipe_is_refused(recipe, tmp_path
     settings = (f"--set=run.output_dir={tmp_path}", "--dry-run")
     run = tmp_path / "tiny_test"
     (run / "checkpoints" / "step_10").mkdir(parents=True)
-    (run / "recipe.json").write_text(load_recipe(str(recipe)).model_dump_json())
+    resolved = load_recipe(str(recipe))
+    (run / "recipe.json").write_text(resolved.model_dump_json())
+    configs = {role: read_ds_config(resolved, role) for role in ("student", "teacher")}
+    (run / "ds_config.json").write_text(json.dumps(configs))
     assert submit(recipe, *ON_CPUS, *settings).returncode == 0
     other = submit(recipe, *ON_CPUS, *settings, "--set=loss.temperature=2.0")
     assert_refused(other, "loss.temperature: 1.0 there, 2.0 here")
     (run / "SUCCESS").write_text("{}")
     assert_refused(submit(recipe, *ON_CPUS, *settings), "is finished, it has its SUCCESS")
+
+
+def test_what_does_not_fit_is_refused_with_what_would(recipe, tmp_path):
+    where = ("--nodes=1", "--gpus-per-node=1", f"--set=run.output_dir={tmp_path}", "--dry-run")
+    large = [sys.executable, str(ROOT / "launch" / "submit.py"), "qwen3_8b_to_4b_trunc50", *where]
+    done = subprocess.run([*large, "--gpu=a100-40gb"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert_refused(done, "--gpu a100-40gb: ")
+    assert "do not fit in 39.4 GiB" in done.stderr
+    assert "would do (" in done.stderr
+    assert subprocess.run(large, cwd=ROOT, capture_output=True, text=True, check=False).returncode == 0
+    assert_refused(submit(recipe, "--gpus-per-node=1", "--gpu=abacus", "--dry-run"), "--gpu abacus: choose from a100")
 
 
 def test_without_slurm_nothing_is_left_behind(recipe, tmp_path):
