@@ -6,17 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny import ROOT
-from two_hosts import Host, two_hosts, why_not
-
-# What the hosts are to get, and get by the file alone; a value with spaces for one.
-VARIABLES = {
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "KD_COMMIT": "a commit of the tests",
-}
+from two_hosts import VARIABLES, Host, two_hosts, why_not
 
 
 def pytest_runtest_setup() -> None:

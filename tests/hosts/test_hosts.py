@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import VARIABLES
 from tiny import ROOT, write_tiny_recipe
-from two_hosts import Host, child_of, wait_until
+from two_hosts import VARIABLES, Host, child_of, wait_until
 
 from kd.constants import EXIT_INTERRUPTED
 from kd.metrics import read_metrics

@@ -18,6 +18,16 @@ ADDRESSES = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
 NAMESPACES = ("--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc")
 PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ip": "iproute2"}
 
+# What the hosts are to get, and get by the file alone; a value with spaces for one.
+VARIABLES = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "KD_COMMIT": "a commit of the tests",
+}
+
 
 class Host:
     """A running host. Start programs on it with `enter`, cut its cable with `set_link`."""
