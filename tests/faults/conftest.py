@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from table import markdown
+from fault_messages import markdown
 from tiny import ROOT
 
 from kd.files import write_json, write_text

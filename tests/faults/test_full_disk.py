@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from table import message_of
+from fault_messages import message_of
 from tiny import write_tiny_recipe
 
 from kd.metrics import read_metrics
