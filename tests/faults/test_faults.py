@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from fault_messages import message_of
+from safetensors.torch import load_file
 from tiny import ROOT, launcher_command, write_tiny_recipe
 
 from kd.constants import EXIT_HANG, EXIT_USER_ERROR
