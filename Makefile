@@ -36,7 +36,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck $$(git ls-files '*.sh' .ci/run)
+	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.sbatch' .ci/run)
 
 assets: $(STAMP)
 	bash tests/fetch_assets.sh
