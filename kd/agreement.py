@@ -48,8 +48,7 @@ def check_same_everywhere(recipe: Recipe) -> None:
 def facts_of_host() -> dict[str, dict[str, Any]]:
     """This process's versions, and what of its environment changes the numbers of a run."""
     found = environment()
-    commit = (found["commit"] or "").rstrip("+")  # files may be edited, and that be seen, while ranks start
-    software = {"python": found["python"], **found["packages"], "cuda": found["cuda"], "commit": commit}
+    software = {"python": found["python"], **found["packages"], "cuda": found["cuda"], "commit": found["commit"]}
     variables = {name: os.environ.get(name) for name in VARIABLES}
     return {"software": software, "environment": {**variables, "device": device_type()}}
 

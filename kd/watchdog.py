@@ -1,5 +1,6 @@
 """A run that hangs ends by itself, and every rank says where it stood."""
 
+import contextlib
 import faulthandler
 import os
 import socket
@@ -55,7 +56,8 @@ class Watchdog:
             "its network is lost. Continue with --resume auto\n"
         )
         # One write, so that ranks do not mix their lines.
-        sys.stderr.write(message + "".join(traceback.format_stack(sys._current_frames()[self._main])))
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # whoever read it may have gone, and ssh with it
+            sys.stderr.write(message + "".join(traceback.format_stack(sys._current_frames()[self._main])))
+            sys.stderr.flush()
         time.sleep(OTHER_RANKS_SECONDS)
         os._exit(EXIT_HANG)

@@ -34,6 +34,8 @@ def test_every_model_of_a_recipe_has_shapes_without_a_network():
         recipe = load_recipe(path.stem)
         for role in ("student", "teacher") if recipe.teacher else ("student",):
             section = getattr(recipe, role)
+            if section.model.startswith("runs/"):  # a second stage, whose first is to be run
+                continue
             assert model_shapes(section, role=role).num_parameters > 0
             assert shapes_file(section.model).is_file() or not is_hub_id(section.model), section.model
 
