@@ -2,7 +2,7 @@
 # How each job begins; *.sbatch source it. Sets run, recipe (of this task, when the job is an array) and task, the
 # words before a script's name that start it in the environment of the job.
 
-: "${work_dir:?submit with launch/submit.py}" "${code:?}" "${commit:?}" "${python_dir:?}" "${runs[0]:?}" "${recipes[0]:?}"
+: "${work_dir:?submit with launch/submit.py}" "${code:?}" "${python_dir:?}" "${runs[0]:?}" "${recipes[0]:?}"
 
 cd -- "$work_dir" || exit
 PATH="$python_dir:$PATH"
@@ -19,6 +19,7 @@ if [[ -f "$code/launch/nodes.env" ]]; then
   done <"$code/launch/nodes.env"
 fi
 # The copy's kd, not the one that is installed; srun hands all of this to the tasks.
+# commit is empty when the code came as an archive.
 export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" KD_COMMIT="$commit"
 # srun does not take the number of a task's cores from the job.
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi

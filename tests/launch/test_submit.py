@@ -1,6 +1,7 @@
 """What launch/submit.py finds before it submits, and the scripts that it writes; tests/slurm runs them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -145,6 +146,36 @@ def test_a_container_sees_the_current_directory_and_the_runs(recipe, tmp_path):
     assert shell_values(done.stdout, "container") == [
         "apptainer", "exec", "--nv", "--bind", str(ROOT), "--bind", str(tmp_path), str(image)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("commit", ["abc+", ""], ids=["checkout", "archive"])
+def test_a_job_begins_with_its_own_code_recipe_and_environment(tmp_path, commit):
+    folder = tmp_path / "it's $HOME"
+    (folder / "code" / "launch" / "slurm").mkdir(parents=True)
+    shutil.copy(ROOT / "launch" / "slurm" / "job.sh", folder / "code" / "launch" / "slurm")
+    (folder / "code" / "launch" / "nodes.env").write_text("# a comment\n\nNAME=a $(b) 'c'\nLAST=1")
+    setup = tmp_path / "set up.sh"
+    setup.write_text("export FROM_SETUP=$NOT_SET-yes\n")
+    recipes = tuple(folder / f"recipe_{index}.json" for index in range(2))
+    job = Job("sweep", folder, (tmp_path / "run a", tmp_path / "run b"), recipes, commit)
+    script = train_script(job, Request(1, 0, 2, 60, setup=setup))
+    beginning = script[: script.index("\nnewest_step()")]
+    names = ("run", "recipe", "PYTHONPATH", "KD_COMMIT", "NAME", "LAST", "FROM_SETUP", "PWD")
+    show = " ".join(f'"${name}"' for name in names)
+    environment = {
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n",
+        "PATH": os.environ["PATH"],
+    }
+    done = subprocess.run(
+        ["bash", "-c", f"{beginning}\nprintf '%s\\0' {show}"],
+        cwd="/", env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    code, run = str(folder / "code"), str(tmp_path / "run b")
+    values = done.stdout.split("\n", 1)[1].split("\0")[:-1]
+    assert values == [run, str(recipes[1]), code, commit, "a $(b) 'c'", "1", "-yes", str(Path.cwd())]
 
 
 def test_an_array_gives_each_value_a_run_of_its_own(recipe):

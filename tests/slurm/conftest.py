@@ -6,10 +6,12 @@ import pytest
 from slurm_cluster import Cluster, missing, running_cluster
 
 
+def pytest_runtest_setup() -> None:
+    if reason := missing():
+        pytest.skip(f"a real SLURM is needed: {reason}")  # here and not in the fixture: one line for all
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    reason = missing()
-    if reason:
-        pytest.skip(f"a real SLURM is needed: {reason}")
     with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster

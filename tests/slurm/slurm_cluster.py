@@ -111,12 +111,14 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
         wait_until(lambda: cluster.run("sinfo", "--noheader", "--format=%T %D").stdout == "idle 2\n", 30, "both nodes")
         yield cluster
     finally:
-        cluster.run("scancel", "--user=root", "--state=PENDING")
-        cluster.run("scancel", "--user=root", "--signal=KILL", "--full")
-        wait_until(lambda: not cluster.run("squeue", "--noheader").stdout, 60, "the queue to be empty")
-        for process in reversed(started):
-            process.terminate()
-            process.wait(30)
+        try:
+            cluster.run("scancel", "--user=root", "--state=PENDING")
+            cluster.run("scancel", "--user=root", "--signal=KILL", "--full")
+            wait_until(lambda: not cluster.run("squeue", "--noheader").stdout, 60, "the queue to be empty")
+        finally:
+            for process in reversed(started):
+                process.terminate()
+                process.wait(30)
 
 
 def free_ports(number: int) -> list[int]:

@@ -78,6 +78,7 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
     wait_until(lambda: told in log_of(submitted), 90, "the signal")
     cluster.run("scancel", "--signal=CONT", job)
     wait_until(lambda: cluster.job(job)["Restarts"] == "1", 150, "the job to be requeued")
+    cluster.wait_for_state(job, "PENDING", "RUNNING")  # and no longer COMPLETING
     state = cluster.job(job)
     first_steps = num_steps(run)
     marker = json.loads((run / "INTERRUPTED").read_text())
@@ -144,8 +145,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued_but_may_be_submitted_again(
 
 
 def test_the_tasks_of_a_job_are_on_two_nodes(interrupted: Interrupted):
-    assert interrupted.state["NumNodes"] in ("2", "2-2")
-    assert "on 127.0.0.[1-2]" in log_of(interrupted.submitted)
+    assert "start 2, on 127.0.0.[1-2]" in log_of(interrupted.submitted)
 
 
 def test_an_array_trains_each_value_and_requeues_one_task_alone(array: Array):
