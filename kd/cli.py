@@ -1,6 +1,7 @@
 """What every command in launch/ shares: the recipe arguments, and errors printed once, in one block."""
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -59,8 +60,9 @@ def run(main: Callable[[], None]) -> None:
 
 def _leave(status: int, message: str = "") -> NoReturn:
     """Not sys.exit: other ranks may be waiting in a collective, and destructors would join them."""
-    if message:
-        sys.stderr.write(f"\n{message}\n")  # one write: lines of several ranks do not mix
-    sys.stderr.flush()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # whoever read it may have gone, and ssh with it
+        if message:
+            sys.stderr.write(f"\n{message}\n")  # one write: lines of several ranks do not mix
+        sys.stderr.flush()
+        sys.stdout.flush()
     os._exit(status)

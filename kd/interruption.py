@@ -34,7 +34,7 @@ def _deepspeed_launcher() -> tuple[int, int] | None:
     """The process of launch.py, this one's parent, and its own parent; None when another launcher, or none, is used."""
     parent = os.getppid()
     try:
-        if b"deepspeed" not in Path(f"/proc/{parent}/cmdline").read_bytes():
+        if b"deepspeed.launcher.launch" not in Path(f"/proc/{parent}/cmdline").read_bytes():
             return None
         return parent, int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:  # it ended just now, or the system has no /proc

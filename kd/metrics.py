@@ -1,5 +1,6 @@
 """What a run measures: one JSON line per optimizer step, a progress bar, peak memory, and the versions it ran with."""
 
+import contextlib
 import json
 import logging
 import math
@@ -45,8 +46,9 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         self._unwritten += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
         self._write_what_fits()
-        self._bar.set_postfix_str(f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False)
-        self._bar.update(1)
+        with contextlib.suppress(OSError):  # whoever watched may have gone, and ssh with it
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False)
+            self._bar.update(1)
 
     def close(self) -> None:
         self._bar.close()

@@ -114,7 +114,7 @@ run_launcher() {
 
 # shellcheck disable=SC2329 # called by the trap
 stop() {
-  trap '[[ -z "$group" ]] || kill -KILL -- "-$group"' HUP INT TERM USR1
+  trap '[[ -z "$group" ]] || kill -KILL -- "-$group" 2>/dev/null || true' HUP INT TERM USR1
   stopping=yes
   say "told to stop: the ranks save at their next step; told once more, they are ended at once"
 }
