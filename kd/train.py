@@ -76,9 +76,11 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
     interruption was requested on any rank and a checkpoint was written; LostPeer when another rank has gone.
     """
     find_ranks()
-    check_same_everywhere(recipe)
-    device = init_distributed(recipe.run.collective_timeout_minutes)
-    with watching(gather_peers()):
+    with watching([]):
+        check_same_everywhere(recipe)
+        device = init_distributed(recipe.run.collective_timeout_minutes)
+        peers = gather_peers()
+    with watching(peers):
         _train(recipe, interruption, resume, device)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from kd.engine.distributed import on_rank_zero
 from kd.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
@@ -31,6 +34,11 @@ def universal_checkpoint(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _convert(path: Path, output: Path) -> None:
     shutil.rmtree(output.parent, ignore_errors=True)
     output.parent.mkdir()
@@ -38,7 +46,8 @@ def _convert(path: Path, output: Path) -> None:
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(path), "--output_folder", str(output)]
     command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Deaf: a signal to the whole job asks for a save, and ends no conversion.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=_ignore_signals)
     if done.returncode:
         shutil.rmtree(output.parent, ignore_errors=True)
         free = shutil.disk_usage(path.parent).free / 2**30
