@@ -25,7 +25,8 @@ from kd.recipe import Recipe
 VARIABLES = ("DS_ACCELERATOR", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TRITON_INTERPRET")
 
 REMEDIES = {
-    "software": "install the same versions on every host: one environment on a shared file system is the simplest",
+    "software": "install the same versions on every host: one environment on a shared file system is the simplest; "
+    "a commit that is None on a host without git is told to it by KD_COMMIT in launch/nodes.env",
     "environment": "write the variable into launch/nodes.env, which launch/hosts.sh and launch/slurm bring to every "
     "host; a host whose device differs has lost its GPUs, or their driver: leave it out",
     "recipe": "start every host with the same command, from the same files",

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from kd.engine.distributed import initialize, on_rank_zero
 from kd.engine.ds_config import teacher_ds_config
-from kd.engine.nodes import check_hpz, group_of_node, ranks_of_nodes
+from kd.engine.nodes import group_of_node, ranks_of_nodes
 from kd.engine.zero3 import num_parameters, num_shards, repartition, set_moe_leaf_modules, shard_bytes
 from kd.models.distiller import Distiller
 from kd.models.load import load_partitioned, load_whole, random_model
@@ -42,7 +42,6 @@ def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
 def build_student(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> tuple[PreTrainedModel, Any]:
     """The recipe's student and its engine around student and loss, its weights proven to have arrived."""
     section = recipe.student
-    check_hpz(recipe, ds_config, ranks_of_nodes())
     if section.init == "random":
         model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
         reference = reference_states(model, role="student")

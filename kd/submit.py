@@ -9,6 +9,7 @@ RUN/slurm.json          of each run: its jobs, and where their submission is
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -60,6 +61,9 @@ def prepare(name: str, recipes: tuple[Recipe, ...], request: Request, evaluate: 
 
     name and recipes: of read_recipes. Raises UserError.
     """
+    env_file = os.environ.get("DS_ENV_FILE")
+    if env_file and not Path(env_file).is_file():
+        raise UserError(f"DS_ENV_FILE = {env_file!r}: no such file; unset it to take launch/nodes.env")
     plans = []
     for recipe in recipes:
         check_recipe(recipe)
@@ -164,9 +168,19 @@ def _check_not_queued(run: Path) -> None:
     path = run / "slurm.json"
     if path.exists():
         job = json.loads(path.read_text(encoding="utf-8"))["jobs"][0]
-        state = _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T", check=False)
+        state = _state_of(job)
         if state:
             raise UserError(f"{run}: its job {job} is {state}: wait for it, or `scancel {job}` first")
+
+
+def _state_of(job: str) -> str:
+    """PENDING, RUNNING and so on; empty for a job that has left the queue. Raises UserError when SLURM does not say."""
+    try:
+        return _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    except UserError as error:
+        if "Invalid job id" in str(error):
+            return ""  # so long gone that SLURM has forgotten it
+        raise
 
 
 def _next_folder(parent: Path) -> Path:
@@ -178,6 +192,8 @@ def _freeze(submission: Submission) -> None:
     job = submission.job
     for part in COPIED:
         shutil.copytree(ROOT / part, job.folder / "code" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    if file := os.environ.get("DS_ENV_FILE"):
+        shutil.copyfile(file, job.folder / "code" / "launch" / "nodes.env")
     for path, recipe in zip(job.recipes, submission.recipes, strict=True):
         write_json(path, recipe.model_dump(mode="json"))
     write_text(job.folder / "train.sbatch", submission.train)
@@ -203,7 +219,7 @@ def _sbatch(script: Path, *options: str) -> str:
     return _slurm("sbatch", "--parsable", *options, str(script)).partition(";")[0]
 
 
-def _slurm(*command: str, check: bool = True) -> str:
+def _slurm(*command: str) -> str:
     """What a command of SLURM prints. Raises UserError with what it says when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -211,6 +227,6 @@ def _slurm(*command: str, check: bool = True) -> str:
         raise UserError(
             f"{command[0]} is not here: submit where SLURM is, or look at the script with --dry-run"
         ) from None
-    if check and done.returncode:
+    if done.returncode:
         raise UserError(f"{shlex.join(command)}: {done.stderr.strip()}")
     return done.stdout.strip()

@@ -132,7 +132,8 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
             interrupted = any_rank(interruption.is_requested(), device)
             if validates or interrupted:
                 save_checkpoint(student, folder / "checkpoints", progress.step, progress._asdict())
-                log.info("step %d saved; best: step %s, val_loss %s", *progress[:1], *progress[2:])
+                best = (progress.best_step, progress.best_loss)
+                log.info("step %d saved; best: step %s, val_loss %s", progress.step, *best)
                 if rank == 0:
                     prune(folder / "checkpoints", keep_last=training.keep_last, best_step=progress.best_step)
             if interrupted and not ends:

@@ -104,10 +104,12 @@ run_launcher() {
   group="$(jobs -p %+)"
   set +m
   while kill -0 "$follower" 2>/dev/null; do
-    wait "$follower" || true # also returns after a signal to this script
     if [[ -n "$stopping" ]]; then
       tell_ranks TERM || true # again, for ranks that were not there yet
       sleep 5
+    else
+      sleep 1 & # short, for a signal just before `wait` does not end it
+      wait "$!" || true
     fi
   done
 }
@@ -116,7 +118,7 @@ run_launcher() {
 stop() {
   trap '[[ -z "$group" ]] || kill -KILL -- "-$group" 2>/dev/null || true' HUP INT TERM USR1
   stopping=yes
-  say "told to stop: the ranks save at their next step; told once more, they are ended at once"
+  say "told to stop: the ranks save at their next step; told once more, they are ended, within $grace_seconds s"
 }
 
 newest_checkpoint() {
@@ -134,6 +136,10 @@ shift
 mapfile -t hosts < <(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$hostfile")
 ((${#hosts[@]})) || die "$hostfile names no host; launch/hostfile.example shows how"
 [[ -z "$node_rank" ]] || ((node_rank < ${#hosts[@]})) || die "--node-rank $node_rank: $hostfile has ${#hosts[@]} hosts"
+for argument in "$@"; do
+  [[ "$argument" != --resume* ]] || die "$argument: every start here continues from the newest whole checkpoint; for" \
+    "another one, start once by DeepSpeed's launcher: deepspeed --hostfile $hostfile launch/train.py --resume PATH ..."
+done
 DS_ENV_FILE="$(realpath "${DS_ENV_FILE:-$launch/nodes.env}")"
 export DS_ENV_FILE
 export_nodes_env

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--min-bandwidth", type=float, default=0.0, metavar="GB/S", help="fail below it")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from kd.preflight.start import is_rank, start_here, start_on_hosts  # it imports torch, and the ranks much more
+    from kd.engine.distributed import is_rank  # imports torch and deepspeed
 
     if is_rank():
         from kd.logs import configure_logging
@@ -30,6 +30,8 @@ def main() -> None:
         passed = check_ranks(recipe, timeout_seconds=arguments.timeout, min_bandwidth=arguments.min_bandwidth)
         sys.stdout.flush()
         os._exit(0 if passed else 1)  # a process group that never came about would be waited for
+    from kd.preflight.start import start_here, start_on_hosts
+
     if arguments.hostfile:
         sys.exit(start_on_hosts(arguments.hostfile, sys.argv[1:]))
     sys.exit(start_here(recipe, sys.argv[1:]))

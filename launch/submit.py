@@ -99,7 +99,8 @@ def how_to_follow(submission: Submission, ids: list[str]) -> str:
     lines += [f"  squeue --jobs={','.join(ids)}"]
     logs = [f"train-{ids[0]}{f'_{i}' if len(job.runs) > 1 else ''}.out" for i in range(len(job.runs))]
     lines += [f"  tail -F {shlex.quote(str(folder / log))}" for log in logs]
-    lines += [f"  scancel {ids[0]}    # the ranks save first; submit the same again to go on"]
+    # SLURM kills what is left KillWait after its TERM, 30 s unless the cluster says otherwise.
+    lines += [f"  scancel --batch --signal=TERM {ids[0]}    # the ranks save; submit again to go on"]
     return "\n".join(lines)
 
 

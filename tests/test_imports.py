@@ -26,9 +26,9 @@ ALLOWED = {
     "losses": BASE,
     "data": BASE,
     "diagnostics": {"data", "losses"},
-    "engine": BASE,
+    "engine": BASE | {"interruption"},
     "models": BASE | {"losses", "engine"},
-    "plan": BASE | {"engine", "losses", "models"},
+    "plan": BASE | {"data", "engine", "losses", "metrics", "models"},
     "preflight": BASE | {"agreement", "check", "engine", "models", "plan"},
     "build": BASE | {"engine", "models", "plan"},
     "run_folder": BASE | {"engine", "metrics"},
@@ -37,9 +37,10 @@ ALLOWED = {
     "submit": BASE | {"check", "metrics", "plan", "run_folder", "sbatch"},
     "agreement": BASE | {"engine", "metrics"},
     "evaluate": BASE | {"data", "models", "metrics"},
+    "audit": BASE | {"data", "evaluate"},
     "train": BASE
     | {"agreement", "build", "data", "diagnostics", "engine", "interruption", "logs", "losses", "metrics"}
-    | {"models", "run_folder", "schedule", "watchdog"},
+    | {"models", "plan", "run_folder", "schedule", "watchdog"},
 }
 
 

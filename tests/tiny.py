@@ -4,8 +4,13 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 # Read when torch and transformers are imported, here and in the processes that tests start. Threads are counted per
 # process, and tests run two ranks on as few as two cores.
@@ -25,19 +30,48 @@ if not torch.cuda.is_available():
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
 
 
 def launcher_command(script: str, *arguments: str, num_ranks: int = 2) -> list[str]:
     """The deepspeed launcher as a user calls it, on a port of its own."""
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [str(deepspeed), "--num_gpus", str(num_ranks), "--no_local_rank", "--master_port", _free_port()]
+    command = [str(deepspeed), "--num_gpus", str(num_ranks), "--no_local_rank", "--master_port", free_port()]
     return [*command, str(ROOT / script), *arguments]
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def free_port() -> str:
+    (port,) = free_ports(1)
+    return str(port)
+
+
+def free_ports(number: int) -> list[int]:
+    """Distinct ones, of this machine."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def wait_until(condition: Callable[[], T], what: str, seconds: float = 10.0) -> T:
+    """Poll until the condition holds and return its value; an AssertionError says what did not come about."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.05)
+    return value
+
+
+@contextmanager
+def disk_of_its_own(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of that size (600k), a tmpfs, which only root may mount."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def tiny_config(kind: str = "qwen3", **changes: object) -> Qwen3Config | Qwen2Config:

@@ -16,29 +16,31 @@ from kd.errors import UserError
 
 T = TypeVar("T")
 
+# What torch needs to know, and what srun tells each task of a step; a batch script that is no task lacks the second.
+OF_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 # How other launchers say that there are several processes, without saying what torch needs to know.
 OTHER_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-# What torch needs to know, and what srun tells each task of a step; a batch script that is no task lacks the second.
-OF_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+def is_rank() -> bool:
+    """Whether a launcher, or srun, started this process as one of its ranks."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def find_ranks() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not: for srun, or one rank.
 
-    Raises UserError when several processes were started without RANK, or by srun without MASTER_ADDR and MASTER_PORT.
+    Raises UserError when several processes were started without RANK, or without MASTER_ADDR and MASTER_PORT.
     """
-    if "RANK" in os.environ:
-        return
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if is_rank():
+        if "RANK" not in os.environ:
+            os.environ |= {name: os.environ[of_slurm] for name, of_slurm in OF_SLURM.items()}
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise UserError(
                     f"{name} is not set: export it before srun, as launch/slurm/train.sbatch does: the first node's "
                     "name, and a port that is free there"
                 )
-        os.environ |= {name: os.environ[of_slurm] for name, of_slurm in OF_SLURM.items()}
         return
     for name in OTHER_LAUNCHERS:
         if int(os.environ.get(name, "1")) > 1:

@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from kd.engine.distributed import on_rank_zero
 from kd.errors import UserError
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from kd.interruption import SIGNALS
 
 
 @contextlib.contextmanager
@@ -41,7 +40,10 @@ def _ignore_signals() -> None:
 
 def _convert(path: Path, output: Path) -> None:
     shutil.rmtree(output.parent, ignore_errors=True)
-    output.parent.mkdir()
+    try:
+        output.parent.mkdir()
+    except OSError as error:
+        raise UserError(f"{path} could not be converted for {dist.get_world_size()} ranks: {error}") from None
     workers = str(min(8, os.cpu_count() or 1))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(path), "--output_folder", str(output)]
@@ -51,8 +53,9 @@ def _convert(path: Path, output: Path) -> None:
     if done.returncode:
         shutil.rmtree(output.parent, ignore_errors=True)
         free = shutil.disk_usage(path.parent).free / 2**30
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        killed = f"ended by {signal.Signals(-done.returncode).name} (out of memory?); " if done.returncode < 0 else ""
         raise UserError(
-            f"{path} could not be converted for {dist.get_world_size()} ranks: {last[0]} ({free:.2f} GiB free). Make "
-            "room, or resume with as many ranks as wrote it"
+            f"{path} could not be converted for {dist.get_world_size()} ranks: {killed}{last} ({free:.2f} GiB free). "
+            "Make room, or resume with as many ranks as wrote it"
         )

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from kd.agreement import agree, gather_facts
-from kd.engine.distributed import OF_SLURM, init_distributed, on_rank_zero
+from kd.engine.distributed import find_ranks, init_distributed, on_rank_zero
 from kd.engine.peers import watching
 from kd.errors import LostPeer, UserError
 from kd.plan import memory_plan
@@ -26,11 +26,10 @@ def check_ranks(recipe: Recipe, *, timeout_seconds: float, min_bandwidth: float)
 
     min_bandwidth: in GB/s. Rank 0 prints, and a rank that cannot reach the others.
     """
-    if "RANK" not in os.environ:
-        os.environ |= {name: os.environ[of_slurm] for name, of_slurm in OF_SLURM.items()}
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            return _show([fail("port", f"{name} is not set: export it before srun, as launch/slurm does")])
+    try:
+        find_ranks()
+    except UserError as error:
+        return _show([fail("port", str(error))])
     # Where torchrun started the ranks, its agent listens there already.
     if os.environ["RANK"] == "0" and "TORCHELASTIC_RUN_ID" not in os.environ and not _show([check_port()]):
         return False

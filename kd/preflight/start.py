@@ -21,11 +21,6 @@ LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_
 SSH = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=10"]
 
 
-def is_rank() -> bool:
-    """Whether a launcher or srun started this process as one of several."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-
-
 def start_here(recipe: Recipe, arguments: list[str]) -> int:
     """Run preflight on this machine's GPUs, or without one on two ranks where the recipe's batch has two halves.
 

@@ -4,20 +4,26 @@
 
 : "${work_dir:?submit with launch/submit.py}" "${code:?}" "${python_dir:?}" "${runs[0]:?}" "${recipes[0]:?}"
 
+say() { printf '== %s\n' "$*"; }
 cd -- "$work_dir" || exit
 PATH="$python_dir:$PATH"
 if [[ -n "${setup:-}" ]]; then
   # shellcheck source=/dev/null
-  source -- "$setup" || exit # before set -u, for which few such files are written
+  source -- "$setup" || { # before set -u, for which few such files are written
+    say "failed: --setup $setup, or its last command, has status $?"
+    exit 1
+  }
 fi
 set -euo pipefail
 
 # As for launch/hosts.sh: KEY=VALUE lines, nothing in them expanded.
-if [[ -f "$code/launch/nodes.env" ]]; then
-  while IFS= read -r line || [[ -n "$line" ]]; do
-    if [[ "$line" =~ ^[A-Za-z_][A-Za-z_0-9]*= ]]; then export "${line?}"; fi
-  done <"$code/launch/nodes.env"
-fi
+while IFS= read -r line || [[ -n "$line" ]]; do
+  if [[ ! "$line" =~ ^[A-Za-z_][A-Za-z_0-9]*= ]]; then
+    say "failed: launch/nodes.env: $line: write KEY=VALUE"
+    exit 2
+  fi
+  export "${line?}"
+done <"$code/launch/nodes.env"
 # The copy's kd, not the one that is installed; srun hands all of this to the tasks.
 # commit is empty when the code came as an archive.
 export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" KD_COMMIT="$commit"
@@ -27,5 +33,4 @@ if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK="$SLURM_C
 index="${SLURM_ARRAY_TASK_ID:-0}"
 run="${runs[index]}" recipe="${recipes[index]}"
 task=("${container[@]}" python)
-say() { printf '== %s\n' "$*"; }
 say "$(date -Is): job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST: $run"

@@ -24,7 +24,7 @@ from kd.data.dataset import Example
 from kd.engine.checkpoint import load_checkpoint, save_checkpoint
 from kd.engine.distributed import init_distributed
 from kd.engine.ds_config import student_ds_config
-from kd.engine.nodes import ranks_of_nodes
+from kd.engine.nodes import check_hpz, ranks_of_nodes
 from kd.engine.zero3 import num_shards, shard_bytes
 from kd.errors import UserError
 from kd.logs import configure_logging
@@ -123,7 +123,7 @@ def resume(student: Any, teacher: Any, output: Path, batches: list[Batch], devic
 
 def across_nodes(recipe: Recipe) -> str:
     with pytest.raises(UserError) as error:
-        build_student(recipe, student_ds_config(recipe, dist.get_world_size(), "cpu"), torch.device("cpu"))
+        check_hpz(recipe, student_ds_config(recipe, dist.get_world_size(), "cpu"), ranks_of_nodes())
     return str(error.value)
 
 

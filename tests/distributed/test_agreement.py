@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from tiny import ROOT, _free_port
+from tiny import ROOT, free_port
 
 pytestmark = pytest.mark.dist
 
 
 def start(*ranks: tuple[dict[str, str], list[str]]) -> list[subprocess.CompletedProcess[str]]:
     """Start one process per rank, each with its own environment and arguments, and wait for all."""
-    common = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    common = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests/distributed/agreement_worker.py"), "tiny_trunc50", *arguments],

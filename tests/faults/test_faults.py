@@ -15,7 +15,7 @@ import pytest
 import torch
 from fault_messages import message_of
 from safetensors.torch import load_file
-from tiny import ROOT, launcher_command, write_tiny_recipe
+from tiny import ROOT, launcher_command, wait_until, write_tiny_recipe
 
 from kd.constants import EXIT_HANG, EXIT_USER_ERROR
 from kd.engine.checkpoint import step_folders
@@ -114,14 +114,15 @@ def terminate(recipe: Path, folder: Path, arguments: list[str], table: list) -> 
         launcher = subprocess.Popen(
             launcher_command("launch/train.py", *arguments, "--resume", "auto"), cwd=ROOT, stdout=log, stderr=log
         )
-        wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) >= 25 and launcher.poll() is None)
+        wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) >= 25, "step 25", 120)
+        assert launcher.poll() is None
         launcher.send_signal(signal.SIGTERM)
         launcher.send_signal(signal.SIGTERM)
         sent = time.time()
         launcher.wait(60)
-        wait_for(lambda: (folder / "INTERRUPTED").exists(), seconds=30)
+        wait_until((folder / "INTERRUPTED").exists, "INTERRUPTED", 30)
         seconds = time.time() - sent
-    wait_for(lambda: "return code = 85" in (recipe.parent / "term.log").read_text(), seconds=30)
+    wait_until(lambda: "return code = 85" in (recipe.parent / "term.log").read_text(), "the launcher's end", 30)
     stderr = (recipe.parent / "term.log").read_text()
     newest = int(step_folders(folder / "checkpoints")[-1].name[5:])
     table.append(
@@ -133,13 +134,6 @@ def terminate(recipe: Path, folder: Path, arguments: list[str], table: list) -> 
         }
     )
     return subprocess.CompletedProcess("", launcher.returncode, "", stderr)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def resumed_from(stderr: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fault_messages import message_of
-from tiny import write_tiny_recipe
+from tiny import disk_of_its_own, write_tiny_recipe
 
 from kd.metrics import read_metrics
 
@@ -18,12 +18,9 @@ pytestmark = pytest.mark.fault
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, of 600 KiB, room for two or three checkpoints: a tmpfs, which only root may mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", folder], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    """With room for two or three checkpoints."""
+    with disk_of_its_own(tmp_path / "disk", "600k") as folder:
+        yield folder
 
 
 def assert_whole(checkpoint: Path) -> None:

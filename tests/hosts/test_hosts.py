@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tiny import ROOT, write_tiny_recipe
-from two_hosts import VARIABLES, Host, child_of, wait_until
+from tiny import ROOT, wait_until, write_tiny_recipe
+from two_hosts import VARIABLES, Host, child_of
 
 from kd.constants import EXIT_INTERRUPTED
 from kd.metrics import read_metrics

@@ -8,11 +8,12 @@ import functools
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from tiny import wait_until
 
 ADDRESSES = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
 NAMESPACES = ("--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc")
@@ -73,7 +74,7 @@ exec {shutil.which("sshd")} -D -f '{folder}/sshd_config' -E '{folder}/sshd_{name
 
     def processes(self, pattern: str) -> list[str]:
         """Process ids and command lines on this host that match, zombies left out."""
-        lines = self.run("ps", "-eo", "pid=,stat=,args=").splitlines()
+        lines = self.run("ps", "-ww", "-eo", "pid=,stat=,args=").splitlines()
         return [line for line in lines if pattern in line and line.split()[1][0] != "Z"]
 
     def stop(self) -> None:
@@ -116,15 +117,6 @@ def child_of(process: subprocess.Popen) -> int:
     """The process id of what unshare or nsenter has started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return int(wait_until(children.read_text, f"{process.args[0]} starts a process").split()[0])
-
-
-def wait_until(condition, what: str, seconds: float = 10.0):
-    """Poll until the condition holds and return its value; an AssertionError says what did not come about."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.02)
-    return value
 
 
 def _write_ssh_files(folder: Path) -> None:

@@ -31,6 +31,7 @@ def hosts_sh(*arguments: str, cwd: Path = ROOT, **environment: str) -> subproces
         (["--restarts", "many", HOSTFILE, *RECIPE], "--restarts many: give a whole number"),
         (["--node-rank", "2", HOSTFILE, *RECIPE], "--node-rank 2: "),
         ([HOSTFILE], "--recipe"),
+        ([HOSTFILE, *RECIPE, "--resume", "runs/a/checkpoints/step_4"], "--resume: every start here continues from"),
         ([HOSTFILE, "--recipe", "tiny_trunc51"], "Did you mean tiny_trunc"),
     ],
 )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, write_tiny_recipe
+from tiny import ROOT, disk_of_its_own, free_port, write_tiny_recipe
 
 from kd.errors import UserError
 from kd.preflight.start import check_ssh, read_hostfile
@@ -36,12 +36,9 @@ def recipe(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system too small for four checkpoints, which only root may mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    """Too small for four checkpoints."""
+    with disk_of_its_own(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 def preflight(recipe: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -69,12 +66,6 @@ def statuses(output: str) -> dict[str, str]:
 def line_of(output: str, check: str) -> str:
     (line,) = [line for line in output.splitlines() if line[8:].startswith(check)]
     return line
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.mark.dist

@@ -148,34 +148,52 @@ def test_a_container_sees_the_current_directory_and_the_runs(recipe, tmp_path):
     ]  # fmt: skip
 
 
+def begin(job: Job, setup: Path, then: str) -> subprocess.CompletedProcess[str]:
+    """The script of the second task of an array as far as job.sh, and something after it."""
+    script = train_script(job, Request(1, 0, 2, 60, setup=setup))
+    beginning = script[: script.index("\nnewest_step()")]
+    variables = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "PATH": os.environ["PATH"]}
+    return subprocess.run(
+        ["bash", "-c", f"{beginning}\n{then}"], cwd="/", env=variables, capture_output=True, text=True, check=False
+    )
+
+
 @pytest.mark.parametrize("commit", ["abc+", ""], ids=["checkout", "archive"])
 def test_a_job_begins_with_its_own_code_recipe_and_environment(tmp_path, commit):
     folder = tmp_path / "it's $HOME"
     (folder / "code" / "launch" / "slurm").mkdir(parents=True)
     shutil.copy(ROOT / "launch" / "slurm" / "job.sh", folder / "code" / "launch" / "slurm")
-    (folder / "code" / "launch" / "nodes.env").write_text("# a comment\n\nNAME=a $(b) 'c'\nLAST=1")
+    (folder / "code" / "launch" / "nodes.env").write_text("NAME=a $(b) 'c'\nLAST=1")
     setup = tmp_path / "set up.sh"
     setup.write_text("export FROM_SETUP=$NOT_SET-yes\n")
     recipes = tuple(folder / f"recipe_{index}.json" for index in range(2))
     job = Job("sweep", folder, (tmp_path / "run a", tmp_path / "run b"), recipes, commit)
-    script = train_script(job, Request(1, 0, 2, 60, setup=setup))
-    beginning = script[: script.index("\nnewest_step()")]
     names = ("run", "recipe", "PYTHONPATH", "KD_COMMIT", "NAME", "LAST", "FROM_SETUP", "PWD")
-    show = " ".join(f'"${name}"' for name in names)
-    environment = {
-        "SLURM_ARRAY_TASK_ID": "1",
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "n",
-        "PATH": os.environ["PATH"],
-    }
-    done = subprocess.run(
-        ["bash", "-c", f"{beginning}\nprintf '%s\\0' {show}"],
-        cwd="/", env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = begin(job, setup, then="printf '%s\\0' " + " ".join(f'"${name}"' for name in names))
+    assert done.returncode == 0, done.stdout + done.stderr
     code, run = str(folder / "code"), str(tmp_path / "run b")
     values = done.stdout.split("\n", 1)[1].split("\0")[:-1]
     assert values == [run, str(recipes[1]), code, commit, "a $(b) 'c'", "1", "-yes", str(Path.cwd())]
+
+
+@pytest.mark.parametrize(
+    ("nodes_env", "setup", "message"),
+    [
+        ("A=1\nexport B=2\n", "true\n", "failed: launch/nodes.env: export B=2: write KEY=VALUE"),
+        ("A=1\n", "module load cuda/13\n", "or its last command, has status 127"),
+    ],
+)
+def test_a_job_that_cannot_begin_says_why(tmp_path, nodes_env, setup, message):
+    launch = tmp_path / "code" / "launch"
+    (launch / "slurm").mkdir(parents=True)
+    shutil.copy(ROOT / "launch" / "slurm" / "job.sh", launch / "slurm")
+    (launch / "nodes.env").write_text(nodes_env)
+    (tmp_path / "setup.sh").write_text(setup)
+    two = (tmp_path / "a", tmp_path / "b")
+    done = begin(Job("sweep", tmp_path, two, two, ""), tmp_path / "setup.sh", then="echo went on")
+    assert done.returncode != 0
+    assert message in done.stdout
+    assert "went on" not in done.stdout
 
 
 def test_an_array_gives_each_value_a_run_of_its_own(recipe):

@@ -1,16 +1,16 @@
 """A SLURM of two nodes on this machine: munged, slurmctld and two slurmd, all in one folder, on free ports."""
 
 import os
+import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tiny import ROOT
+from tiny import ROOT, free_ports, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
@@ -37,6 +37,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
+FirstJobId={first_job}
 KillWait=30
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 GresTypes=gpu
@@ -70,21 +71,14 @@ class Cluster:
         return dict(word.split("=", 1) for word in done.stdout.splitlines()[0].split() if "=" in word)
 
     def wait_for_state(self, job: str, *states: str, timeout: float = 150) -> None:
-        wait_until(lambda: self.job(job)["JobState"] in states, timeout, f"{job} to be {' or '.join(states)}")
+        wait_until(lambda: self.job(job)["JobState"] in states, f"{job} to be {' or '.join(states)}", timeout)
 
     def start_now(self, job: str) -> None:
         """A requeued job would wait for two minutes, counted from when its last process is gone."""
-        wait_until(lambda: self.job(job)["Reason"] == "BeginTime", 60, f"{job} to be in the queue again")
+        wait_until(lambda: self.job(job)["Reason"] == "BeginTime", f"{job} to be in the queue again", 60)
         time.sleep(2)  # slurmd has revoked the job's credentials, and for a second takes new ones for old
         done = self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
         assert done.returncode == 0, done.stderr
-
-
-def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
-        time.sleep(0.2)
 
 
 @contextmanager
@@ -94,7 +88,8 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(folder=folder, ports=free_ports(3)))
+    # A run takes its port from its job: two clusters on one machine must not count alike.
+    config.write_text(CONFIG.format(folder=folder, ports=free_ports(3), first_job=random.randrange(1, 50_000)))
     (folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-1]\n")
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     files = [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
@@ -107,28 +102,18 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
             with (folder / f"{index}_{command[0]}.log").open("w") as log:
                 started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
             if command[0] == "munged":
-                wait_until((folder / "munge.socket").exists, 10, "munged")
-        wait_until(lambda: cluster.run("sinfo", "--noheader", "--format=%T %D").stdout == "idle 2\n", 30, "both nodes")
+                wait_until((folder / "munge.socket").exists, "munged", 10)
+        wait_until(lambda: cluster.run("sinfo", "--noheader", "--format=%T %D").stdout == "idle 2\n", "both nodes", 30)
         yield cluster
     finally:
         try:
             cluster.run("scancel", "--user=root", "--state=PENDING")
             cluster.run("scancel", "--user=root", "--signal=KILL", "--full")
-            wait_until(lambda: not cluster.run("squeue", "--noheader").stdout, 60, "the queue to be empty")
+            wait_until(lambda: not cluster.run("squeue", "--noheader").stdout, "the queue to be empty", 60)
         finally:
             for process in reversed(started):
                 process.terminate()
                 process.wait(30)
-
-
-def free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def missing() -> str | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from slurm_cluster import Cluster, wait_until
-from tiny import write_tiny_recipe
+from slurm_cluster import Cluster
+from tiny import wait_until, write_tiny_recipe
 
 from kd.metrics import read_metrics
 
@@ -73,20 +73,20 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
     submitted = submit(cluster, folder, "endless", *endless, "--time=2", "--signal-seconds=59")
     (job,), run = submitted.ids, submitted.run
     told = "USR1: the ranks are told"
-    wait_until(lambda: num_steps(run) > 5 or told in log_of(submitted), 120, "the first steps")
+    wait_until(lambda: num_steps(run) > 5 or told in log_of(submitted), "the first steps", 120)
     cluster.run("scancel", "--signal=STOP", job)  # a long step, so that the run to compare with can be short
-    wait_until(lambda: told in log_of(submitted), 90, "the signal")
+    wait_until(lambda: told in log_of(submitted), "the signal", 90)
     cluster.run("scancel", "--signal=CONT", job)
-    wait_until(lambda: cluster.job(job)["Restarts"] == "1", 150, "the job to be requeued")
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the job to be requeued", 150)
     cluster.wait_for_state(job, "PENDING", "RUNNING")  # and no longer COMPLETING
     state = cluster.job(job)
     first_steps = num_steps(run)
     marker = json.loads((run / "INTERRUPTED").read_text())
     cluster.start_now(job)
-    wait_until(lambda: num_steps(run) >= first_steps + 4, 150, "the job to go on")
+    wait_until(lambda: num_steps(run) >= first_steps + 4, "the job to go on", 150)
     cluster.run("scancel", job)
     cluster.wait_for_state(job, "CANCELLED")
-    wait_until(lambda: "cancelled, step" in log_of(submitted), 60, "the end of the batch script")
+    wait_until(lambda: "cancelled, step" in log_of(submitted), "the end of the batch script", 60)
     return Interrupted(submitted, state, marker, first_steps, cluster.job(job))
 
 
@@ -104,9 +104,9 @@ def array(cluster: Cluster, folder: Path, interrupted: Interrupted) -> Array:
     submitted = submit(cluster, folder, "sweep", *size, "--array-over=keep_fraction=0.5,0.25", "--evaluate")
     runs = [folder / "runs" / f"sweep-keep_fraction={value}" for value in ("0.5", "0.25")]
     train, evaluation = submitted.ids
-    wait_until(lambda: num_steps(runs[1]) > 2, 300, "the second run's steps")
+    wait_until(lambda: num_steps(runs[1]) > 2, "the second run's steps", 300)
     cluster.run("scancel", "--batch", "--signal=USR1", f"{train}_1")
-    wait_until(lambda: cluster.job(f"{train}_1")["Restarts"] == "1", 60, "the second run to be requeued")
+    wait_until(lambda: cluster.job(f"{train}_1")["Restarts"] == "1", "the second run to be requeued", 60)
     cluster.start_now(f"{train}_1")
     for task in (f"{train}_0", f"{train}_1", f"{evaluation}_0", f"{evaluation}_1"):
         cluster.wait_for_state(task, "COMPLETED", "FAILED", "CANCELLED")
@@ -142,6 +142,19 @@ def test_a_cancelled_job_saves_and_is_not_requeued_but_may_be_submitted_again(
     again = cluster.submit("tiny_test.toml", *settings, "--", "--hold", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert json.loads((run / "slurm.json").read_text())["submission"] == str(run / "slurm" / "2")
+
+
+def test_a_job_told_to_end_has_the_time_that_its_save_takes(cluster: Cluster, folder: Path):
+    """The command that launch/submit.py prints; scancel alone kills after KillWait."""
+    submitted = submit(cluster, folder, "told", *(f"--set={text}" for text in ENDLESS))
+    (job,), run = submitted.ids, submitted.run
+    wait_until(lambda: num_steps(run) > 2, "the first steps", 120)
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    cluster.wait_for_state(job, "FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
+    saved = json.loads((run / "INTERRUPTED").read_text())["step"]
+    assert (run / "checkpoints" / f"step_{saved}" / "manifest.json").exists()
+    assert f"cancelled, step {saved} is saved" in log_of(submitted)
+    assert cluster.job(job)["Restarts"] == "0"
 
 
 def test_the_tasks_of_a_job_are_on_two_nodes(interrupted: Interrupted):

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, free_ports
-from tiny import ROOT, write_tiny_recipe
+from slurm_cluster import Cluster
+from tiny import ROOT, free_port, write_tiny_recipe
 
 pytestmark = pytest.mark.slurm
 STEP = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, str(ROOT / "launch" / "preflight.py")]
@@ -17,7 +17,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_rank_on_each_node_meets_the_other(cluster: Cluster, recipe: Path):
-    master = ["MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_ports(1)[0]}"]
+    master = ["MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
     done = cluster.run("env", *master, *STEP, "--recipe", str(recipe))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAIL" not in done.stdout
