@@ -60,10 +60,14 @@ def count_supervised(
     num_tokens_N3: IntArray, windows: Windows, loss_sections: Sequence[SectionName], random_mask_fraction: float
 ) -> IntArray:
     """How many labels `make_labels` sets for each example: int64 (N,)."""
-    first_N = np.maximum(windows.start_N, windows.read_start_N + 1)
-    columns = [SECTIONS.index(name) for name in loss_sections]
-    count_N = count_in_sections(num_tokens_N3, first_N, windows.stop_N)[:, columns].sum(axis=1)
+    count_N = count_candidates(num_tokens_N3, windows, loss_sections).sum(axis=1)
     return count_N - (random_mask_fraction * count_N).astype(np.int64)
+
+
+def count_candidates(num_tokens_N3: IntArray, windows: Windows, loss_sections: Sequence[SectionName]) -> IntArray:
+    """Labels of each section before the random mask, which may take any of them: int64 (N, 3)."""
+    first_N = np.maximum(windows.start_N, windows.read_start_N + 1)
+    return count_in_sections(num_tokens_N3, first_N, windows.stop_N) * np.isin(SECTIONS, loss_sections)
 
 
 def make_labels(
