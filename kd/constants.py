@@ -6,3 +6,6 @@ IGNORE_INDEX = -100
 EXIT_USER_ERROR = 2  # whatever a message said can be put right
 EXIT_INTERRUPTED = 85  # a signal came, a checkpoint was written: start it again with --resume auto
 EXIT_HANG = 86  # the watchdog saw no step
+
+# Share of the GPUs' peak that a plan assumes where none is stated.
+DEFAULT_MFU = 0.4

@@ -39,6 +39,7 @@ from kd.logs import configure_logging
 from kd.losses import resolve_backend
 from kd.metrics import MetricsLog, peak_memory_gib
 from kd.models.teacher import Teacher
+from kd.plan.measured import PlanReport, plan_training
 from kd.recipe import Recipe
 from kd.run_folder import INTERRUPTED, SUCCESS, open_run, record_data
 from kd.schedule import learning_rate
@@ -89,7 +90,8 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
     configure_logging(rank)
     training, folder = recipe.training, recipe.run_dir
     student_config = student_ds_config(recipe, world_size, device.type)
-    check_hpz(recipe, student_config, ranks_of_nodes())
+    nodes = ranks_of_nodes()
+    check_hpz(recipe, student_config, nodes)
     _check_loss_backend(recipe, device)
     on_rank_zero(lambda: open_run(recipe, resume))
     checkpoint = _choose_checkpoint(folder, resume)
@@ -105,10 +107,12 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
     torch.manual_seed(recipe.run.seed + rank)  # for models with dropout; a checkpoint restores it
     progress = Progress(**load_checkpoint(student, checkpoint)) if checkpoint else Progress()
 
-    metrics = None
+    metrics = report = None
     if rank == 0:
         set_aside_after(folder / "checkpoints", progress.step)
         metrics = MetricsLog(folder / "metrics.jsonl", start_step=progress.step, total_steps=total_steps)
+        plan = plan_training(recipe, loader, nodes)
+        report = PlanReport(plan, loader, teacher.model if teacher else None, student, device) if plan else None
     with Watchdog(recipe.run.watchdog_minutes) as watchdog:
         for step in range(progress.step, total_steps):
             started = time.perf_counter()
@@ -117,6 +121,7 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
             result = train_step(student, teacher, batches, rate, device)
             progress = progress._replace(step=step + 1, num_skipped=progress.num_skipped + result.skipped)
             record = _record(progress.step, loader.steps_per_epoch, rate, result, time.perf_counter() - started, device)
+            record["flops"] = report.flops(step) if report else None
             stops = progress.num_skipped > training.skip_nonfinite
             ends = progress.step == total_steps
             validates = not stops and (progress.step % training.checkpoint_every == 0 or ends)
@@ -124,6 +129,8 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
             if validates:
                 record |= validate(student, teacher, data, recipe, tokenizer.pad_token_id, device)
                 progress = _with_best(progress, record.get("val_loss"))
+            if report:
+                report.add(record)
             if metrics:
                 metrics.write(record)
                 _send_to_monitor(student, record)
@@ -139,6 +146,8 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
             if interrupted and not ends:
                 _leave_interrupted(folder, progress)
             watchdog.pat()
+    if report:
+        report.write()
     if metrics:
         metrics.close()
     _finish(student, model, tokenizer, folder, progress)

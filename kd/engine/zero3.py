@@ -93,6 +93,11 @@ def num_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter, partitioned or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def num_shards(parameters: Iterable[nn.Parameter]) -> int:
     """Ranks that the parameters are divided over; 1 where each rank holds them whole."""
     groups = (getattr(parameter, "ds_process_group", None) for parameter in parameters)

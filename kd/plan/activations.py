@@ -4,16 +4,16 @@ Other architectures differ by a norm or an activation, and a kernel that fuses e
 as one MLP of their common width. width: bytes of an element (2 in bf16, else 4).
 """
 
+import numpy as np
+
+from kd.data.truncate import plan_windows
 from kd.plan.shapes import ModelShapes
 from kd.recipe import TruncationSection
 
 
 def num_tokens_read(truncation: TruncationSection, full_tokens: int) -> int:
-    """Tokens that a model reads of a sequence of full_tokens: `kd.data.truncate.plan_windows`, for one length."""
-    keep = max(1, int(truncation.keep_fraction * full_tokens))
-    keep = min(keep, truncation.max_tokens or keep)
-    spare = {"head": 0, "middle": (full_tokens - keep) // 2, "tail": full_tokens - keep}[truncation.window]
-    return keep + (spare if truncation.window_context == "keep" else 0)
+    """Tokens that a model reads of a sequence of full_tokens: all of its tokens in one section."""
+    return int(plan_windows(np.array([[0, full_tokens, 0]]), truncation).num_read_N[0])
 
 
 def saved_activations(shapes: ModelShapes, num_tokens: int, width: int, *, checkpointing: bool) -> int:

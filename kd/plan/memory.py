@@ -36,9 +36,11 @@ class RankMemory:
 
 def rank_memory(
     recipe: Recipe, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int
-) -> tuple[RankMemory, str]:
-    """What a rank holds when a step takes most, and the moment when it does; num_tokens are in a micro-batch."""
-    moment = max(_moments(recipe, student, teacher, num_tokens), key=lambda moment: sum(moment[1:]))
+) -> tuple[RankMemory, str, float]:
+    """What a rank holds when a step takes most, the moment when it does, and GiB that are gathered at most, perhaps at
+    another one. num_tokens: of a micro-batch."""
+    moments = _moments(recipe, student, teacher, num_tokens)
+    moment = max(moments, key=lambda moment: sum(moment[1:]))
     parts = (
         teacher.weight_bytes if teacher else 0,
         student.weight_bytes,
@@ -49,7 +51,8 @@ def rank_memory(
         moment.activations,
         moment.loss,
     )
-    return RankMemory(*(part / GIB for part in parts)), moment.name
+    gather_peak_gib = max(moment.gathered for moment in moments) / GIB
+    return RankMemory(*(part / GIB for part in parts)), moment.name, gather_peak_gib
 
 
 class _Moment(NamedTuple):

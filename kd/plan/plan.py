@@ -18,8 +18,6 @@ from kd.recipe import Recipe
 # Beside what tensors take: the CUDA context, NCCL's buffers, and what the allocator cannot use.
 RESERVED_GIB = 3.0
 MAX_NODES_FACTOR = 16
-# What the driver reports of a whole GPU, in GiB.
-GPU_GIB = {"a100-40gb": 39.4, "a100": 79.2, "h100": 79.6, "h200": 140.4, "b200": 179.0, "l40s": 45.0}
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class MemoryPlan:
     num_tokens: int  # read of the longest sequence
     gib_per_rank: RankMemory
     moment: str  # of a step, which takes most
+    gather_peak_gib: float  # weights that are whole at a time, at most: perhaps at another moment
     activations_checkpointed_gib: float
     activations_whole_gib: float
     checkpoint_gib: float
@@ -54,7 +53,7 @@ class MemoryPlan:
         for factor, changes in itertools.product(range(1, MAX_NODES_FACTOR + 1), _settings(self.recipe)):
             num_nodes = self.num_nodes * factor
             try:
-                other = memory_plan(_changed(self.recipe, changes), num_nodes, self.gpus_per_node)
+                other = memory_plan(changed(self.recipe, changes), num_nodes, self.gpus_per_node)
             except UserError:
                 continue  # more ranks than its global batch can be divided over
             if other._fits(gpu_gib):
@@ -85,7 +84,7 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         recipe.truncation, recipe.truncation.max_full_tokens or student.shapes.max_position_embeddings
     )
     batch_tokens = num_tokens * recipe.training.micro_batch_size
-    gib_per_rank, moment = rank_memory(recipe, student, teacher, batch_tokens)
+    gib_per_rank, moment, gather_peak_gib = rank_memory(recipe, student, teacher, batch_tokens)
     saved = functools.partial(saved_activations, student.shapes, batch_tokens, student.width)
     engines = [student, teacher] if teacher else [student]
     # Rank 0 alone reads the files of a model that is partitioned while it is loaded, and else every rank.
@@ -99,6 +98,7 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         num_tokens,
         gib_per_rank,
         moment,
+        gather_peak_gib,
         activations_checkpointed_gib=saved(checkpointing=True) / GIB,
         activations_whole_gib=saved(checkpointing=False) / GIB,
         checkpoint_gib=student.checkpoint_bytes / GIB,
@@ -106,6 +106,15 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         host_gib=max(loading, gpus_per_node * sum(engine.host_bytes for engine in engines)) / GIB,
         received_gib_per_step=accumulation * received / GIB,
     )
+
+
+def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with other values; changes: {section.key: value}."""
+    sections = recipe.model_dump()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        sections[section][key] = value
+    return Recipe.model_validate(sections)
 
 
 def _settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -125,11 +134,3 @@ def _settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
     for num_chosen in range(len(settings) + 1):
         for chosen in itertools.combinations(settings, num_chosen):
             yield {key: value for setting in chosen for key, value in setting.items()}
-
-
-def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    sections = recipe.model_dump()
-    for name, value in changes.items():
-        section, key = name.split(".")
-        sections[section][key] = value
-    return Recipe.model_validate(sections)

@@ -11,15 +11,17 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from kd.engine.zero3 import num_parameters
+from kd.engine.zero3 import NUM_EXPERTS, num_parameters, whole_shape
 from kd.errors import UserError
 from kd.hub import hub_errors
 from kd.models.load import load_config
 from kd.recipe import RECIPES_DIR, ModelSection, find_input
 
 SHAPES_DIR = RECIPES_DIR / "shapes"
+NUM_SEEING = ("num_experts_per_tok", "moe_k", "moe_topk")  # in configurations: experts that see a token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ModelShapes:
     vocab_size: int  # rows of the lm_head
     tie_word_embeddings: bool
     max_position_embeddings: int
+    num_active_weights: int  # of the layers' matrices that one token meets: of experts those that see it
     parameter_sizes: tuple[tuple[int, int], ...]
 
     @property
@@ -60,8 +63,8 @@ def model_shapes(section: ModelSection, *, role: str) -> ModelShapes:
 def check_shapes(section: ModelSection, model: PreTrainedModel, *, role: str) -> None:
     """Raise UserError when a loaded model, partitioned or whole, is not what its file in recipes/shapes/ says."""
     path = shapes_file(section.model)
-    if not path.is_file():
-        return
+    if find_input(section.model) is not None or not path.is_file():
+        return  # planned from the model's own configuration
     stored, loaded = dataclasses.asdict(read_shapes(path)), dataclasses.asdict(shapes_of(model))
     # Positions cost nothing until tokens take them: a checkpoint may be edited to allow more.
     differing = [name for name in stored if stored[name] != loaded[name] and name != "max_position_embeddings"]
@@ -80,7 +83,17 @@ def config_shapes(config: PretrainedConfig, *, trust_remote_code: bool = False) 
 
 
 def shapes_of(model: PreTrainedModel) -> ModelShapes:
-    """The shapes of a model: on any device, partitioned by ZeRO-3 or not."""
+    """The shapes of a model: on any device, partitioned by ZeRO-3 or not.
+
+    Raises UserError for an architecture whose configuration has no attention heads or no limit of positions.
+    """
+    try:
+        return _shapes_of(model)
+    except AttributeError as error:
+        raise UserError(f"the cost of {type(model).__name__} cannot be planned: {error}") from None
+
+
+def _shapes_of(model: PreTrainedModel) -> ModelShapes:
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     num_heads = config.num_attention_heads
     tokens_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
@@ -98,8 +111,28 @@ def shapes_of(model: PreTrainedModel) -> ModelShapes:
         vocab_size=num_parameters([head.weight]) // config.hidden_size,
         tie_word_embeddings=head.weight is model.get_input_embeddings().weight,
         max_position_embeddings=config.max_position_embeddings,
+        num_active_weights=_num_active_weights(model),
         parameter_sizes=tuple(sorted(sizes.items())),
     )
+
+
+def _num_active_weights(model: PreTrainedModel) -> int:
+    """Elements of all matrices but embeddings and lm_head. Experts are one 3-D parameter, or modules of 2-D ones."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    num_experts = next((n for name in NUM_EXPERTS if (n := getattr(config, name, None))), 1)
+    num_seeing = next((n for name in NUM_SEEING if (n := getattr(config, name, None))), num_experts)
+    num_shared = num_expert = 0
+    for name, module in model.named_modules():
+        is_expert = "experts" in name.split(".")
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Embedding) or module is head or parameter_name.endswith("bias"):
+                continue
+            num_dims = len(whole_shape(parameter))
+            if is_expert and num_dims > 1:
+                num_expert += num_parameters([parameter])
+            elif num_dims == 2:
+                num_shared += num_parameters([parameter])
+    return num_shared + num_expert * num_seeing // num_experts
 
 
 def shapes_file(model: str) -> Path:

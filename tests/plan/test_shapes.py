@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import ROOT, save_tiny_model, tiny_config
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, xLSTMConfig
 
 from kd.errors import UserError
 from kd.plan import check_shapes, model_shapes
@@ -15,17 +15,20 @@ from kd.recipe import RECIPES_DIR, StudentSection, is_hub_id, load_recipe
 
 
 @pytest.mark.parametrize(
-    ("model", "num_parameters", "head"),
+    ("model", "num_parameters", "active_billions", "head"),
     [
-        ("Qwen/Qwen2.5-1.5B", 1_543_714_304, (151_936, 1536)),
-        ("bespokelabs/Bespoke-Stratos-7B", 7_615_616_512, (152_064, 3584)),
-        ("Qwen/Qwen3-4B-Base", 4_022_468_096, (151_936, 2560)),
-        ("Qwen/Qwen3-8B", 8_190_735_360, (151_936, 4096)),
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304, 1.31, (151_936, 1536)),
+        ("bespokelabs/Bespoke-Stratos-7B", 7_615_616_512, 6.53, (152_064, 3584)),
+        ("Qwen/Qwen3-4B-Base", 4_022_468_096, 3.6, (151_936, 2560)),
+        ("Qwen/Qwen3-8B", 8_190_735_360, 6.95, (151_936, 4096)),
     ],
 )
-def test_stored_shapes_have_the_parameters_that_the_models_publish(model: str, num_parameters: int, head: tuple):
+def test_stored_shapes_have_the_parameters_that_the_models_publish(
+    model: str, num_parameters: int, active_billions: float, head: tuple
+):
     shapes = model_shapes(StudentSection(model=model), role="student")
     assert shapes.num_parameters == num_parameters
+    assert shapes.num_active_weights / 1e9 == pytest.approx(active_billions, rel=0.01)  # "non-embedding"
     assert (shapes.vocab_size, shapes.hidden_size) == head
 
 
@@ -58,7 +61,15 @@ def test_other_architectures_have_shapes_too():
     sizes = tiny_config().to_dict() | {"num_local_experts": 8, "num_experts_per_tok": 2}
     with torch.device("meta"):
         experts = AutoModelForCausalLM.from_config(MixtralConfig(**sizes))
-    assert config_shapes(MixtralConfig(**sizes)).num_parameters == sum(p.numel() for p in experts.parameters())
+    shapes = config_shapes(MixtralConfig(**sizes))
+    assert shapes.num_parameters == sum(p.numel() for p in experts.parameters())
+    # q, o: 32 x 32; k, v: 32 x 16; the router: 8 x 32; two of its eight experts: 3 x 32 x 48 each.
+    assert shapes.num_active_weights == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 8 * 32 + 2 * 3 * 32 * 48)
+
+
+def test_an_architecture_that_cannot_be_planned_is_named():
+    with pytest.raises(UserError, match="the cost of xLSTMForCausalLM cannot be planned: .*num_attention_heads"):
+        config_shapes(xLSTMConfig(hidden_size=32, num_heads=4, num_hidden_layers=1, vocab_size=64))
 
 
 def test_a_model_that_is_not_the_stored_one_is_named_with_what_differs():

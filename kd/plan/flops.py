@@ -1,0 +1,70 @@
+"""FLOPs of an optimizer step: its products of matrices, 2 * m * n * k of each, and nothing else.
+
+As torch.utils.flop_counter counts, and PaLM's MFU (arXiv 2204.02311, appendix B): of attention the whole L x L scores,
+though causal kernels skip up to half of them; what gradient checkpointing computes once more is told apart, and is no
+part of MFU. Attention is that of llama, qwen2, qwen3 and their like: a window or a recurrence in its place costs less.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kd.data.truncate import IntArray
+from kd.plan.shapes import ModelShapes
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Of one optimizer step over all ranks."""
+
+    teacher: float  # forward
+    student: float  # forward and backward
+    loss: float  # the products with both lm_heads, and of the student's gradients
+    recomputed: float  # the student's forward once more, under gradient checkpointing
+
+    @property
+    def model(self) -> float:
+        """What MFU is made of: without what is recomputed."""
+        return self.teacher + self.student + self.loss
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What the FLOPs of a run depend on, its lengths apart."""
+
+    student: ModelShapes
+    teacher: ModelShapes | None
+    checkpointing: bool
+
+    def step_flops(self, padded_N: IntArray, supervised_N: IntArray, global_batch_size: int) -> StepFlops:
+        """The mean over global batches of N sequences: their lengths in their micro-batches, and their labels.
+
+        Backward is twice forward: the gradient of each factor of a product is a product of the same size. Without
+        ZeRO-3, torch would leave out the last product of a layer that it recomputes (set_checkpoint_early_stop).
+        """
+        num_steps = len(padded_N) / global_batch_size
+        student = forward_flops(self.student, padded_N) / num_steps
+        return StepFlops(
+            teacher=forward_flops(self.teacher, padded_N) / num_steps if self.teacher else 0.0,
+            student=3 * student,
+            loss=loss_flops(self.student, self.teacher, float(supervised_N.sum())) / num_steps,
+            recomputed=student if self.checkpointing else 0.0,
+        )
+
+
+def forward_flops(shapes: ModelShapes, padded_N: IntArray) -> float:
+    """Of a backbone, without its lm_head, for sequences of these lengths, padding included:
+
+    2 * weights * L, of the matrices that a token meets, and of attention's two products, for heads that are together
+    `width` wide, 2 * 2 * width * L * L in each layer.
+    """
+    lengths_N = padded_N.astype(np.float64)  # squares of an epoch do not fit in int64
+    attention = 4 * shapes.num_layers * shapes.num_heads * shapes.head_dim
+    return float(2 * shapes.num_active_weights * lengths_N.sum() + attention * np.square(lengths_N).sum())
+
+
+def loss_flops(student: ModelShapes, teacher: ModelShapes | None, num_supervised: float) -> float:
+    """Of `kd.losses.chunked` over supervised rows alone, 2 * N * V * (3 * Hs + Ht): logits of both models, and the
+    gradients of the student's hidden states and head, over the shared vocabulary."""
+    vocab_size = min(shapes.vocab_size for shapes in (student, teacher) if shapes)
+    return 2 * num_supervised * vocab_size * (3 * student.hidden_size + (teacher.hidden_size if teacher else 0))

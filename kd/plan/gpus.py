@@ -1,0 +1,25 @@
+"""GPUs that plans are made for: what they hold, and what they compute at most."""
+
+from typing import NamedTuple
+
+
+class Gpu(NamedTuple):
+    gib: float  # what the driver reports of a whole GPU
+    tflops: float  # peak of dense bf16 products, by the data sheet
+    device_name: str  # what CUDA calls it
+
+
+GPUS = {
+    "a100-40gb": Gpu(39.4, 312.0, "NVIDIA A100-SXM4-40GB"),
+    "a100": Gpu(79.2, 312.0, "NVIDIA A100-SXM4-80GB"),
+    "h100": Gpu(79.6, 989.0, "NVIDIA H100 80GB HBM3"),
+    "h200": Gpu(140.4, 989.0, "NVIDIA H200"),
+    "b200": Gpu(179.0, 2250.0, "NVIDIA B200"),
+    "l40s": Gpu(45.0, 362.0, "NVIDIA L40S"),
+}
+GPU_GIB = {name: gpu.gib for name, gpu in GPUS.items()}
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The GPU that CUDA calls so; None for one that is not listed, such as a board with another power limit."""
+    return next((gpu for gpu in GPUS.values() if gpu.device_name == device_name), None)

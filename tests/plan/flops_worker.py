@@ -1,0 +1,57 @@
+"""One rank: FLOPs of optimizer steps as torch counts them, and as kd.plan says, with real engines on real batches.
+
+flops_worker.py RECIPE OUTPUT      writes OUTPUT, [{"counted": [...], "planned": [...]}], a list for each of SETTINGS
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd.build import build_student, build_teacher
+from kd.data.dataset import load_data
+from kd.data.loader import Loader
+from kd.data.tokenizers import load_tokenizers
+from kd.engine.distributed import init_distributed
+from kd.engine.ds_config import student_ds_config
+from kd.plan.lengths import step_lengths
+from kd.plan.run import pair_of
+from kd.recipe import Recipe, load_recipe
+from kd.train import train_step
+
+# (truncation.keep_fraction, student.gradient_checkpointing)
+SETTINGS = [(0.5, False), (1.0, False), (0.5, True), (1.0, True)]
+NUM_STEPS = 2
+
+
+def main() -> None:
+    init_distributed()
+    results = []
+    for keep_fraction, checkpointing in SETTINGS:
+        overrides = [f"truncation.keep_fraction={keep_fraction}", f"student.gradient_checkpointing={checkpointing}"]
+        attention = ["teacher.attention=eager", "student.attention=eager"]
+        results.append(measure(load_recipe(sys.argv[1], [text.lower() for text in overrides + attention])))
+    Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+def measure(recipe: Recipe) -> dict[str, list[float]]:
+    device = init_distributed()
+    tokenizer, training = load_tokenizers(recipe), recipe.training
+    examples = load_data(recipe, tokenizer).train
+    loader = Loader(examples, training.global_batch_size, training.micro_batch_size, 0, tokenizer.pad_token_id)
+    teacher = build_teacher(recipe, device)
+    _, student = build_student(recipe, student_ds_config(recipe, 1, device.type), device)
+    pair, result = pair_of(recipe), {"counted": [], "planned": []}
+    for step in range(NUM_STEPS):
+        with FlopCounterMode(display=False) as counter:
+            train_step(student, teacher, loader.micro_batches(step, 0, 1), 1e-3, device)
+        lengths = step_lengths(loader, step)
+        flops = pair.step_flops(lengths.padded_N, lengths.supervised_N, training.global_batch_size)
+        result["counted"].append(counter.get_total_flops())
+        result["planned"].append(flops.model + flops.recomputed)
+    return result
+
+
+if __name__ == "__main__":
+    main()
