@@ -31,6 +31,17 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the axes of a study, for kd.study.cells.parse_axes."""
+    axes = parser.add_argument_group("axes of a study", "one is varied at a time around the recipe's own values")
+    axes.add_argument("--keep", metavar="F,F", help="values of truncation.keep_fraction: 0.25,0.5,0.75,1.0")
+    axes.add_argument("--sections", metavar="A+B,C", help="values of data.loss_sections: prompt+cot+answer,cot")
+    axes.add_argument("--windows", metavar="W,W", help="values of truncation.window: head,middle,tail")
+    axes.add_argument("--seeds", type=int, default=1, metavar="N", help="the recipe's run.seed, and the N - 1 after it")
+    axes.add_argument("--cross", action="store_true", help="every combination instead of one axis at a time")
+    return parser
+
+
 def run(main: Callable[[], None]) -> None:
     """Call main(), and end the process as main ended: an error is one block on stderr, and a status from kd.constants.
 

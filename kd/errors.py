@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A bad field, value or file. The message names the field, the value and the remedy."""
 
 
+class NothingToLearn(UserError):
+    """Truncation and sections leave no supervised token in any example."""
+
+
 class LostPeer(RuntimeError):
     """Another rank is gone or does not answer. The first cause is that rank's to tell."""
 

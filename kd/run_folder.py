@@ -15,6 +15,7 @@ from kd.engine.checkpoint import remove_partial, step_folders
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.files import write_json
+from kd.lock import hold
 from kd.metrics import environment
 from kd.recipe import Recipe
 
@@ -40,10 +41,15 @@ FREE_SECTIONS = {"evaluation", "monitor"}
 def open_run(recipe: Recipe, resume: str | None) -> None:
     """Make the run's folder, or check that it may be continued. Rank 0 calls it, before anything is allocated.
 
-    Raises UserError when the folder holds a run and --resume is absent, or holds another recipe's run. A folder
-    whose run never took a step, for an error in the recipe say, is taken over.
+    Holds the folder for the life of this process. Raises UserError when another process does, when the folder holds a
+    run and --resume is absent, or another recipe's run. A folder whose run never took a step, for an error in the
+    recipe say, is taken over.
     """
     folder = recipe.run_dir
+    try:
+        hold(folder)
+    except OSError as error:
+        raise _cannot_write(recipe, error) from error
     if resume is None and _has_begun(folder):
         raise UserError(
             f"{folder} already holds a run: continue it with --resume auto, "
@@ -59,7 +65,11 @@ def open_run(recipe: Recipe, resume: str | None) -> None:
             write_json(folder / name, content)
         write_json(folder / "environment.json", environment())
     except OSError as error:
-        raise UserError(f"run.output_dir = {recipe.run.output_dir!r}: cannot write to {folder}: {error}") from error
+        raise _cannot_write(recipe, error) from error
+
+
+def _cannot_write(recipe: Recipe, error: OSError) -> UserError:
+    return UserError(f"run.output_dir = {recipe.run.output_dir!r}: cannot write to {recipe.run_dir}: {error}")
 
 
 def check_same_run(recipe: Recipe) -> None:

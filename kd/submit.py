@@ -1,6 +1,6 @@
 """A recipe as a SLURM job: what it is to train, whether it can, its files frozen, and the job in the queue.
 
-RUN/slurm/1/            one submission: RUN is the recipe's run, or, for an array, named like one without a suffix
+RUN/slurm/1/            one submission: RUN is the recipe's run; of an array, its name without a suffix; or a study
   code/                 a copy of what the job runs: edits made while it waits change nothing
   recipe.json           resolved; recipe_0.json and so on for an array
   train.sbatch, evaluate.sbatch, and the logs of both
@@ -37,11 +37,11 @@ class Submission:
     evaluate: str | None
 
 
-def read_recipes(name: str, overrides: list[str], array_over: str | None) -> tuple[str, tuple[Recipe, ...]]:
-    """The name of the run and its recipe; of an array, its name, and a recipe for each value of FIELD=V1,V2."""
+def read_recipes(name: str, overrides: list[str], array_over: str | None) -> tuple[Path, tuple[Recipe, ...]]:
+    """The folder of the run and its recipe; of an array, its folder, and a recipe for each value of FIELD=V1,V2."""
     base = load_recipe(name, overrides)
     if array_over is None:
-        return base.run.name, (base,)
+        return base.run_dir, (base,)
     field, equals, values = array_over.partition("=")
     if not equals or not all(values.split(",")):
         raise UserError(f"--array-over {array_over}: write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5")
@@ -50,16 +50,16 @@ def read_recipes(name: str, overrides: list[str], array_over: str | None) -> tup
     names = [re.sub(r"[^\w.=-]+", "-", f"{base.run.name}-{key}={value}") for value in values.split(",")]
     if len(set(names)) != len(names):
         raise UserError(f"--array-over {array_over}: two values would share a run ({', '.join(names)})")
-    return base.run.name, tuple(
+    return base.run_dir, tuple(
         load_recipe(name, [*overrides, f"{section}.{key}={value}", f"run.name={json.dumps(run)}"])
         for run, value in zip(names, values.split(","), strict=True)
     )
 
 
-def prepare(name: str, recipes: tuple[Recipe, ...], request: Request, evaluate: bool) -> Submission:
+def prepare(folder: Path, recipes: tuple[Recipe, ...], request: Request, evaluate: bool) -> Submission:
     """Check everything that can be known before the job starts, and make its scripts; writes nothing.
 
-    name and recipes: of read_recipes. Raises UserError.
+    folder and recipes: of read_recipes, or of a study. Raises UserError.
     """
     env_file = os.environ.get("DS_ENV_FILE")
     if env_file and not Path(env_file).is_file():
@@ -74,13 +74,13 @@ def prepare(name: str, recipes: tuple[Recipe, ...], request: Request, evaluate: 
         _check_run(recipe)
     from kd.metrics import environment  # after the checks, which import no torch
 
-    folder = _next_folder(Path(recipes[0].run.output_dir).absolute() / name / "slurm")
+    submission = _next_folder(folder.absolute() / "slurm")
     files = ["recipe.json"] if len(recipes) == 1 else [f"recipe_{index}.json" for index in range(len(recipes))]
     job = Job(
-        name=name,
-        folder=folder,
+        name=folder.name,
+        folder=submission,
         runs=tuple(recipe.run_dir.absolute() for recipe in recipes),
-        recipes=tuple(folder / file for file in files),
+        recipes=tuple(submission / file for file in files),
         commit=environment()["commit"] or "",
     )
     evaluation = evaluate_script(job, request) if evaluate else None

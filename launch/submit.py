@@ -10,9 +10,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from kd.cli import run
+from kd.cli import axis_arguments, run
 from kd.errors import UserError
+from kd.recipe import Recipe
 from kd.sbatch import Request
+from kd.study.cells import Axes, Study, make_study, parse_axes, write_study
 from kd.submit import Submission, prepare, read_recipes, submit
 
 
@@ -20,12 +22,29 @@ def main() -> None:
     arguments = parse_args(sys.argv[1:])
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed says on stdout that a login node has no GPU
         request = request_of(arguments)
-        name, recipes = read_recipes(arguments.recipe, arguments.overrides, arguments.array_over)
-        submission = prepare(name, recipes, request, arguments.evaluate)
+        study = study_of(arguments)
+        if study is None:
+            folder, recipes = read_recipes(arguments.recipe, arguments.overrides, arguments.array_over)
+        else:
+            folder, recipes = study.folder, unfinished(study)
+        submission = prepare(folder, recipes, request, arguments.evaluate)
     if arguments.dry_run:
         print(submission.train, *([submission.evaluate] if submission.evaluate else []), sep="\n")
-    else:
-        print(how_to_follow(submission, submit(submission)))
+        return
+    ids = submit(submission)
+    if study is not None:
+        write_study(study)
+    print(how_to_follow(submission, ids))
+
+
+def study_of(arguments: argparse.Namespace) -> Study | None:
+    """The study whose cells are to be the tasks of an array; None when no axis was given."""
+    axes = parse_axes(arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross)
+    if axes == Axes():
+        return None
+    if arguments.array_over is not None:
+        raise UserError(f"--array-over {arguments.array_over}: the axes of a study make an array of their own")
+    return make_study(arguments.recipe, arguments.overrides, axes)
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:
@@ -51,10 +70,19 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--array-over", metavar="FIELD=V1,V2", help="an array of runs, one per value: keep_fraction=0.25,0.5,0.75,1.0"
     )
+    axis_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="check, print the scripts, submit nothing")
     arguments = parser.parse_args(words[: len(words) - len(options) - ("--" in words)])
     arguments.sbatch_options = options
     return arguments
+
+
+def unfinished(study: Study) -> tuple[Recipe, ...]:
+    """The recipes of the cells that are still to be trained. Raises UserError when none is."""
+    recipes = tuple(cell.recipe for cell in study.cells if not (cell.recipe.run_dir / "SUCCESS").exists())
+    if not recipes:
+        raise UserError(f"{study.folder}: all {len(study.cells)} cells are trained: launch/report.py shows them")
+    return recipes
 
 
 def request_of(arguments: argparse.Namespace) -> Request:

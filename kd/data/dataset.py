@@ -19,7 +19,7 @@ from kd.data.rows import find_rows
 from kd.data.sources import SOURCES
 from kd.data.tokenised import tokenise_rows
 from kd.data.truncate import IntArray, Windows, count_supervised, make_labels, plan_windows
-from kd.errors import UserError
+from kd.errors import NothingToLearn, UserError
 from kd.recipe import Recipe
 
 
@@ -138,7 +138,7 @@ def _read(
 
 
 def _with_labels(name: str, examples: Examples) -> tuple[Examples, SplitReport]:
-    """Without the examples that truncation leaves no label. Raises UserError when none is left."""
+    """Without the examples that truncation leaves no label. Raises NothingToLearn when none is left."""
     has_label_N = examples.num_supervised > 0
     kept = examples.select(has_label_N)
     report = SplitReport(
@@ -149,7 +149,7 @@ def _with_labels(name: str, examples: Examples) -> tuple[Examples, SplitReport]:
         num_supervised_tokens=int(kept.num_supervised.sum()),
     )
     if not len(kept):
-        raise UserError(
+        raise NothingToLearn(
             f"no {name} example has a token in data.loss_sections = {list(examples.recipe.data.loss_sections)} after "
             f"truncation: widen [truncation] or loss_sections\n{name}: {report}"
         )

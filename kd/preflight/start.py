@@ -9,31 +9,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from kd.errors import UserError
+from kd.launcher import LAUNCHER, local_launch
 from kd.preflight.check import Check, fail, ok
 from kd.recipe import ROOT, Recipe
 
 SCRIPT = ROOT / "launch" / "preflight.py"
 NODES_ENV = ROOT / "launch" / "nodes.env"
-LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
 SSH = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=10"]
 
 
 def start_here(recipe: Recipe, arguments: list[str]) -> int:
-    """Run preflight on this machine's GPUs, or without one on two ranks where the recipe's batch has two halves.
-
-    Returns the launcher's status.
-    """
-    num_ranks = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
-    environment = dict(os.environ)
-    if num_ranks == 0:
-        num_ranks = 1 if recipe.training.global_batch_size // recipe.training.micro_batch_size % 2 else 2
-        environment["DS_ACCELERATOR"] = "cpu"
-    port = ["--master_port", os.environ["MASTER_PORT"]] if "MASTER_PORT" in os.environ else []
-    command = [*LAUNCHER, "--num_gpus", str(num_ranks), *port, str(SCRIPT), *arguments]
-    return subprocess.call(command, env=environment)
+    """Run preflight on this machine's GPUs, or on its CPU; returns the launcher's status."""
+    command, environment = local_launch(recipe, SCRIPT)
+    return subprocess.call([*command, *arguments], env=environment)
 
 
 def start_on_hosts(hostfile: Path, arguments: list[str]) -> int:

@@ -79,6 +79,8 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         ((*ON_CPUS, "--setup=no file"), "--setup no file: no such file"),
         ((*ON_CPUS, "--container=image.sif"), "--container image.sif: no such image"),
         ((*ON_CPUS, "--evaluate"), "--evaluate: evaluation.path is not set"),
+        ((*ON_CPUS, "--keep=2"), "--keep 2: write a fraction above 0 and at most 1"),
+        ((*ON_CPUS, "--keep=0.5", "--array-over=seed=1,2"), "the axes of a study make an array of their own"),
         ((*ON_CPUS, "--array-over=keep_fraction"), "write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5"),
         ((*ON_CPUS, "--array-over=keep=0.5"), "keep is in no section of a recipe; write section.key"),
         ((*ON_CPUS, "--array-over=model=a,b"), "model is in teacher and student; write section.key"),
@@ -118,6 +120,23 @@ def test_a_run_that_is_finished_or_of_another_recipe_is_refused(recipe, tmp_path
     assert_refused(other, "loss.temperature: 1.0 there, 2.0 here")
     (run / "SUCCESS").write_text("{}")
     assert_refused(submit(recipe, *ON_CPUS, *settings), "is finished, it has its SUCCESS")
+
+
+def test_the_cells_of_a_study_that_are_not_trained_yet_are_tasks_of_an_array(recipe, tmp_path):
+    study = tmp_path / "studies" / "tiny_test"
+    trained = study / "keep1_prompt+cot+answer_head_seed0"
+    trained.mkdir(parents=True)
+    (trained / "SUCCESS").write_text("{}")
+    axes = ("--keep=0.5,1.0", "--seeds=2", f"--set=run.output_dir={tmp_path}", "--dry-run")
+    done = submit(recipe, *ON_CPUS, *axes)
+    assert done.returncode == 0, done.stderr
+    assert '#SBATCH --job-name="tiny_test"\n' in done.stdout
+    assert '#SBATCH --array="0-2"\n' in done.stdout
+    cells = ("keep0.5_prompt+cot+answer_head_seed0", "keep0.5_prompt+cot+answer_head_seed1")
+    assert shell_values(done.stdout, "runs") == [
+        *(str(study / cell) for cell in cells),
+        str(study / "keep1_prompt+cot+answer_head_seed1"),
+    ]
 
 
 def test_what_does_not_fit_is_refused_with_what_would(recipe, tmp_path):
@@ -197,8 +216,8 @@ def test_a_job_that_cannot_begin_says_why(tmp_path, nodes_env, setup, message):
 
 
 def test_an_array_gives_each_value_a_run_of_its_own(recipe):
-    name, recipes = read_recipes(str(recipe), ["run.name=sweep"], "student.model=org/a,org/b")
-    assert name == "sweep"
+    folder, recipes = read_recipes(str(recipe), ["run.name=sweep"], "student.model=org/a,org/b")
+    assert folder.name == "sweep"
     assert [(r.run.name, r.student.model) for r in recipes] == [
         ("sweep-model=org-a", "org/a"),
         ("sweep-model=org-b", "org/b"),

@@ -3,13 +3,14 @@
 import json
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from slurm_cluster import Cluster
-from tiny import wait_until, write_tiny_recipe
+from tiny import ROOT, wait_until, write_tiny_recipe
 
 from kd.metrics import read_metrics
 
@@ -166,6 +167,25 @@ def test_an_array_trains_each_value_and_requeues_one_task_alone(array: Array):
     for run, fraction in zip(array.runs, (0.5, 0.25), strict=True):
         assert (run / "SUCCESS").exists()
         assert json.loads((run / "recipe.json").read_text())["truncation"]["keep_fraction"] == fraction
+
+
+def test_a_study_is_an_array_whose_cells_the_study_then_finds_done(cluster: Cluster, folder: Path):
+    settings = [f"--set={text}" for text in ("run.output_dir=runs", "training.max_steps=4", "evaluation.judge=exact")]
+    settings += ["--set=evaluation.path=problems.jsonl", "--set=evaluation.max_new_tokens=8"]
+    study = ["tiny_test.toml", "--keep=0.5,1.0", *settings]
+    done = cluster.submit(*study, "--evaluate", "--", "--exclusive", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    ids = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("job ")]
+    for job in ids:
+        for task in range(2):
+            cluster.wait_for_state(f"{job}_{task}", "COMPLETED", "FAILED", "CANCELLED", timeout=300)
+    command = [sys.executable, str(ROOT / "launch" / "study.py"), "--recipe", *study]
+    done = cluster.run(*command, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((folder / "runs" / "studies" / "tiny_test" / "study.json").read_text())
+    assert [cell["status"] for cell in content["cells"]] == ["done", "done"]
+    logs = sorted(path.name for path in (folder / "runs" / "studies" / "tiny_test" / "logs").iterdir())
+    assert logs == ["student-before.log", "teacher.log"]  # no cell was trained or scored again
 
 
 def test_evaluation_follows_success(array: Array):

@@ -1,0 +1,61 @@
+"""One process at a time in a folder: a lock that goes with the process that holds it, however that ends."""
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from kd.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# A file server takes that long to notice that a node with a lock has died.
+PATIENCE_SECONDS = 120.0
+_held: dict[Path, IO[str]] = {}  # open for the life of this process
+
+
+def hold(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    """Keep other processes out of the folder until this one ends; makes the folder.
+
+    Raises UserError that names the holder when it does not go in time. File systems without locks get a warning.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() in _held:
+        return
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    deadline, is_told = time.monotonic() + patience_seconds, False
+    while not _try(file):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        if time.monotonic() >= deadline:
+            raise UserError(f"{folder} is in use by {holder}: wait until that ends, or end it")
+        if not is_told:
+            log.warning("%s is in use by %s: waiting for its end, at most %g s", folder, holder, patience_seconds)
+            is_told = True
+        time.sleep(0.5)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held[folder.resolve()] = file
+
+
+def is_free(folder: Path) -> bool:
+    """Whether no process holds the folder now."""
+    path = folder / ".lock"
+    if not path.exists():
+        return True
+    with path.open("a+", encoding="utf-8") as file:
+        return _try(file)
+
+
+def _try(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.warning("%s: this file system has no locks (%s): start no second run in this folder", file.name, error)
+    return True

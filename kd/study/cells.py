@@ -1,0 +1,174 @@
+"""The cells of a study: which part of the traces each trains on, and from which seed.
+
+An axis is a field of the recipe. One is varied at a time around the recipe's own values, or all are crossed.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from kd.errors import UserError
+from kd.files import write_json
+from kd.recipe import Recipe, SectionName, load_recipe
+
+AXES = ("keep_fraction", "sections", "window")
+WINDOWS = ("head", "middle", "tail")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The values to vary; an empty axis stays as the recipe has it."""
+
+    keep_fraction: tuple[float, ...] = ()
+    sections: tuple[tuple[str, ...], ...] = ()
+    window: tuple[str, ...] = ()
+    num_seeds: int = 1  # the recipe's seed and those after it
+    cross: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a cell lies on the axes."""
+
+    keep_fraction: float
+    sections: tuple[str, ...]
+    window: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"keep{self.keep_fraction:g}_{'+'.join(self.sections)}_{self.window}_seed{self.seed}"
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"sections": "+".join(self.sections)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    point: Point
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder of runs, one for each cell."""
+
+    name: str
+    folder: Path
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a cell is; text: its accuracy, or why there is none."""
+
+    status: Literal["pending", "done", "no_supervised_token", "failed"] = "pending"
+    text: str = ""
+
+
+def parse_axes(keep: str | None, sections: str | None, windows: str | None, num_seeds: int, cross: bool) -> Axes:
+    """Axes from comma-separated text, as in "0.5,1.0", "cot,prompt+cot" and "head,tail". Raises UserError."""
+    if num_seeds < 1:
+        raise UserError(f"--seeds {num_seeds}: at least 1 is needed")
+    return Axes(
+        tuple(_fraction(text) for text in _split("--keep", keep)),
+        tuple(_names(text) for text in _split("--sections", sections)),
+        tuple(_window(text) for text in _split("--windows", windows)),
+        num_seeds,
+        cross,
+    )
+
+
+def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None = None) -> Study:
+    """The study of a recipe: by default in run.output_dir/studies/RECIPE.
+
+    The cells of one seed come before those of the next, so that the first figures are there early. Raises UserError.
+    """
+    base = load_recipe(name, overrides)
+    folder = folder or Path(base.run.output_dir) / "studies" / base.run.name
+    points = dict.fromkeys(_points(base, axes))  # an axis at the recipe's own value is the same cell on every axis
+    if axes.window and all(point.window == "head" for point in points) and set(axes.window) != {"head"}:
+        raise UserError(
+            f"--windows {','.join(axes.window)}: at truncation.keep_fraction = {base.truncation.keep_fraction:g} "
+            "nothing is cut, and all windows are one: --set truncation.keep_fraction=0.5, or --cross with --keep"
+        )
+    cells = tuple(Cell(point, _recipe_at(name, overrides, point, folder)) for point in points)
+    return Study(base.run.name, folder, cells)
+
+
+def write_study(study: Study, outcomes: Mapping[Point, Outcome] = MappingProxyType({})) -> None:
+    """study.json, and the recipe of each cell; cells that an earlier start had, and what became of them, stay."""
+    path = study.folder / "study.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
+    rows = {row["name"]: row for row in earlier}
+    for cell in study.cells:
+        name, outcome = cell.point.name, outcomes.get(cell.point)
+        if outcome or name not in rows:
+            rows[name] = {"name": name, "axes": cell.point.as_json(), **vars(outcome or Outcome())}
+        write_json(recipe_file(study, cell), cell.recipe.model_dump(mode="json"))
+    write_json(path, {"recipe": study.name, "cells": list(rows.values())})
+
+
+def recipe_file(study: Study, cell: Cell) -> Path:
+    return study.folder / "recipes" / f"{cell.point.name}.json"
+
+
+def _points(base: Recipe, axes: Axes) -> Iterator[Point]:
+    own = Point(base.truncation.keep_fraction, base.data.loss_sections, base.truncation.window, base.run.seed)
+    varied: dict[str, tuple[Any, ...]] = {name: getattr(axes, name) for name in AXES if getattr(axes, name)}
+    if axes.cross:
+        places = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+    else:
+        places = [{name: value} for name, values in varied.items() for value in values] or [{}]
+    for seed in range(own.seed, own.seed + axes.num_seeds):
+        for place in places:
+            point = replace(own, seed=seed, **place)
+            is_cut = point.keep_fraction < 1 or base.truncation.max_tokens is not None
+            yield point if is_cut else replace(point, window="head")  # of a whole trace all windows are one
+
+
+def _recipe_at(name: str, overrides: list[str], point: Point, folder: Path) -> Recipe:
+    values = {
+        "truncation.keep_fraction": point.keep_fraction,
+        "data.loss_sections": point.sections,
+        "truncation.window": point.window,
+        "run.seed": point.seed,
+        "run.name": point.name,
+        "run.output_dir": str(folder),
+    }
+    return load_recipe(name, [*overrides, *(f"{field}={json.dumps(value)}" for field, value in values.items())])
+
+
+def _split(flag: str, text: str | None) -> list[str]:
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(parts) or len(set(parts)) != len(parts):
+        raise UserError(f"{flag} {text}: write distinct values with commas between them")
+    return parts
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1.0:
+        raise UserError(f"--keep {text}: write a fraction above 0 and at most 1, as in 0.5")
+    return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    known = get_args(SectionName)
+    names = tuple(text.split("+"))
+    if not set(names) <= set(known) or len(set(names)) != len(names):
+        raise UserError(f"--sections {text}: join any of {', '.join(known)} with +, as in prompt+cot")
+    return tuple(name for name in known if name in names)
+
+
+def _window(text: str) -> str:
+    if text not in WINDOWS:
+        raise UserError(f"--windows {text}: choose from {', '.join(WINDOWS)}")
+    return text

@@ -1,0 +1,156 @@
+"""launch/study.py by the real path: interrupted twice, it ends with the figures of one that was left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, wait_until, write_tiny_recipe
+
+from kd.constants import EXIT_INTERRUPTED
+from kd.metrics import read_metrics
+
+pytestmark = pytest.mark.dist
+COMPARED = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "val_loss")
+DONE = ["keep0.5_prompt+cot+answer_head_seed0", "keep1_prompt+cot+answer_head_seed0"]
+NOTHING = "keep0.5_answer_head_seed0"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("a study")
+    problems = [{"prompt": f"{a}+{b}", "answer": str((a + b) % 10)} for a in range(3) for b in range(2)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    recipe = write_tiny_recipe(folder)
+    evaluation = ["path = " + json.dumps(f"{folder}/problems.jsonl"), 'judge = "exact"', "max_new_tokens = 4"]
+    recipe.write_text(recipe.read_text() + "\n".join(["\n[evaluation]", *evaluation, "temperature = 0.0", ""]))
+    return recipe
+
+
+def command(recipe: Path, folder: Path) -> list[str]:
+    axes = ["--keep", "0.5,1.0", "--sections", "answer"]
+    return [sys.executable, str(ROOT / "launch/study.py"), "--recipe", str(recipe), *axes, "--output", str(folder)]
+
+
+def start(recipe: Path, folder: Path) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command(recipe, folder), cwd=recipe.parent, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def num_steps(run: Path) -> int:
+    return len(read_metrics(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
+
+
+def losses(run: Path) -> list[list[float]]:
+    return [[record.get(name) for name in COMPARED] for record in read_metrics(run / "metrics.jsonl")]
+
+
+def cells(study: Path) -> dict[str, tuple[str, str]]:
+    return {
+        cell["name"]: (cell["status"], cell["text"]) for cell in json.loads((study / "study.json").read_text())["cells"]
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(recipe) -> Path:
+    folder = recipe.parent / "whole"
+    process = start(recipe, folder)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(recipe) -> tuple[Path, int, str]:
+    """Told to stop in the first cell, killed in the second, started once more: folder, first status, last output."""
+    folder = recipe.parent / "interrupted"
+    process = start(recipe, folder)
+    wait_until(lambda: num_steps(folder / DONE[0]) >= 3 or process.poll() is not None, "step 3", 200)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    status = process.returncode
+    assert (folder / DONE[0] / "INTERRUPTED").exists(), output
+
+    process = start(recipe, folder)
+    wait_until(lambda: num_steps(folder / DONE[1]) >= 3 or process.poll() is not None, "step 3 of the second", 200)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=10)
+
+    process = start(recipe, folder)  # while the second cell's training still goes on
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return folder, status, output
+
+
+def test_an_interrupted_study_says_so_and_leaves_no_cell_half_trained(interrupted):
+    assert interrupted[1] == EXIT_INTERRUPTED
+
+
+def test_an_interrupted_study_ends_with_the_cells_losses_and_accuracies_of_a_whole_one(interrupted, whole):
+    folder = interrupted[0]
+    assert cells(folder) == cells(whole)
+    for name in DONE:
+        assert losses(folder / name) == losses(whole / name)
+        for file in ("export-best.json", "export-best.responses.jsonl"):
+            there, here = (
+                (study / name / "evaluation" / file).read_text().replace(str(study), "") for study in (whole, folder)
+            )
+            assert there == here
+
+
+def test_training_that_outlived_its_study_is_waited_for(interrupted):
+    folder, _, output = interrupted
+    assert f"waiting for the ranks in {folder / DONE[1]}" in output
+
+
+def test_a_cell_that_leaves_no_supervised_token_is_reported_as_such(whole):
+    status, text = cells(whole)[NOTHING]
+    assert status == "no_supervised_token"
+    assert "no training example has a token in data.loss_sections = ['answer'] after truncation" in text
+    assert not (whole / NOTHING / "metrics.jsonl").exists()
+
+
+def test_teacher_and_student_before_training_are_scored_beside_the_cells(whole):
+    for label in ("teacher", "student-before"):
+        assert json.loads((whole / "references" / f"{label}.json").read_text())["num_problems"] == 6
+
+
+def test_a_finished_study_is_not_run_again_and_another_recipe_is_refused(recipe, whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and "keep" in str(path)}
+    process = start(recipe, whole)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    runs = {path: time for path, time in before.items() if path.parts[len(whole.parts)].startswith("keep")}
+    assert {path: path.stat().st_mtime_ns for path in runs} == runs
+    done = subprocess.run(
+        [*command(recipe, whole), "--set", "training.max_steps=8"],
+        cwd=recipe.parent, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "training.max_steps: 40 there, 8 here" in done.stderr
+
+
+def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, whole, tmp_path):
+    problems = recipe.parent / "problems.jsonl"
+    text = problems.read_text()
+    (whole / DONE[0] / "evaluation" / "export-best.json").rename(tmp_path / "scores.json")
+    problems.write_text("no JSON\n")
+    try:
+        process = start(recipe, whole)
+        output, _ = process.communicate(timeout=100)
+    finally:
+        problems.write_text(text)
+    assert process.returncode == 1, output
+    assert "1 of 3 cells failed; the same command tries them again" in output
+    assert cells(whole)[DONE[0]][0] == "failed"
+    assert "problems.jsonl" in cells(whole)[DONE[0]][1]
+    assert cells(whole)[DONE[1]][0] == "done"
+    process = start(recipe, whole)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert cells(whole)[DONE[0]][0] == "done"
