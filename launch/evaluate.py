@@ -1,6 +1,12 @@
-"""Accuracy of one or more models on the recipe's problems: a JSON of results and all responses per model, and a table.
+"""Accuracy of one or more models: on the recipe's problems, on public benchmarks, or as a harness measures it.
 
-python launch/evaluate.py --recipe NAME --model PATH [--model PATH ...] [--output DIR]
+    python launch/evaluate.py --recipe NAME --model PATH [--model PATH ...] [--output DIR]
+    python launch/evaluate.py --recipe NAME --model PATH --tasks aime24,math500 [--num-samples K] [--backend vllm]
+    python launch/evaluate.py --recipe NAME --model PATH --tasks gsm8k --harness lm-eval [-- LM_EVAL_ARGUMENTS]
+
+Leaves LABEL.json and LABEL.responses.jsonl of each model in the folder evaluation/ of the recipe's run, in a folder
+TASK/ below it for a task, in lm-eval/TASK/ for a harness; and prints a table. May be killed at any time: the same
+command goes on after the last finished batch, and gives the same responses.
 """
 
 import argparse
@@ -12,12 +18,11 @@ from typing import Any
 from kd.cli import recipe_parser, run
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
-from kd.evaluate.generate import Response, generate, sampling_of
-from kd.evaluate.load import load_generator
-from kd.evaluate.problems import Problem, load_problems, render_prompts
-from kd.evaluate.report import results, table
-from kd.evaluate.score import Verdict, score
-from kd.files import write_json, write_jsonl
+from kd.evaluate.backends import Subject, choose_backend, make_subject
+from kd.evaluate.evaluate import ProblemSet, evaluate, local_problems, task_problems
+from kd.evaluate.generate import sampling_of
+from kd.evaluate.harness import evaluate_with_harness
+from kd.evaluate.report import table
 from kd.hub import resolve
 from kd.logs import configure_logging
 from kd.recipe import ModelSection, Recipe, load_recipe
@@ -27,22 +32,25 @@ def main() -> None:
     args = parse_args()
     configure_logging(rank=0)
     recipe = load_recipe(args.recipe, args.overrides)
-    if recipe.evaluation.path is None:
-        raise UserError("evaluation.path is not set: name a JSONL file of problems (prompt, answer)")
-    problems = load_problems("evaluation.path", recipe.evaluation.path, args.limit)
+    check_arguments(args, recipe)
     for model in args.model:
         resolve("--model", model)  # before the first one is loaded
     labels = check_labels(args.model, args.label)
     output = args.output or recipe.run_dir / "evaluation"
-    rows = [
-        evaluate(recipe, problems, model, label, args.seed, output)
-        for model, label in zip(args.model, labels, strict=True)
-    ]
+    sets = [] if args.harness else problem_sets(recipe, args)
+    rows: list[dict[str, Any]] = []
+    for model, label in zip(args.model, labels, strict=True):
+        subject = subject_of(recipe, model, label, args)
+        if args.harness:
+            limit = ["--limit", str(args.limit)] if args.limit else []
+            rows += evaluate_with_harness(recipe, subject, args.tasks, [*limit, *args.harness_args], output)
+        else:
+            rows += [evaluate(recipe, subject, problems, output) for problems in sets]
     print(f"\n{table(rows)}\n\n{output}")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = recipe_parser("Evaluate models on the recipe's problems.")
+    parser = recipe_parser("Evaluate models on the recipe's problems, or on public benchmarks.")
     parser.add_argument(
         "--model",
         required=True,
@@ -51,10 +59,43 @@ def parse_args() -> argparse.Namespace:
         "student.model and teacher.model with their trust_remote_code, and this run's exports with the student's",
     )
     parser.add_argument("--label", action="append", default=[], help="name in the table, one per --model")
+    parser.add_argument(
+        "--tasks", help="comma-separated, from kd/evaluate/tasks.py or of the harness; evaluation.path when absent"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, help="responses to each problem; the task's usual number, or 1, when absent"
+    )
+    parser.add_argument("--backend", choices=["auto", "vllm", "transformers"], default="auto")
+    parser.add_argument("--harness", choices=["lm-eval"], help="runs the tasks, its own, instead of this command")
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
     parser.add_argument("--output", type=Path, help="folder; evaluation/ of the recipe's run when absent")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled responses")
+    parser.add_argument("harness_args", nargs="*", metavar="-- ARGUMENTS", help="further arguments of the harness")
     return parser.parse_args()
+
+
+def check_arguments(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Raises UserError for arguments that do not go together."""
+    num_samples, temperature = args.num_samples, recipe.evaluation.temperature
+    if num_samples is not None and num_samples < 1:
+        raise UserError(f"--num-samples = {num_samples}: at least one response to each problem is needed")
+    if num_samples is not None and num_samples > 1 and temperature == 0:
+        raise UserError(
+            f"--num-samples = {num_samples} with evaluation.temperature = 0: greedy responses are all alike; use "
+            "--num-samples 1, or --set evaluation.temperature=0.6"
+        )
+    if args.harness and args.tasks is None:
+        raise UserError(f"--harness {args.harness} needs --tasks: name tasks of the harness")
+    if args.harness and num_samples is not None:
+        raise UserError(f"--num-samples = {num_samples}: the harness's tasks say how often they sample; leave it out")
+    if args.harness_args and not args.harness:
+        raise UserError(f"unknown arguments {' '.join(args.harness_args)}: only a --harness takes further ones")
+
+
+def problem_sets(recipe: Recipe, args: argparse.Namespace) -> list[ProblemSet]:
+    if args.tasks is None:
+        return [local_problems(recipe.evaluation, args.num_samples, args.limit)]
+    return task_problems(args.tasks, recipe.evaluation, args.num_samples, args.limit)
 
 
 def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
@@ -67,24 +108,14 @@ def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
     return chosen
 
 
-def evaluate(
-    recipe: Recipe, problems: Sequence[Problem], name: str, label: str, seed: int, output: Path
-) -> dict[str, Any]:
-    """Generate, judge and write output/LABEL.json and output/LABEL.responses.jsonl. Returns the results."""
-    evaluation, data = recipe.evaluation, recipe.data
+def subject_of(recipe: Recipe, name: str, label: str, args: argparse.Namespace) -> Subject:
+    """A model, not loaded yet. It is loaded once for all tasks, and not at all where all responses are there."""
     section = section_of(recipe, name)
     # With the teacher left out the model's own tokenizer is checked, and its own template and end token are used,
     # unless the recipe sets them.
     tokenizer = load_tokenizers(recipe.model_copy(update={"student": section, "teacher": None}))
-    model = load_generator("--model", section)
-    prompts = render_prompts(tokenizer, problems, data)
-    sampling = sampling_of(evaluation, seed)
-    responses = generate(model, tokenizer, prompts, sampling, evaluation.batch_size)
-    verdicts, summary = score(responses, [problem.answer for problem in problems], evaluation, data.think_close)
-    content = results(label, name, recipe.run.name, str(evaluation.path), evaluation.judge, sampling, summary)
-    write_jsonl(output / f"{label}.responses.jsonl", map(response_row, problems, responses, verdicts))
-    write_json(output / f"{label}.json", content)
-    return content
+    sampling = sampling_of(recipe.evaluation, args.seed)
+    return make_subject(label, section, tokenizer, sampling, choose_backend(args.backend))
 
 
 def section_of(recipe: Recipe, name: str) -> ModelSection:
@@ -98,18 +129,6 @@ def section_of(recipe: Recipe, name: str) -> ModelSection:
     exported = Path(name).resolve().is_relative_to(recipe.run_dir.resolve())
     trusted = recipe.student.trust_remote_code and exported
     return recipe.student.model_copy(update={"model": name, "revision": None, "trust_remote_code": trusted})
-
-
-def response_row(problem: Problem, response: Response, verdict: Verdict) -> dict[str, Any]:
-    return {
-        "id": problem.id,
-        "prompt": problem.prompt,
-        "expected": problem.answer,
-        **vars(verdict),
-        "ended": response.ended,
-        "num_tokens": response.num_tokens,
-        "response": response.text,
-    }
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from kd.cli import recipe_parser, run
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
 from kd.evaluate.generate import Response, Sampling, generate_batch, sampling_of
-from kd.evaluate.load import load_generator
+from kd.evaluate.load import load_generator, weights_sha256
 from kd.evaluate.problems import Problem, load_problems, render_prompts
 from kd.evaluate.traces import TraceFile, split_response
 from kd.logs import configure_logging
-from kd.recipe import DataSection, Recipe, TeacherSection, find_input, load_recipe
+from kd.recipe import DataSection, Recipe, TeacherSection, load_recipe
 
 
 def main() -> None:
@@ -79,18 +79,6 @@ def settings(
         "keep": keep,
         **{key: getattr(recipe.data, key) for key in rendering},
     }
-
-
-def weights_sha256(model: str) -> str | None:
-    """Of the first MiB of each file of weights: enough to tell a model trained anew in the same folder."""
-    folder = find_input(model)
-    if folder is None:
-        return None  # a hub id, which its revision pins
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-    return digest.hexdigest()
 
 
 def write_traces(

@@ -1,4 +1,4 @@
-"""Batched generation: left-padded prompts in, responses out, the same ones for the same seed."""
+"""Generation with transformers: left-padded prompts in, responses out, the same ones for the same seed."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.recipe import EvaluationSection
@@ -35,24 +34,6 @@ class Response:
 def sampling_of(evaluation: EvaluationSection, seed: int) -> Sampling:
     top_p = evaluation.top_p if evaluation.temperature else 1.0  # greedy responses do not depend on it
     return Sampling(evaluation.max_new_tokens, evaluation.temperature, top_p, seed)
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    batch_size: int,
-) -> list[Response]:
-    """One response per prompt, in the order of the prompts; batches hold prompts of similar length."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    responses: dict[int, Response] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc="batches", disable=None):  # None: only on a terminal
-        indices = order[start : start + batch_size]
-        batch = [prompts[index] for index in indices]
-        found = generate_batch(model, tokenizer, batch, sampling, start // batch_size)
-        responses.update(zip(indices, found, strict=True))
-    return [responses[index] for index in range(len(prompts))]
 
 
 @torch.inference_mode()

@@ -26,8 +26,7 @@ def load_problems(field: str, value: str, limit: int | None = None, need_answers
     Raises UserError that names the field, the file, the row (from 1) and the column. An answer may be a number; without
     need_answers it may be absent.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit = {limit}: at least one problem is needed")
+    check_limit(limit)
     path = find_file(field, value)
     columns = ("prompt", "answer") if need_answers else ("prompt",)
     problems: list[Problem] = []
@@ -41,6 +40,11 @@ def load_problems(field: str, value: str, limit: int | None = None, need_answers
         raise UserError(f"{field} = {value!r}: no problems in it")
     _check_ids(f"{field} = {value!r}", problems)
     return problems
+
+
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit = {limit}: at least one problem is needed")
 
 
 def render_prompts(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], data: DataSection) -> list[str]:

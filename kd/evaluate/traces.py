@@ -43,7 +43,7 @@ class TraceFile:
         if self.num_batches and not self.complete:
             self._cut_rows(entries[-1]["num_bytes"])
 
-    def append(self, rows: Iterable[dict[str, str]], counts: Counter[str]) -> None:
+    def append(self, rows: Iterable[dict[str, Any]], counts: Counter[str]) -> None:
         """Add one batch; it is on disk when this returns."""
         num_bytes = _append(self.partial, rows)
         _append(self.journal, [{"num_bytes": num_bytes, "counts": counts}])
@@ -53,6 +53,16 @@ class TraceFile:
     def finish(self) -> None:
         os.replace(self.partial, self.output)
         self.complete = True
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the finished batches of a file that is not complete yet."""
+        with self.partial.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+    def discard(self) -> None:
+        """Remove the rows and the journal: all that they hold stands elsewhere."""
+        self.partial.unlink()
+        self.journal.unlink()
 
     def _read_journal(self) -> list[dict[str, Any]]:
         """The whole lines of the journal; a torn last line is cut from the file."""

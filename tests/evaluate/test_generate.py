@@ -1,11 +1,11 @@
-"""Batched generation on a tiny random model."""
+"""Batched generation with transformers on a tiny random model."""
 
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from kd.evaluate.generate import Sampling, generate, generate_batch
+from kd.evaluate.generate import Sampling, generate_batch
 
 PROMPTS = ["1+2", "9*9-8+6", "4", "3*7+1-2*9+5", "0-1", "8*3"]
 GREEDY = Sampling(max_new_tokens=16)
@@ -23,8 +23,8 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
 
 
 def test_a_padded_batch_answers_as_each_prompt_alone_in_the_order_of_the_prompts(model, tokenizer) -> None:
-    batched = generate(model, tokenizer, PROMPTS, GREEDY, batch_size=4)
-    alone = [generate(model, tokenizer, [prompt], GREEDY, batch_size=1)[0] for prompt in PROMPTS]
+    batched = generate_batch(model, tokenizer, PROMPTS, GREEDY, batch_index=0)
+    alone = [generate_batch(model, tokenizer, [prompt], GREEDY, batch_index=0)[0] for prompt in PROMPTS]
     assert batched == alone
     assert len({response.text for response in batched}) > 3
 
@@ -52,7 +52,7 @@ def test_samples_depend_on_the_seed_and_the_batch_and_on_nothing_drawn_before(mo
 
 
 def test_a_response_stops_before_its_end_token_and_counts_it(model, tokenizer) -> None:
-    responses = generate(model, tokenizer, PROMPTS * 8, SAMPLED, batch_size=48)
+    responses = generate_batch(model, tokenizer, PROMPTS * 8, SAMPLED, batch_index=0)
     ended = [response for response in responses if response.ended]
     assert 0 < len(ended) < len(responses)
     for response in responses:

@@ -1,5 +1,7 @@
 """Answers of responses, judges, and the interval."""
 
+import itertools
+import random
 import sys
 
 import pytest
@@ -7,7 +9,15 @@ import pytest
 from kd.errors import UserError
 from kd.evaluate.generate import Response
 from kd.evaluate.judge import MathJudge
-from kd.evaluate.score import Answer, extract_answer, last_boxed, score, wilson_interval
+from kd.evaluate.score import (
+    Answer,
+    accuracy_interval,
+    extract_answer,
+    last_boxed,
+    mean_pass_at_k,
+    score,
+    wilson_interval,
+)
 from kd.recipe import EvaluationSection
 
 MATH = EvaluationSection(judge="math")
@@ -115,3 +125,43 @@ def test_the_wilson_interval_has_its_published_values(
 
 def test_the_wilson_interval_of_nothing_is_everything() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_samples_of_a_problem_count_as_responses_and_their_problems_as_problems() -> None:
+    texts = ["</think>1", "</think>2", "</think>2", "</think>2", "</think>1", "</think>1"]
+    verdicts, summary = score([Response(text, 3, True) for text in texts], ["1", "2"], EXACT, CLOSE)
+    assert [verdict.correct for verdict in verdicts] == [True, False, False, True, False, False]
+    assert (summary.num_problems, summary.num_samples, summary.num_correct) == (2, 3, 2)
+    assert summary.accuracy == pytest.approx(1 / 3)
+    assert summary.pass_at_k == {"1": pytest.approx(1 / 3), "2": pytest.approx(2 / 3), "3": 1.0}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_that_hold_a_right_one(k: int) -> None:
+    right = [[True, False, False, True, False], [False] * 5, [True] * 5, [False, False, True, False, False]]
+    shares = [[any(chosen) for chosen in itertools.combinations(samples, k)] for samples in right]
+    expected = sum(sum(share) / len(share) for share in shares) / len(shares)
+    assert mean_pass_at_k([sum(samples) for samples in right], 5, k) == pytest.approx(expected)
+
+
+def test_the_interval_of_one_sample_is_wilsons() -> None:
+    assert accuracy_interval([1, 0, 1, 1, 0], 1) == pytest.approx(wilson_interval(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("counts", "independent"),
+    [([8, 8, 0, 0], (2, 4)), ([4, 4, 4, 4], (16, 32)), ([8, 8, 8, 8], (4, 4)), ([0, 0, 0, 0], (0, 4))],
+)
+def test_samples_that_agree_say_no_more_than_one(counts: list[int], independent: tuple[int, int]) -> None:
+    assert accuracy_interval(counts, 8) == pytest.approx(wilson_interval(*independent))
+
+
+def test_the_interval_holds_the_true_share_95_times_in_100_though_samples_of_a_problem_agree() -> None:
+    draw = random.Random(0)
+    hits = 0
+    for _ in range(1000):
+        shares = [draw.betavariate(0.6, 0.9) for _ in range(30)]  # 30 problems, most of them easy or hard: mean 0.4
+        counts = [sum(draw.random() < share for _ in range(16)) for share in shares]
+        low, high = accuracy_interval(counts, 16)
+        hits += low <= 0.4 <= high
+    assert 0.93 <= hits / 1000 <= 0.97

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kd.errors import UserError
 from kd.recipe import ROOT, Recipe
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
@@ -19,12 +20,12 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 SAMPLED = ("--temperature", 3.0, "--batch-size", 8, "--max-new-tokens", 20, "--keep", "closed")
 
 
-def generate_until_killed(arguments: list[str], journal: Path, cwd: Path) -> None:
-    """Start launch/generate.py and kill it when some batches, but not all, are in the journal."""
+def run_until_killed(name: str, arguments: list[str], find_journal: Callable[[], Path | None], cwd: Path) -> None:
+    """Start a script of launch/ and kill it when some batches, but not all, are in its journal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "launch" / "generate.py"), *arguments]
+    command = [sys.executable, str(ROOT / "launch" / name), *arguments]
     with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 3):
+        while process.poll() is None and not ((path := find_journal()) and path.read_bytes().count(b"\n") >= 3):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
 
@@ -37,15 +38,17 @@ def test_killed_generation_goes_on_and_gives_the_file_of_an_uninterrupted_one(
     first = script("generate.py", *common, "--output", whole)
     assert first.returncode == 0, first.stderr
 
-    generate_until_killed([*map(str, common), "--output", str(resumed)], Path(f"{resumed}.progress"), tmp_path)
+    journal = Path(f"{resumed}.progress")
+    arguments = [*map(str, common), "--output", str(resumed)]
+    run_until_killed("generate.py", arguments, lambda: journal if journal.exists() else None, tmp_path)
     assert not resumed.exists()
-    assert 3 <= len(Path(f"{resumed}.progress").read_text().splitlines()) < 13
+    assert 3 <= len(journal.read_text().splitlines()) < 13
     with Path(f"{resumed}.partial").open("a") as file:
         file.write('{"id": "torn')
     second = script("generate.py", *common, "--output", resumed)
     assert second.returncode == 0, second.stderr
     assert resumed.read_bytes() == whole.read_bytes()
-    assert Path(f"{resumed}.progress").read_bytes() == Path(f"{whole}.progress").read_bytes()
+    assert journal.read_bytes() == Path(f"{whole}.progress").read_bytes()
 
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
     assert 0 < len(rows) < 96
@@ -83,6 +86,102 @@ def test_evaluation_leaves_results_and_responses_of_each_model(
     assert len(responses) == 10
     assert results[0]["num_correct"] == sum(row["correct"] for row in responses)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.strip()][-3:-1] == ["one", "two"]
+
+
+def test_tasks_are_sampled_and_judged_in_a_folder_each(
+    stand_in: Callable[..., None],
+    recipe_path: Path,
+    text_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in("gsm8k")
+    stand_in("aime24")
+    arguments = ("--tasks", "gsm8k,aime24", "--num-samples", "3", "--set", "evaluation.temperature=0.7")
+    run_evaluate(monkeypatch, recipe_path, text_model_dir, tmp_path, *arguments, "--backend", "transformers")
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")) == [
+        "aime24/m.json", "aime24/m.responses.jsonl", "gsm8k/m.json", "gsm8k/m.responses.jsonl",
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "out" / "aime24" / "m.json").read_text())
+    assert (results["task"], results["num_problems"], results["num_samples"]) == ("aime24", 2, 3)
+    assert results["problems"] == str(tmp_path / "hub" / "aime24")
+    assert list(results["pass_at_k"]) == ["1", "2", "3"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "aime24" / "m.responses.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["sample"], row["expected"]) for row in rows] == [
+        (problem, sample, answer) for problem, answer in (("1", "204"), ("2", "033")) for sample in range(3)
+    ]
+    assert len({row["response"] for row in rows}) > 3
+
+
+@pytest.mark.parametrize(("temperature", "num_samples"), [("0.6", 64), ("0.0", 1)])
+def test_a_task_has_its_usual_number_of_samples_and_one_where_all_is_greedy(
+    temperature: str,
+    num_samples: int,
+    stand_in: Callable[..., None],
+    recipe_path: Path,
+    text_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in("aime25")
+    arguments = ("--tasks", "aime25", "--set", f"evaluation.temperature={temperature}")
+    run_evaluate(monkeypatch, recipe_path, text_model_dir, tmp_path, *arguments)
+    assert json.loads((tmp_path / "out" / "aime25" / "m.json").read_text())["num_samples"] == num_samples
+
+
+def run_evaluate(
+    monkeypatch: pytest.MonkeyPatch, recipe_path: Path, text_model_dir: Path, tmp_path: Path, *arguments: str
+) -> None:
+    """launch/evaluate.py in this process, where tasks are stand-ins."""
+    common = ("--recipe", recipe_path, "--model", text_model_dir, "--label", "m", "--output", tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, common), *arguments])
+    runpy.run_path(str(ROOT / "launch" / "evaluate.py"))["main"]()
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_files_of_an_uninterrupted_one(
+    script: Script, recipe_path: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    common = ["--recipe", recipe_path, "--model", model_dir, "--label", "m", "--num-samples", 2]
+    common += ["--set", "evaluation.temperature=3.0"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    first = script("evaluate.py", *common, "--output", whole)
+    assert first.returncode == 0, first.stderr
+
+    arguments = [*map(str, common), "--output", str(resumed)]
+    run_until_killed("evaluate.py", arguments, lambda: next(resumed.glob("m.*.progress"), None), tmp_path)
+    assert not (resumed / "m.json").exists()
+    second = script("evaluate.py", *common, "--output", resumed)
+    assert second.returncode == 0, second.stderr
+    assert "of 24 batches are done already" in second.stdout
+    assert (resumed / "m.responses.jsonl").read_bytes() == (whole / "m.responses.jsonl").read_bytes()
+    results = [json.loads((folder / "m.json").read_text()) for folder in (whole, resumed)]
+    assert results[1] == {**results[0], "command": results[1]["command"]}
+    assert sorted(path.name for path in resumed.iterdir()) == ["m.json", "m.responses.jsonl"]
+    assert len({row["response"] for row in map(json.loads, (whole / "m.responses.jsonl").open())}) > 96
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num-samples", "0"), "--num-samples = 0: at least one response"),
+        (("--num-samples", "4"), "--num-samples = 4 with evaluation.temperature = 0: greedy responses are all alike"),
+        (("--tasks", "gsm8"), "'gsm8' is no task. Did you mean gsm8k?"),
+        (("--harness", "lm-eval"), "--harness lm-eval needs --tasks"),
+        (("--harness", "lm-eval", "--tasks", "x", "--num-samples", "1"), "--num-samples = 1: the harness's tasks say"),
+        (("--", "--limit", "5"), "unknown arguments --limit 5"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_the_users_error(
+    recipe_path: Path,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run_evaluate(monkeypatch, recipe_path, model_dir, tmp_path, *arguments)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("trusted", [True, False])

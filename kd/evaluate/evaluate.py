@@ -1,0 +1,106 @@
+"""One model on one set of problems: responses, verdicts, and the two files that keep them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd.errors import UserError
+from kd.evaluate.backends import Request, Subject, batch_size_of, version_of
+from kd.evaluate.load import weights_sha256
+from kd.evaluate.problems import Problem, load_problems, render_prompts
+from kd.evaluate.report import read_responses, response_rows, results, write_evaluation
+from kd.evaluate.responses import fingerprint, open_progress, respond
+from kd.evaluate.score import score
+from kd.evaluate.tasks import TASKS, load_task, parse_tasks
+from kd.recipe import EvaluationSection, Recipe
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """task: its name, or None for the local file. source: that file or the hub dataset. num_samples: per problem."""
+
+    task: str | None
+    source: str
+    problems: list[Problem]
+    num_samples: int
+
+
+def local_problems(evaluation: EvaluationSection, num_samples: int | None, limit: int | None) -> ProblemSet:
+    """The problems of evaluation.path, each answered once unless num_samples says otherwise."""
+    if evaluation.path is None:
+        raise UserError("evaluation.path is not set: name a JSONL file of problems (prompt, answer), or give --tasks")
+    problems = load_problems("evaluation.path", evaluation.path, limit)
+    return ProblemSet(None, evaluation.path, problems, num_samples or 1)
+
+
+def task_problems(
+    tasks: str, evaluation: EvaluationSection, num_samples: int | None, limit: int | None
+) -> list[ProblemSet]:
+    """tasks: names from TASKS, comma-separated. num_samples: the task's own when None, and 1 where all is greedy."""
+    sets = []
+    for name in parse_tasks(tasks):
+        usual = TASKS[name].num_samples if evaluation.temperature else 1
+        sets.append(ProblemSet(name, TASKS[name].hub_id, load_task(name, limit), num_samples or usual))
+    return sets
+
+
+def evaluate(recipe: Recipe, subject: Subject, problem_set: ProblemSet, output: Path) -> dict[str, Any]:
+    """Generate what is missing, judge and write LABEL.json and LABEL.responses.jsonl. Returns the results.
+
+    They are written to output, and those of a task to output/TASK.
+    """
+    problems, folder = problem_set.problems, output / (problem_set.task or "")
+    requests = _requests(subject, problem_set, recipe)
+    batch_size = batch_size_of(subject.backend, recipe.evaluation)
+    settings = settings_of(subject, requests, batch_size)
+    responses = read_responses(folder, subject.label, fingerprint(settings))
+    progress = None
+    if responses is None:
+        progress = open_progress(folder, subject.label, settings)
+        responses = respond(requests, batch_size, subject.load, progress)
+    answers = [problem.answer for problem in problems]
+    verdicts, summary = score(responses, answers, recipe.evaluation, recipe.data.think_close)
+    content = results(
+        recipe,
+        subject,
+        summary,
+        task=problem_set.task,
+        problems=problem_set.source,
+        judge=recipe.evaluation.judge,
+        backend=settings["backend"],
+        fingerprint=fingerprint(settings),
+    )
+    write_evaluation(folder, content, response_rows(problems, responses, verdicts))
+    if progress is not None:
+        progress.discard()
+    return content
+
+
+def _requests(subject: Subject, problem_set: ProblemSet, recipe: Recipe) -> list[Request]:
+    """num_samples of each problem, one problem after another."""
+    prompts = render_prompts(subject.tokenizer, problem_set.problems, recipe.data)
+    return [
+        Request(f"{problem.id}/{sample}", prompt)
+        for problem, prompt in zip(problem_set.problems, prompts, strict=True)
+        for sample in range(problem_set.num_samples)
+    ]
+
+
+def settings_of(subject: Subject, requests: Sequence[Request], batch_size: int) -> dict[str, Any]:
+    """All that responses depend on: template, system prompt and instruction are in the requests, as rendered."""
+    digest = hashlib.sha256()
+    for request in requests:
+        digest.update(f"{request.key}\t{request.prompt}\n".encode())
+    return {
+        "model": subject.section.model,
+        "revision": subject.section.revision,
+        "weights_sha256": weights_sha256(subject.section.model),
+        "end_token": subject.tokenizer.eos_token,
+        "num_requests": len(requests),
+        "requests_sha256": digest.hexdigest(),
+        **vars(subject.sampling),
+        "backend": version_of(subject.backend),
+        "batch_size": batch_size,
+    }
