@@ -4,7 +4,7 @@ recipe.json        the resolved recipe          metrics.jsonl     one line per o
 ds_config.json     the JSON of both engines     checkpoints/      step_N, whole or absent
 environment.json   versions, commit, hardware   export/last, best the student, as from_pretrained loads it
 data.json          what the data filters did    SUCCESS           written last
-                                                INTERRUPTED       in its place when a signal stopped the run
+plan.json          planned cost, and measured   INTERRUPTED       in its place when a signal stopped the run
 """
 
 import json

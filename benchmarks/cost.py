@@ -1,0 +1,120 @@
+"""What half of every trace costs beside the whole of it: the same steps at several lengths, by the real launcher.
+
+    python benchmarks/cost.py [--recipe tiny] [--keep 1.0,0.5] [--steps 24] [--set ...] [--output DIR]
+
+Runs on all GPUs of this machine, or on two ranks of its CPU, the lengths in turn, twice, so that other load on the
+machine hits all alike. One more length, of two tokens, shows the fixed part of a step: gathers, optimizer and Python,
+which no truncation saves. Writes DIR/cost.json and cost.md: each figure, and its ratio to that of the first length.
+"""
+
+import argparse
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kd.cli import run
+from kd.errors import UserError
+from kd.files import write_json, write_text
+from kd.launcher import local_launch
+from kd.metrics import environment, read_metrics
+from kd.recipe import ROOT, load_recipe
+
+WARMUP_STEPS = 4
+NUM_ROUNDS = 2
+FIXED = "fixed"  # the name of the run of two tokens
+# Of the embedded pair, so large that its step is more than its fixed part; per rank half of it at a time.
+BATCH = ("training.global_batch_size=256", "training.micro_batch_size=128")
+HEADER = """\
+| keep | tokens | FLOPs | step ms | without the fixed part, ms | peak GiB of a rank |
+|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    overrides = [*(BATCH if arguments.recipe == "tiny" else ()), *arguments.overrides]
+    names = [*arguments.keep, FIXED]
+    with tempfile.TemporaryDirectory() as folder:
+        rounds = [
+            {name: train(arguments, name, [*overrides, f"run.output_dir={folder}/{i}"]) for name in names}
+            for i in range(NUM_ROUNDS)
+        ]
+    rows = [summarise(name, [done[name] for done in rounds]) for name in names]
+    command = f"python benchmarks/cost.py {shlex.join(sys.argv[1:])}".strip()
+    facts = {"command": command, "environment": environment(), "overrides": overrides, "rows": rows}
+    write_json(arguments.output / "cost.json", facts)
+    table = HEADER + "".join(markdown(row, rows) for row in rows)
+    write_text(arguments.output / "cost.md", table)
+    print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure what a step costs at several lengths.")
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--keep", default="1.0,0.5", help="values of keep_fraction; the first is what others relate to")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    arguments.keep = arguments.keep.split(",")
+    if arguments.steps <= WARMUP_STEPS:
+        raise UserError(f"--steps {arguments.steps}: the first {WARMUP_STEPS} are not counted: give more")
+    return arguments
+
+
+def train(arguments: argparse.Namespace, name: str, overrides: list[str]) -> list[dict[str, Any]]:
+    """The metrics of one run, its first steps left out."""
+    length = "truncation.max_tokens=2" if name == FIXED else f"truncation.keep_fraction={name}"
+    settings = [*overrides, length, f"run.name={name}", f"training.max_steps={arguments.steps}"]
+    settings += [f"training.checkpoint_every={arguments.steps}", "data.num_validation=0"]
+    recipe = load_recipe(arguments.recipe, settings)
+    command, variables = local_launch(recipe, ROOT / "launch" / "train.py")
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(
+        [*command, "--recipe", arguments.recipe, *words], env=variables, stdout=subprocess.DEVNULL, check=False
+    )
+    if done.returncode:
+        raise UserError(f"the run of {name} ended with status {done.returncode}: what it printed stands above")
+    return read_metrics(recipe.run_dir / "metrics.jsonl")[WARMUP_STEPS:]
+
+
+def summarise(name: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means of what is counted, the median of what is timed over all rounds, and the largest peak."""
+    steps = [step for done in rounds for step in done]
+    return {
+        "keep": name,
+        "num_steps": len(steps),
+        "tokens_per_step": statistics.fmean(step["num_input_tokens"] for step in steps),
+        "flops_per_step": statistics.fmean(step["flops"] for step in steps),
+        "step_ms": statistics.median(step["step_ms"] for step in steps),
+        "step_ms_of_rounds": [statistics.median(step["step_ms"] for step in done) for done in rounds],
+        "peak_memory_gib": max(step["peak_memory_gib"] for step in steps),
+    }
+
+
+def markdown(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    whole, fixed = rows[0], rows[-1]
+    if row is fixed:
+        return (
+            f"| two tokens: the fixed part | {row['tokens_per_step']:,.0f} | {row['flops_per_step']:.3g} "
+            f"| {row['step_ms']:.0f} | | {row['peak_memory_gib']:.2f} |\n"
+        )
+
+    def cell(key: str, form: str, less: float = 0.0) -> str:
+        value = row[key] - less
+        ratio = "" if row is whole else f" ({value / (whole[key] - less):.2f})"
+        return f"{value:{form}}{ratio}"
+
+    variable_ms = cell("step_ms", ".0f", fixed["step_ms"])
+    return (
+        f"| {row['keep']} | {cell('tokens_per_step', ',.0f')} | {cell('flops_per_step', '.3g')} "
+        f"| {cell('step_ms', '.0f')} | {variable_ms} | {cell('peak_memory_gib', '.2f')} |\n"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,82 @@
+"""All numbers of a report as plain values, for other programs: the content of report.json."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd.report.compare import Cell, Family, Score
+from kd.report.runs import Costs, Run, StudyCell
+
+
+def numbers(
+    families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell], output: Path
+) -> dict[str, Any]:
+    """Paths are relative to `output`; null is what is not recorded, or has no full run to be compared with."""
+    return {
+        "comparisons": [_family(family, output) for family in families],
+        "runs": [_run(run, output) for run in runs],
+        "not_done": [
+            {"study": _relative(cell.study, output), **{key: getattr(cell, key) for key in ("name", "axes")}}
+            | {"status": cell.status, "text": cell.text}
+            for cell in cells
+        ],
+    }
+
+
+def _family(family: Family, output: Path) -> dict[str, Any]:
+    knees = [(task, variant, family.knee(variant, task)) for task in family.tasks for variant in family.variants]
+    return {
+        **family.pair._asdict(),
+        "references": {
+            task: [{"role": role, **_score(score, output)} for role, score in scores]
+            for task, scores in family.references.items()
+        },
+        "cells": [_cell(family, cell, output) for cell in family.cells],
+        "knees": [
+            {"task": task, **variant._asdict(), "keep_fraction": knee.cell.keep_fraction, "cheapest_by": knee.cost}
+            for task, variant, knee in knees
+            if knee
+        ],
+        "differences": [difference._asdict() for difference in family.differences],
+    }
+
+
+def _cell(family: Family, cell: Cell, output: Path) -> dict[str, Any]:
+    scores = {task: {**_score(score, output), "kept": family.kept(cell, task)} for task, score in cell.scores.items()}
+    return {
+        "keep_fraction": cell.keep_fraction,
+        **cell.variant._asdict(),
+        "runs": [run.name for run in cell.runs],
+        "costs": cell.costs._asdict(),
+        "costs_relative_to_full": {name: family.relative_cost(cell, name) for name in Costs._fields},
+        "scores": scores,
+    }
+
+
+def _score(score: Score, output: Path) -> dict[str, Any]:
+    files = [_relative(evaluation.path, output) for evaluation in score.evaluations]
+    return {**score._asdict(), "evaluations": files}
+
+
+def _run(run: Run, output: Path) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "folder": _relative(run.folder, output),
+        "state": run.state,
+        "num_steps": run.num_steps,
+        **run.pair._asdict(),
+        "keep_fraction": run.keep_fraction,
+        **run.variant._asdict(),
+        "seed": run.seed,
+        "costs": run.costs._asdict(),
+        "accuracy": {task: e.accuracy for task, e in run.scores.items()},
+        "loss_by_step": run.loss_curve,
+        "val_loss_by_step": run.val_loss_curve,
+        "forward_kl_by_position": run.kl_curve,
+        "forward_kl_is_of_validation": run.kl_is_of_validation,
+    }
+
+
+def _relative(path: Path, output: Path) -> str:
+    return os.path.relpath(path, output.resolve())

@@ -1,0 +1,240 @@
+"""The report's folder: pages that show the numbers, links that lead to files, and nothing foreign overwritten."""
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from run_folders import write_run, write_study
+from tiny import ROOT
+
+from kd.constants import EXIT_USER_ERROR
+from kd.errors import UserError
+from kd.report.render import escape_markdown, write_report
+
+MINE = '{"kind": "of mine", "plots": []}'
+VOID = {"meta", "img", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """Links, images and text of a page whose elements are properly nested."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.images: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.tags.add(tag)
+        self.links += [values["href"]] if "href" in values else []
+        self.images += [values["src"]] if "src" in values else []
+        self.ids += [values["id"]] if "id" in values else []
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    return write_study(tmp_path_factory.mktemp("studies") / "a <study> & more #1")
+
+
+@pytest.fixture(scope="module")
+def report(study) -> Path:
+    output = study.parents[1] / "report of it"
+    write_report([study.parent], output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def page(report) -> Page:
+    return Page((report / "index.html").read_text())
+
+
+def test_the_page_is_one_file_without_scripts_or_network(page):
+    assert "script" not in page.tags
+    assert all(image.startswith("data:image/svg+xml;base64,") for image in page.images)
+    assert len(page.images) == 6
+    assert not [link for link in page.links if "//" in link]
+
+
+def test_links_of_the_page_lead_to_files_of_runs(report, page, study):
+    inside = [link for link in page.links if link.startswith("#")]
+    assert {link[1:] for link in inside} <= set(page.ids)
+    outside = {unquote(link) for link in page.links if not link.startswith("#")}
+    assert all((report / link).is_file() and not link.startswith("/") for link in outside)
+    names = {Path(link).name for link in outside}
+    assert {"recipe.json", "metrics.jsonl", "student-after.json", "teacher.json", "study.json"} <= names
+
+
+def test_links_of_the_markdown_lead_to_files(report):
+    text = (report / "report.md").read_text()
+    defined = dict(re.findall(r'^\[(r\d+)\]: (\S+) ".*"$', text, re.MULTILINE))
+    assert set(re.findall(r"\]\[(r\d+)\]", text)) == set(defined)
+    plots = re.findall(r"\]\((plots/[^)]*)\)", text)
+    assert len(plots) == 2 * 6
+    links = [unquote(link) for link in [*defined.values(), *plots]]
+    assert all((report / link).is_file() and not link.startswith("/") for link in links)
+
+
+def test_every_number_of_a_table_is_a_link_or_has_one_beside_it(report):
+    text = (report / "index.html").read_text()
+    cells = re.findall(r"<td>(.*?)</td>", text)
+    keep_fractions = {"0.25", "0.5", "0.75", "1"}
+    numbers = [cell for cell in cells if re.match(r"(<[^>]*>)*\d", cell)]
+    unlinked = {re.sub(r"<[^>]*>", "", cell) for cell in numbers if "<a " not in cell}
+    assert len(numbers) > 100
+    assert unlinked - keep_fractions == {"2", "3.11.7"}  # of the table of environments, which links its runs
+
+
+def test_pages_and_json_hold_the_same_numbers(report, page):
+    found = json.loads((report / "report.json").read_text())
+    (comparison,) = found["comparisons"]
+    shown = (report / "report.md").read_text()
+    for cell in comparison["cells"]:
+        (score,) = cell["scores"].values()
+        for text in (
+            f"{score['accuracy']:.3f}",
+            "{:.3f}-{:.3f}".format(*score["ci95"]),
+            f"{cell['costs']['flops']:.3g}",
+        ):
+            assert text in page.text
+            assert text in shown
+    assert {knee["keep_fraction"] for knee in comparison["knees"]} == {0.75, 1.0}
+    assert len(found["runs"]) == 19
+    assert [cell["status"] for cell in found["not_done"]] == ["no_supervised_token", "pending"]
+
+
+def test_what_is_not_compared_is_told(page):
+    assert "not finished (no SUCCESS) after step 200" in page.text
+    assert "no_supervised_token: data.loss_sections: no token of an answer is kept" in page.text
+    assert "No full run to compare with (keep_fraction = 1): prompt+cot, head; cot, head; prompt, head" in page.text
+    assert "they treat seeds' problems as independent" in page.text
+
+
+def test_names_are_escaped(tmp_path):
+    name = '<b>"a" & |b|_ *c* [d](e) #f%20'
+    write_run(tmp_path / name, num_correct=50)
+    write_run(tmp_path / "plain", keep_fraction=0.5, num_correct=40, student__model="models/student")
+    write_report([tmp_path], tmp_path / "report")
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    assert "b" not in page.tags
+    assert name in page.text
+    links = [link for link in page.links if not link.startswith("#")]
+    assert all((tmp_path / "report" / unquote(link)).is_file() for link in links)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert r"\<b\>\"a\" \& \|b\|\_ \*c\* \[d\](e) #f%20" in text
+    assert re.search(r"^\[r\d+\]: \S*%3Cb%3E%22a%22%20%26\S* ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [("keep_fraction", "keep_fraction"), ("_a_", r"\_a\_"), ("# a", r"\# a"), ("1. a", r"\1. a"), ("a\nb", "a b")],
+)
+def test_markdown_of_plain_text_is_plain_text(text, escaped):
+    assert escape_markdown(text) == escaped
+
+
+def test_runs_of_an_earlier_version_without_flops_diagnostics_or_evaluation(tmp_path):
+    run = write_run(tmp_path / "old", keep_fraction=0.5)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["flops"], line["diagnostics"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "environment.json").unlink()
+    write_report([run], tmp_path / "report")
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert "without an evaluation of the exported student" in text
+    assert "no full run" in text
+    assert text.count("not recorded") >= 3
+
+
+def test_a_warning_says_what_differs_between_runs_that_are_compared(tmp_path):
+    write_run(tmp_path / "a", num_correct=50)
+    write_run(tmp_path / "b", seed=1, num_correct=50, training__learning_rate=0.5)
+    write_report([tmp_path], tmp_path / "report")
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    assert re.search(r"Warning: these runs are compared.*training.learning_rate\s*0.0001\s*a", page.text, re.DOTALL)
+
+
+def test_a_run_that_never_took_a_step_is_listed(tmp_path):
+    write_report([write_run(tmp_path / "a", steps=[])], tmp_path / "report")
+    assert "after step 0" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_only_unfinished_runs_make_a_report_without_a_comparison(tmp_path):
+    write_report([write_run(tmp_path / "a", finished=False)], tmp_path / "report")
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["comparisons"] == []
+
+
+def test_a_row_of_plots_for_each_task(tmp_path):
+    run = write_run(tmp_path / "a", num_correct=50)
+    second = json.loads((run / "evaluation" / "student-after.json").read_text()) | {"task": "aime24"}
+    (run / "evaluation" / "after.aime24.json").write_text(json.dumps(second))
+    write_report([run], tmp_path / "report")
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    assert "Accuracy: aime24" in page.text
+    assert len(list((tmp_path / "report" / "plots").glob("*_accuracy.svg"))) == 2
+
+
+def test_an_earlier_report_is_replaced_with_its_plots_and_nothing_else(tmp_path):
+    run = write_run(tmp_path / "runs" / "a", num_correct=50)
+    output = tmp_path / "report"
+    write_report([write_study(tmp_path / "study")], output)
+    (output / "mine.txt").write_text("kept")
+    (output / "plots" / "mine.png").write_text("kept")
+    write_report([run], output)
+    assert (output / "mine.txt").read_text() == (output / "plots" / "mine.png").read_text() == "kept"
+    listed = json.loads((output / "report.json").read_text())["plots"]
+    assert {path.name for path in (output / "plots").iterdir()} == {*listed, "mine.png"}
+
+
+@pytest.mark.parametrize("name", ["report.json", "index.html", "file"])
+def test_a_folder_that_is_no_report_is_left_alone(tmp_path, name):
+    run = write_run(tmp_path / "a", num_correct=50)
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / name).write_text(MINE)
+    with pytest.raises(UserError, match="--output = .*holds no earlier report.*name a new folder"):
+        write_report([run], output)
+    assert [(path.name, path.read_text()) for path in output.iterdir()] == [(name, MINE)]
+    with pytest.raises(UserError, match="--output = "):
+        write_report([run], output / name)
+
+
+def test_the_same_runs_make_the_same_report(tmp_path):
+    run = write_run(tmp_path / "a", num_correct=50)
+    for name in ("one", "two"):
+        write_report([run], tmp_path / name)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_the_command_says_in_one_block_what_is_wrong(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "report.py"), str(tmp_path), "-o", str(tmp_path / "report")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.strip().startswith(f"error: RUNS = '{tmp_path}': no run is there")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "report").exists()
+
+
+def test_importing_the_report_imports_no_torch():
+    code = "import sys, kd.report.render; sys.exit(bool({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
