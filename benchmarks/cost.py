@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 def train(arguments: argparse.Namespace, name: str, overrides: list[str]) -> list[dict[str, Any]]:
     """The metrics of one run, its first steps left out."""
     length = "truncation.max_tokens=2" if name == FIXED else f"truncation.keep_fraction={name}"
-    settings = [*overrides, length, f"run.name={name}", f"training.max_steps={arguments.steps}"]
+    settings = [*overrides, length, f"run.name=keep_{name}", f"training.max_steps={arguments.steps}"]
     settings += [f"training.checkpoint_every={arguments.steps}", "data.num_validation=0"]
     recipe = load_recipe(arguments.recipe, settings)
     command, variables = local_launch(recipe, ROOT / "launch" / "train.py")

@@ -40,6 +40,9 @@ from kd.models.distiller import Distiller
 from kd.models.head import backbone
 from kd.models.load import choose_attention
 from kd.models.teacher import TeacherModule, ZeroTeacher
+from kd.plan import flops
+from kd.plan.gpus import find_gpu
+from kd.plan.shapes import config_shapes
 from kd.recipe import ModelSection, Recipe, load_recipe
 from kd.train import train_step
 
@@ -75,8 +78,6 @@ SMALL_SHAPES: dict[str, dict[str, Any]] = {
 PHASES = ("teacher_forward", "student_forward", "loss", "backward", "optimizer")
 WARMUP_STEPS = 2
 MATMUL_SIZE = {"cuda": 8192, "cpu": 128}
-# Dense bf16 FLOP/s of the data sheet, by the start of the device's name: the SXM boards.
-NOMINAL_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 COLUMNS = ("tokens", "step ms (p20-p80)", *(f"{name.replace('_', ' ')} ms" for name in PHASES), "sum / step")
 COLUMNS += ("tokens/s", "peak GiB", "resident GiB", "model TFLOP", "MFU, measured peak", "MFU, nominal peak")
 
@@ -297,9 +298,9 @@ def measure(
     sums_ms = [sum(phases.values()) for _, phases, _ in steps]
     phases_ms = {name: spread([phases[name] for _, phases, _ in steps]) for name in PHASES}
     num_tokens = sum(batch.num_input_tokens for batch in batches)
-    flops = count_flops(pair, recipe, batches)
-    done = flops | {"backward": flops["backward_with_recomputation"]}
-    achieved = flops["model"] / (statistics.median(step_ms) / 1000)
+    num_flops = count_flops(pair, recipe, batches)
+    done = num_flops | {"backward": num_flops["backward_with_recomputation"]}
+    achieved = num_flops["model"] / (statistics.median(step_ms) / 1000)
     nominal = nominal_flops(device)
     return {
         "step_ms": spread(step_ms),
@@ -311,7 +312,7 @@ def measure(
         "tokens_per_second": num_tokens / (statistics.median(step_ms) / 1000),
         "last_loss": steps[-1][2],
         "memory_gib": {"peak": peak_gib, "resident": resident_gib, **resident_parts(pair)},
-        "flops": flops,
+        "flops": num_flops,
         "phases_tflops": {name: done[name] / phases_ms[name]["median"] / 1e9 for name in PHASES if name in done},
         "model_tflops": achieved / 1e12,
         "matmul_tflops": rate / 1e12,
@@ -373,34 +374,22 @@ def resident_parts(pair: Pair) -> dict[str, float]:
 
 
 def count_flops(pair: Pair, recipe: Recipe, batches: list[Batch]) -> dict[str, float]:
-    """FLOPs of one optimizer step by formula, two for each multiply-add; "model" is without recomputation."""
-    teacher, student = pair.configs["teacher"], pair.configs["student"]
-    shape = batches[0].input_ids.shape
-    teacher_forward, student_forward = (len(batches) * forward_flops(config, *shape) for config in (teacher, student))
-    num_supervised = sum(batch.num_supervised for batch in batches)
-    vocab_size = min(teacher.vocab_size, student.vocab_size)
-    loss = 2 * num_supervised * vocab_size * (3 * student.hidden_size + teacher.hidden_size)
-    backward = 2 * student_forward
-    recomputation = student_forward if recipe.student.gradient_checkpointing else 0
-    model = teacher_forward + student_forward + loss + backward
+    """FLOPs of one optimizer step by the formula of plans; "model" is without recomputation."""
+    teacher, student = (config_shapes(pair.configs[role]) for role in ("teacher", "student"))
+    padded_N = np.repeat([batch.input_ids.shape[1] for batch in batches], [len(batch.input_ids) for batch in batches])
+    supervised_N = np.array([batch.num_supervised for batch in batches])
+    shapes = flops.Pair(student, teacher, recipe.student.gradient_checkpointing)
+    step = shapes.step_flops(padded_N, supervised_N, len(padded_N))
+    forward, backward = step.student / 3, step.student * 2 / 3
     return {
-        "teacher_forward": teacher_forward,
-        "student_forward": student_forward,
-        "loss": loss,
+        "teacher_forward": step.teacher,
+        "student_forward": forward,
+        "loss": step.loss,
         "backward": backward,
-        "backward_with_recomputation": backward + recomputation,
-        "model": model,
-        "with_recomputation": model + recomputation,
+        "backward_with_recomputation": backward + step.recomputed,
+        "model": step.model,
+        "with_recomputation": step.model + step.recomputed,
     }
-
-
-def forward_flops(config: Qwen2Config, num_sequences: int, length: int) -> int:
-    """A backbone's forward, without lm_head: its matrices, and the causal half of the two products of attention."""
-    head_dim = config.hidden_size // config.num_attention_heads
-    query_size = config.num_attention_heads * head_dim
-    key_value_size = config.num_key_value_heads * head_dim
-    weights = config.hidden_size * (2 * query_size + 2 * key_value_size + 3 * config.intermediate_size)
-    return config.num_hidden_layers * num_sequences * length * (2 * weights + 2 * length * query_size)
 
 
 def matmul_flops(device: torch.device) -> float:
@@ -417,10 +406,8 @@ def matmul_flops(device: torch.device) -> float:
 
 
 def nominal_flops(device: torch.device) -> float | None:
-    if device.type == "cpu":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for start, flops in NOMINAL_FLOPS.items() if name.startswith(start)), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu and gpu.tflops * 1e12
 
 
 def spread(values: list[float]) -> dict[str, float]:

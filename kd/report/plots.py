@@ -140,6 +140,7 @@ def kl_by_position(family: Family, variants: Sequence[Variant]) -> Figure:
     def draw(axes: Axes, run: Run, look: Look, label: str) -> None:
         x, y = _columns(run.kl_curve)
         axes.plot(x, y, marker=look.marker, markersize=4, color=look.color, linestyle=look.dashes, label=label)
+        axes.set_yscale("log")  # prompts are hard to foresee, and hide the rest on a linear scale
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_locator(MultipleLocator(0.25))
 
