@@ -29,8 +29,8 @@ FIXED = "fixed"  # the name of the run of two tokens
 # Of the embedded pair, so large that its step is more than its fixed part; per rank half of it at a time.
 BATCH = ("training.global_batch_size=256", "training.micro_batch_size=128")
 HEADER = """\
-| keep | tokens | FLOPs | step ms | without the fixed part, ms | peak GiB of a rank |
-|---|---|---|---|---|---|
+| keep | tokens | FLOPs | step ms | above the fixed part | peak GiB of a rank | above the fixed part |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -98,22 +98,16 @@ def summarise(name: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 def markdown(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     whole, fixed = rows[0], rows[-1]
-    if row is fixed:
-        return (
-            f"| two tokens: the fixed part | {row['tokens_per_step']:,.0f} | {row['flops_per_step']:.3g} "
-            f"| {row['step_ms']:.0f} | | {row['peak_memory_gib']:.2f} |\n"
-        )
 
     def cell(key: str, form: str, less: float = 0.0) -> str:
-        value = row[key] - less
-        ratio = "" if row is whole else f" ({value / (whole[key] - less):.2f})"
-        return f"{value:{form}}{ratio}"
+        value, reference = row[key] - less, whole[key] - less
+        return f"{value:{form}}" if row in (whole, fixed) else f"{value:{form}} ({value / reference:.2f})"
 
-    variable_ms = cell("step_ms", ".0f", fixed["step_ms"])
-    return (
-        f"| {row['keep']} | {cell('tokens_per_step', ',.0f')} | {cell('flops_per_step', '.3g')} "
-        f"| {cell('step_ms', '.0f')} | {variable_ms} | {cell('peak_memory_gib', '.2f')} |\n"
-    )
+    cells = ["two tokens: the fixed part" if row is fixed else row["keep"]]
+    cells += [cell("tokens_per_step", ",.0f"), cell("flops_per_step", ".3g")]
+    for key, form in (("step_ms", ".0f"), ("peak_memory_gib", ".2f")):
+        cells += [cell(key, form), "" if row is fixed else cell(key, form, fixed[key])]
+    return f"| {' | '.join(cells)} |\n"
 
 
 if __name__ == "__main__":
