@@ -1,6 +1,7 @@
 """All that can be known of a recipe without a GPU, a network or a process group: what --check and a submission ask."""
 
 from kd.engine.ds_config import read_ds_config
+from kd.errors import UserError
 from kd.hub import find_file, resolve
 from kd.recipe import Recipe
 
@@ -12,6 +13,19 @@ def check_recipe(recipe: Recipe) -> None:
         find(field, value)
     for role in ("student", "teacher") if recipe.teacher else ("student",):
         read_ds_config(recipe, role)
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Raises UserError when the recipe names nothing to evaluate on, or no task of that name."""
+    from kd.evaluate.tasks import parse_tasks
+
+    if recipe.evaluation.tasks:
+        parse_tasks(recipe.evaluation.tasks)
+    elif recipe.evaluation.path is None:
+        raise UserError(
+            "evaluation.path is not set, nor is evaluation.tasks: name a JSONL file of problems (prompt, answer), or "
+            "tasks of kd/evaluate/tasks.py, as in --set 'evaluation.tasks=[\"math500\"]'"
+        )
 
 
 def inputs(recipe: Recipe) -> dict[str, str]:

@@ -157,6 +157,7 @@ class TrainingSection(Section):
 
 class EvaluationSection(Section):
     path: str | None = Field(None, description="local JSONL of problems: prompt, answer")
+    tasks: tuple[str, ...] = Field((), description="public benchmarks, of kd/evaluate/tasks.py")
     judge: Literal["math", "exact"] = "math"
     max_new_tokens: Positive = 32768
     temperature: Annotated[float, Field(ge=0.0)] = Field(0.6, description="0 is greedy")

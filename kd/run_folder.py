@@ -46,16 +46,12 @@ def open_run(recipe: Recipe, resume: str | None) -> None:
     recipe say, is taken over.
     """
     folder = recipe.run_dir
+    _check_may_begin(recipe, resume)
     try:
         hold(folder)
     except OSError as error:
         raise _cannot_write(recipe, error) from error
-    if resume is None and _has_begun(folder):
-        raise UserError(
-            f"{folder} already holds a run: continue it with --resume auto, "
-            "or choose another folder with --set run.name=NAME"
-        )
-    check_same_run(recipe)
+    _check_may_begin(recipe, resume)  # another process may have begun it in the meantime
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         remove_partial(folder / "checkpoints")
@@ -66,6 +62,15 @@ def open_run(recipe: Recipe, resume: str | None) -> None:
         write_json(folder / "environment.json", environment())
     except OSError as error:
         raise _cannot_write(recipe, error) from error
+
+
+def _check_may_begin(recipe: Recipe, resume: str | None) -> None:
+    if resume is None and _has_begun(recipe.run_dir):
+        raise UserError(
+            f"{recipe.run_dir} already holds a run: continue it with --resume auto, "
+            "or choose another folder with --set run.name=NAME"
+        )
+    check_same_run(recipe)
 
 
 def _cannot_write(recipe: Recipe, error: OSError) -> UserError:

@@ -17,7 +17,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd.check import check_recipe, inputs
+from kd.check import check_evaluation, check_recipe, inputs
 from kd.errors import UserError
 from kd.files import write_json, write_text
 from kd.recipe import ROOT, Recipe, load_recipe
@@ -69,8 +69,8 @@ def prepare(folder: Path, recipes: tuple[Recipe, ...], request: Request, evaluat
         check_recipe(recipe)
         _check_inputs_reach_the_job(recipe)
         plans.append(_check_fits(recipe, request))
-        if evaluate and recipe.evaluation.path is None:
-            raise UserError("--evaluate: evaluation.path is not set: name a JSONL file of problems (prompt, answer)")
+        if evaluate:
+            check_evaluation(recipe)
         _check_run(recipe)
     from kd.metrics import environment  # after the checks, which import no torch
 

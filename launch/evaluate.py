@@ -1,4 +1,4 @@
-"""Accuracy of one or more models: on the recipe's problems, on public benchmarks, or as a harness measures it.
+"""Accuracy of one or more models: on the recipe's problems and tasks, on other tasks, or as a harness measures it.
 
     python launch/evaluate.py --recipe NAME --model PATH [--model PATH ...] [--output DIR]
     python launch/evaluate.py --recipe NAME --model PATH --tasks aime24,math500 [--num-samples K] [--backend vllm]
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd.check import check_evaluation
 from kd.cli import recipe_parser, run
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
@@ -60,7 +61,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--label", action="append", default=[], help="name in the table, one per --model")
     parser.add_argument(
-        "--tasks", help="comma-separated, from kd/evaluate/tasks.py or of the harness; evaluation.path when absent"
+        "--tasks",
+        help="comma-separated, of kd/evaluate/tasks.py or of the harness; the recipe's own when absent",
     )
     parser.add_argument(
         "--num-samples", type=int, help="responses to each problem; the task's usual number, or 1, when absent"
@@ -93,9 +95,12 @@ def check_arguments(args: argparse.Namespace, recipe: Recipe) -> None:
 
 
 def problem_sets(recipe: Recipe, args: argparse.Namespace) -> list[ProblemSet]:
-    if args.tasks is None:
-        return [local_problems(recipe.evaluation, args.num_samples, args.limit)]
-    return task_problems(args.tasks, recipe.evaluation, args.num_samples, args.limit)
+    evaluation, sizes = recipe.evaluation, (args.num_samples, args.limit)
+    if args.tasks is not None:
+        return task_problems(args.tasks.split(","), evaluation, *sizes)
+    check_evaluation(recipe)
+    local = [local_problems(evaluation, *sizes)] if evaluation.path is not None else []
+    return [*local, *(task_problems(evaluation.tasks, evaluation, *sizes) if evaluation.tasks else [])]
 
 
 def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:

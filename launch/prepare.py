@@ -1,4 +1,4 @@
-"""Fetch and tokenise all that a recipe needs, where there is a network; the run itself then needs none.
+"""Fetch and tokenise all that a recipe needs, where there is a network; run and evaluation then need none.
 
     python launch/prepare.py --recipe NAME [--set section.key=value ...] [--no-models]
 
@@ -9,6 +9,7 @@ nodes see. There, HF_HUB_OFFLINE=1 makes a missing piece an error instead of a w
 from kd.cli import recipe_parser, run
 from kd.data.dataset import load_data
 from kd.data.tokenizers import load_tokenizers
+from kd.evaluate.tasks import load_task
 from kd.hub import download_model
 from kd.logs import configure_logging
 from kd.recipe import load_recipe
@@ -24,6 +25,8 @@ def main() -> None:
         download_model("student.model", recipe.student, weights=recipe.student.init == "pretrained")
         if recipe.teacher is not None:
             download_model("teacher.model", recipe.teacher, weights=True)
+    for task in recipe.evaluation.tasks:
+        load_task(task)
     print(load_data(recipe, load_tokenizers(recipe)).report)
 
 

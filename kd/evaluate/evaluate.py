@@ -1,12 +1,11 @@
 """One model on one set of problems: responses, verdicts, and the two files that keep them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.errors import UserError
 from kd.evaluate.backends import Request, Subject, batch_size_of, version_of
 from kd.evaluate.load import weights_sha256
 from kd.evaluate.problems import Problem, load_problems, render_prompts
@@ -29,21 +28,26 @@ class ProblemSet:
 
 def local_problems(evaluation: EvaluationSection, num_samples: int | None, limit: int | None) -> ProblemSet:
     """The problems of evaluation.path, each answered once unless num_samples says otherwise."""
-    if evaluation.path is None:
-        raise UserError("evaluation.path is not set: name a JSONL file of problems (prompt, answer), or give --tasks")
+    assert evaluation.path is not None
     problems = load_problems("evaluation.path", evaluation.path, limit)
     return ProblemSet(None, evaluation.path, problems, num_samples or 1)
 
 
 def task_problems(
-    tasks: str, evaluation: EvaluationSection, num_samples: int | None, limit: int | None
+    tasks: Iterable[str], evaluation: EvaluationSection, num_samples: int | None, limit: int | None
 ) -> list[ProblemSet]:
-    """tasks: names from TASKS, comma-separated. num_samples: the task's own when None, and 1 where all is greedy."""
+    """tasks: names from TASKS. num_samples: the task's own when None, and 1 where all is greedy."""
     sets = []
     for name in parse_tasks(tasks):
         usual = TASKS[name].num_samples if evaluation.temperature else 1
         sets.append(ProblemSet(name, TASKS[name].hub_id, load_task(name, limit), num_samples or usual))
     return sets
+
+
+def result_files(recipe: Recipe, folder: Path, label: str) -> list[Path]:
+    """Where launch/evaluate.py leaves a model's results on all that the recipe names."""
+    local = [folder] if recipe.evaluation.path is not None else []
+    return [place / f"{label}.json" for place in (*local, *(folder / task for task in recipe.evaluation.tasks))]
 
 
 def evaluate(recipe: Recipe, subject: Subject, problem_set: ProblemSet, output: Path) -> dict[str, Any]:

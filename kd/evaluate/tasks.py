@@ -5,7 +5,7 @@ python -m kd.evaluate.tasks aime24 math500    # fetches them to the hub cache; t
 
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,16 +63,16 @@ TASKS: dict[str, Task] = {
 }
 
 
-def parse_tasks(value: str) -> list[str]:
-    """The names of a comma-separated list, each once. Raises UserError with the nearest names for an unknown one."""
-    names = list(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+def parse_tasks(names: Iterable[str]) -> list[str]:
+    """The names, each once, without blanks. Raises UserError with the nearest names for one that is no task."""
+    names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     for name in names:
         if name not in TASKS:
             close = difflib.get_close_matches(name, TASKS, cutoff=0.5)
             nearest = f" Did you mean {' or '.join(close)}?" if close else ""
             raise UserError(f"--tasks: {name!r} is no task.{nearest}\nThere are: {', '.join(TASKS)}")
     if not names:
-        raise UserError(f"--tasks = {value!r}: name at least one of {', '.join(TASKS)}")
+        raise UserError(f"--tasks: name at least one of {', '.join(TASKS)}")
     return names
 
 
@@ -112,7 +112,7 @@ def _problem(where: str, task: Task, number: int, row: dict[str, Any]) -> Proble
 
 
 def main(names: Sequence[str]) -> None:
-    for name in parse_tasks(",".join(names)):
+    for name in parse_tasks(names):
         print(f"{name}: {len(load_task(name))} problems of {TASKS[name].hub_id}")
 
 

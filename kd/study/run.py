@@ -1,7 +1,7 @@
 """A study from its first cell to its last: each is trained, unless it was, and scored; a new start goes on.
 
 STUDY/study.json       the cells, and how far each is
-STUDY/CELL/            the run of a cell, with evaluation/export-best.json
+STUDY/CELL/            the run of a cell, with evaluation/[TASK/]export-best.json
 STUDY/recipes/, logs/  of each cell: its resolved recipe, and what training and evaluation printed
 STUDY/references/      scores of the teacher, and of the student before training
 """
@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from kd.check import check_recipe
+from kd.check import check_evaluation, check_recipe
 from kd.data.dataset import load_data
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import Interrupted, NothingToLearn, UserError
+from kd.evaluate.evaluate import result_files
 from kd.launcher import local_launch
 from kd.lock import hold, is_free
 from kd.recipe import ROOT
@@ -38,8 +39,7 @@ def check_study(study: Study) -> None:
     for cell in study.cells:
         check_recipe(cell.recipe)
         check_same_run(cell.recipe)
-    if study.cells[0].recipe.evaluation.path is None:
-        raise UserError("evaluation.path is not set: name a JSONL file of problems (prompt, answer)")
+    check_evaluation(study.cells[0].recipe)
 
 
 class Runner:
@@ -73,10 +73,10 @@ class Runner:
             self._wait_for(run)  # of a study that was killed: its training goes on
             if not (run / SUCCESS).exists():
                 load_data(cell.recipe, load_tokenizers(cell.recipe))
-                self._call(*self._train_command(cell), name, until=run / SUCCESS)
-            scores = run / "evaluation" / "export-best.json"
-            if not scores.exists():
-                self._call(*self._score_command(cell, run / "export" / "best"), name, until=scores)
+                self._call(*self._train_command(cell), name, leaves=[run / SUCCESS])
+            scores = result_files(cell.recipe, run / "evaluation", "export-best")
+            if not all(file.exists() for file in scores):
+                self._call(*self._score_command(cell, run / "export" / "best"), name, leaves=scores)
         except NothingToLearn as error:
             return Outcome("no_supervised_token", str(error))
         except UserError as error:
@@ -84,7 +84,7 @@ class Runner:
         finally:
             if self._num_told:
                 self._wait_for(run)
-        return Outcome("done", describe(scores))
+        return Outcome("done", ", ".join(map(describe, scores)))
 
     def _score_references(self) -> None:
         """With the recipe of the first cell: they do not depend on what is trained on."""
@@ -95,10 +95,10 @@ class Runner:
         if cell.recipe.teacher is not None:
             models["teacher"] = cell.recipe.teacher.model
         for label, model in models.items():
-            scores = folder / f"{label}.json"
-            if not scores.exists():
+            scores = result_files(cell.recipe, folder, label)
+            if not all(file.exists() for file in scores):
                 command, environment = self._score_command(cell, model)
-                self._call([*command, "--label", label, "--output", str(folder)], environment, label, until=scores)
+                self._call([*command, "--label", label, "--output", str(folder)], environment, label, leaves=scores)
 
     def _train_command(self, cell: Cell) -> tuple[list[str], dict[str, str]]:
         recipe = ["--recipe", str(recipe_file(self.study, cell))]
@@ -111,10 +111,10 @@ class Runner:
         script = [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--recipe", str(recipe_file(self.study, cell))]
         return [*script, "--model", str(model)], dict(os.environ)
 
-    def _call(self, command: list[str], environment: dict[str, str], name: str, *, until: Path) -> None:
-        """Run a command to its end, with its output in logs/. What it was to leave decides, not its status.
+    def _call(self, command: list[str], environment: dict[str, str], name: str, *, leaves: list[Path]) -> None:
+        """Run a command to its end, with its output in logs/. What it leaves decides, not its status.
 
-        Raises Interrupted when a signal came, and UserError with its last lines when it left nothing.
+        Raises Interrupted when a signal came, and UserError with its last lines when a file is missing.
         """
         path = self.study.folder / "logs" / f"{name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ class Runner:
             self._child = None
         if self._num_told:
             raise Interrupted
-        if not until.exists():
+        if not all(file.exists() for file in leaves):
             with path.open("rb") as file:
                 file.seek(begin)
                 said = file.read().decode(errors="replace").strip().splitlines() or ["nothing"]
@@ -161,7 +161,8 @@ class Runner:
 
 
 def describe(scores: Path) -> str:
-    """0.943 (0.911-0.964)."""
+    """0.943 (0.911-0.964), with the task's name before it."""
     content = json.loads(scores.read_text(encoding="utf-8"))
     low, high = content["ci95"]
-    return f"{content['accuracy']:.3f} ({low:.3f}-{high:.3f})"
+    name = f"{content['task']} " if content.get("task") else ""
+    return f"{name}{content['accuracy']:.3f} ({low:.3f}-{high:.3f})"

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from kd.errors import UserError
-from kd.recipe import ROOT, Recipe
+from kd.evaluate.evaluate import result_files
+from kd.recipe import ROOT, Recipe, load_recipe
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
 # So hot that even random weights close some thoughts.
@@ -111,6 +112,21 @@ def test_tasks_are_sampled_and_judged_in_a_folder_each(
         (problem, sample, answer) for problem, answer in (("1", "204"), ("2", "033")) for sample in range(3)
     ]
     assert len({row["response"] for row in rows}) > 3
+
+
+def test_the_tasks_of_a_recipe_are_evaluated_beside_its_problems(
+    stand_in: Callable[..., None],
+    recipe_path: Path,
+    text_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in("gsm8k")
+    tasks = 'evaluation.tasks=["gsm8k"]'
+    run_evaluate(monkeypatch, recipe_path, text_model_dir, tmp_path, "--set", tasks)
+    expected = result_files(load_recipe(str(recipe_path), [tasks]), tmp_path / "out", "m")
+    assert expected == [tmp_path / "out" / "m.json", tmp_path / "out" / "gsm8k" / "m.json"]
+    assert [json.loads(path.read_text())["task"] for path in expected] == [None, "gsm8k"]
 
 
 @pytest.mark.parametrize(("temperature", "num_samples"), [("0.6", 64), ("0.0", 1)])

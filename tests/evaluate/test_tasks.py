@@ -68,13 +68,13 @@ def test_a_task_out_of_reach_says_how_to_fetch_it(tmp_path: Path, monkeypatch: p
 
 
 def test_an_unknown_task_is_an_error_with_the_nearest_names() -> None:
-    assert parse_tasks("gsm8k, aime24,gsm8k") == ["gsm8k", "aime24"]
+    assert parse_tasks(["gsm8k", " aime24", "gsm8k"]) == ["gsm8k", "aime24"]
     with pytest.raises(
         UserError, match=r"(?s)'amie24' is no task. Did you mean aime24.*There are: aime24, aime25, amc23"
     ):
-        parse_tasks("gsm8k,amie24")
+        parse_tasks(["gsm8k", "amie24"])
     with pytest.raises(UserError, match="name at least one of aime24"):
-        parse_tasks(" ,")
+        parse_tasks([" ", ""])
 
 
 def test_fetching_says_how_many_problems_there_are(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

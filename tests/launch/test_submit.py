@@ -78,7 +78,7 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         ((*ON_CPUS, "--time=soon"), "--time soon: write minutes, hours:minutes:seconds or days-hours"),
         ((*ON_CPUS, "--setup=no file"), "--setup no file: no such file"),
         ((*ON_CPUS, "--container=image.sif"), "--container image.sif: no such image"),
-        ((*ON_CPUS, "--evaluate"), "--evaluate: evaluation.path is not set"),
+        ((*ON_CPUS, "--evaluate"), "evaluation.path is not set, nor is evaluation.tasks"),
         ((*ON_CPUS, "--keep=2"), "--keep 2: write a fraction above 0 and at most 1"),
         ((*ON_CPUS, "--keep=0.5", "--array-over=seed=1,2"), "the axes of a study make an array of their own"),
         ((*ON_CPUS, "--array-over=keep_fraction"), "write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5"),
