@@ -17,21 +17,24 @@ PATIENCE_SECONDS = 120.0
 _held: dict[Path, IO[str]] = {}  # open for the life of this process
 
 
-def hold(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
-    """Keep other processes out of the folder until this one ends; makes the folder.
+def hold(folder: Path, name: str = ".lock", patience_seconds: float = PATIENCE_SECONDS) -> None:
+    """Keep other processes that ask for the same lock out of the folder until this one ends; makes the folder.
 
     Raises UserError that names the holder when it does not go in time. File systems without locks get a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if folder.resolve() in _held:
+    path = folder.resolve() / name
+    if path in _held:
         return
-    file = (folder / ".lock").open("a+", encoding="utf-8")
+    file = path.open("a+", encoding="utf-8")
     deadline, is_told = time.monotonic() + patience_seconds, False
     while not _try(file):
         file.seek(0)
         holder = file.read().strip() or "another process"
         if time.monotonic() >= deadline:
-            raise UserError(f"{folder} is in use by {holder}: wait until that ends, or end it")
+            raise UserError(
+                f"{folder} is in use by {holder}: wait until that ends, or end it; if its node is lost, remove {path}"
+            )
         if not is_told:
             log.warning("%s is in use by %s: waiting for its end, at most %g s", folder, holder, patience_seconds)
             is_told = True
@@ -39,7 +42,7 @@ def hold(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    _held[folder.resolve()] = file
+    _held[path] = file
 
 
 def is_free(folder: Path) -> bool:

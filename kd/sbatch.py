@@ -78,7 +78,12 @@ def train_script(job: Job, request: Request) -> str:
 
 
 def evaluate_script(job: Job, request: Request) -> str:
-    options: dict[str, object] = {"nodes": 1, "ntasks": 1, "gpus-per-node": min(request.gpus_per_node, 1) or None}
+    options: dict[str, object] = {
+        "nodes": 1,
+        "ntasks": 1,
+        "gpus-per-node": min(request.gpus_per_node, 1) or None,
+        "signal": f"B:USR1@{EARLY_SECONDS}",
+    }
     return _script("evaluate", job, request, options)
 
 

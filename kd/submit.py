@@ -96,6 +96,10 @@ def submit(submission: Submission) -> list[str]:
     for run in job.runs:
         _check_not_queued(run)
     try:
+        job.folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{job.folder}: another submission was made just now: look at it, and submit again") from None
+    try:
         _freeze(submission)
         ids = _sbatch_all(submission)
     except BaseException:

@@ -40,7 +40,7 @@ ALLOWED = {
     "submit": BASE | {"check", "metrics", "plan", "run_folder", "sbatch"},
     "agreement": BASE | {"engine", "metrics"},
     "report": {"errors", "files", "metrics", "evaluate"},
-    "evaluate": BASE | {"data", "models", "metrics"},
+    "evaluate": BASE | {"data", "lock", "models", "metrics"},
     "audit": BASE | {"data", "evaluate"},
     "train": BASE
     | {"agreement", "build", "data", "diagnostics", "engine", "interruption", "logs", "losses", "metrics"}

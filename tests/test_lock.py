@@ -24,7 +24,9 @@ def holder(tmp_path: Path):
 
 def test_a_folder_that_another_process_holds_is_refused_with_its_name(tmp_path: Path, holder):
     assert not is_free(tmp_path)
-    with pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .*: wait until that ends, or end it"):
+    with pytest.raises(
+        UserError, match=rf"is in use by process {holder.pid} on .*: wait until that ends, or end it; if its node"
+    ):
         hold(tmp_path, patience_seconds=0)
 
 

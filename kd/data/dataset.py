@@ -68,7 +68,7 @@ class Examples:
     def windows(self) -> Windows:
         return plan_windows(self.num_tokens_N3, self.recipe.truncation)
 
-    @property
+    @cached_property
     def num_read_tokens(self) -> IntArray:
         """Length of each example as it is read: int64 (N,)."""
         return self.windows.num_read_N

@@ -1,18 +1,21 @@
 """One model on one set of problems: responses, verdicts, and the two files that keep them."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd.evaluate.backends import Request, Subject, batch_size_of, version_of
+from kd.evaluate.generate import sampling_of
 from kd.evaluate.load import weights_sha256
 from kd.evaluate.problems import Problem, load_problems, render_prompts
 from kd.evaluate.report import read_responses, response_rows, results, write_evaluation
 from kd.evaluate.responses import fingerprint, open_progress, respond
 from kd.evaluate.score import score
 from kd.evaluate.tasks import TASKS, load_task, parse_tasks
+from kd.lock import hold
 from kd.recipe import EvaluationSection, Recipe
 
 
@@ -47,7 +50,19 @@ def task_problems(
 def result_files(recipe: Recipe, folder: Path, label: str) -> list[Path]:
     """Where launch/evaluate.py leaves a model's results on all that the recipe names."""
     local = [folder] if recipe.evaluation.path is not None else []
-    return [place / f"{label}.json" for place in (*local, *(folder / task for task in recipe.evaluation.tasks))]
+    tasks = parse_tasks(recipe.evaluation.tasks) if recipe.evaluation.tasks else []
+    return [place / f"{label}.json" for place in (*local, *(folder / task for task in tasks))]
+
+
+def is_scored(recipe: Recipe, files: Sequence[Path]) -> bool:
+    """Whether these results are there, and were made under the recipe's present [evaluation], seed 0."""
+    expected = {"judge": recipe.evaluation.judge, "sampling": vars(sampling_of(recipe.evaluation, seed=0))}
+    for file in files:
+        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        source = TASKS[results["task"]].hub_id if results.get("task") else recipe.evaluation.path
+        if {name: results.get(name) for name in (*expected, "problems")} != {**expected, "problems": source}:
+            return False
+    return True
 
 
 def evaluate(recipe: Recipe, subject: Subject, problem_set: ProblemSet, output: Path) -> dict[str, Any]:
@@ -59,6 +74,7 @@ def evaluate(recipe: Recipe, subject: Subject, problem_set: ProblemSet, output: 
     requests = _requests(subject, problem_set, recipe)
     batch_size = batch_size_of(subject.backend, recipe.evaluation)
     settings = settings_of(subject, requests, batch_size)
+    hold(folder, f".{subject.label}.lock")
     responses = read_responses(folder, subject.label, fingerprint(settings))
     progress = None
     if responses is None:

@@ -81,12 +81,13 @@ def write_evaluation(folder: Path, content: dict[str, Any], rows: Sequence[dict[
 
 
 def read_responses(folder: Path, label: str, fingerprint: str) -> list[Response] | None:
-    """The responses of a finished evaluation, or None when there is none of this fingerprint."""
-    path = folder / f"{label}.responses.jsonl"
-    if _fingerprint_of(folder / f"{label}.json") != fingerprint or not path.exists():
-        return None
-    with path.open(encoding="utf-8") as lines:
-        return [Response(row["response"], row["num_tokens"], row["ended"]) for row in map(json.loads, lines)]
+    """The responses of a finished evaluation, also of one that was set aside; None when none has this fingerprint."""
+    for place in (folder, folder / REPLACED / fingerprint):
+        path = place / f"{label}.responses.jsonl"
+        if _fingerprint_of(place / f"{label}.json") == fingerprint and path.exists():
+            with path.open(encoding="utf-8") as lines:
+                return [Response(row["response"], row["num_tokens"], row["ended"]) for row in map(json.loads, lines)]
+    return None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

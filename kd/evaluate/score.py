@@ -105,13 +105,13 @@ def accuracy_interval(counts: Sequence[int], num_samples: int) -> tuple[float, f
 
     Wilson's, of as many independent responses as have the variance of the mean over problems (Kish's effective sample
     size): num_problems of them when the samples of a problem agree, num_problems * num_samples when they differ at
-    random. All right or all wrong: num_problems, since nothing tells how samples differ.
+    random. All right or all wrong, or a single problem: num_problems, since nothing tells how samples differ.
     """
     num_problems = len(counts)
     share = sum(counts) / (num_problems * num_samples)
     variance = sum((count / num_samples - share) ** 2 for count in counts) / num_problems
     binomial = share * (1 - share)
-    if binomial == 0:
+    if binomial == 0 or num_problems == 1:
         return wilson_interval(share * num_problems, num_problems)
     size = num_problems * min(binomial / variance if variance else math.inf, num_samples)
     return wilson_interval(share * size, size)

@@ -65,10 +65,13 @@ class StatedTraces:
 
     def read(self, recipe: Recipe) -> tuple[Lengths, int | None]:
         """That sequence under the recipe's truncation, and the optimizer steps of an epoch where they are known."""
+        batch_size = recipe.training.global_batch_size
+        if self.num_rows is not None and self.num_rows < batch_size:
+            raise UserError(f"--rows {self.num_rows} is less than training.global_batch_size = {batch_size}")
         num_tokens_N3 = np.array([[0, self.mean, 0]])
         windows = plan_windows(num_tokens_N3, recipe.truncation)
         supervised_N = count_supervised(num_tokens_N3, windows, ["cot"], recipe.data.random_mask_fraction)
-        steps_per_epoch = self.num_rows // recipe.training.global_batch_size if self.num_rows else None
+        steps_per_epoch = self.num_rows // batch_size if self.num_rows else None
         return Lengths(windows.num_read_N, windows.num_read_N, supervised_N), steps_per_epoch
 
 

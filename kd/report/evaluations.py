@@ -44,11 +44,12 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 
 
 def own_scores(evaluations: list[Evaluation], folder: Path, run_name: str) -> tuple[dict[str, Evaluation], list[str]]:
-    """Task -> evaluation of export/best, else of export/last; and a note where one of several had to be taken."""
+    """Task -> evaluation of export/best, else of export/last, of most responses; a note where others are left out."""
     scores: dict[str, Evaluation] = {}
     notes = []
+    by_size = sorted(evaluations, key=lambda evaluation: -evaluation.num_responses)
     for export in ("best", "last"):
-        for evaluation in evaluations:
+        for evaluation in by_size:
             if not _is_export(evaluation.model, export, folder, run_name):
                 continue
             taken = scores.setdefault(evaluation.task, evaluation)

@@ -110,8 +110,11 @@ def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[StudyCell]]:
     folders = sorted({folder for root in roots for folder in _find_runs(root)})
     base = Path(os.path.commonpath([folder.parent for folder in folders]))
     studies = sorted({folder.parent for folder in folders} | {root.resolve() for root in roots})
+    runs = [_read_run(folder, str(folder.relative_to(base))) for folder in folders]
+    finished = {run.folder for run in runs if run.is_finished}
     cells = [cell for study in studies if (study / "study.json").is_file() for cell in _cells_not_done(study)]
-    return [_read_run(folder, str(folder.relative_to(base))) for folder in folders], cells
+    # A job of SLURM trains a cell, and tells its study nothing.
+    return runs, [cell for cell in cells if cell.status != "pending" or cell.study / cell.name not in finished]
 
 
 def _find_runs(root: Path) -> list[Path]:

@@ -6,6 +6,7 @@ STUDY/recipes/, logs/  of each cell: its resolved recipe, and what training and 
 STUDY/references/      scores of the teacher, and of the student before training
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -14,23 +15,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from kd.check import check_evaluation, check_recipe
 from kd.data.dataset import load_data
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import Interrupted, NothingToLearn, UserError
-from kd.evaluate.evaluate import result_files
+from kd.evaluate.evaluate import is_scored, result_files
 from kd.launcher import local_launch
 from kd.lock import hold, is_free
 from kd.recipe import ROOT
-from kd.run_folder import SUCCESS, check_same_run
+from kd.run_folder import INTERRUPTED, SUCCESS, check_same_run
 from kd.study.cells import Cell, Outcome, Point, Study, recipe_file, write_study
 
 log = logging.getLogger(__name__)
 
+LAUNCHER_MODULE = "deepspeed.launcher"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -58,14 +61,15 @@ class Runner:
         """
         hold(self.study.folder, patience_seconds=5)
         check_study(self.study)
+        self._train_command(self.study.cells[0])  # whether the GPUs here can divide the batch
         write_study(self.study, self.outcomes)
         with self._signals():
-            self._score_references()
             for cell in self.study.cells:
                 outcome = self._outcome(cell)
                 self.outcomes[cell.point] = outcome
                 write_study(self.study, self.outcomes)
                 yield cell, outcome
+            self._score_references()
 
     def _outcome(self, cell: Cell) -> Outcome:
         run, name = cell.recipe.run_dir, cell.point.name
@@ -73,10 +77,12 @@ class Runner:
             self._wait_for(run)  # of a study that was killed: its training goes on
             if not (run / SUCCESS).exists():
                 load_data(cell.recipe, load_tokenizers(cell.recipe))
-                self._call(*self._train_command(cell), name, leaves=[run / SUCCESS])
-            scores = result_files(cell.recipe, run / "evaluation", "export-best")
-            if not all(file.exists() for file in scores):
-                self._call(*self._score_command(cell, run / "export" / "best"), name, leaves=scores)
+                self._train(cell)
+            # Without a best one its checkpoint was damaged, and the log says so.
+            export = next(path for path in (run / "export" / "best", run / "export" / "last") if path.exists())
+            scores = result_files(cell.recipe, run / "evaluation", f"export-{export.name}")
+            if not is_scored(cell.recipe, scores):
+                self._call(*self._score_command(cell, export), name, leaves=scores)
         except NothingToLearn as error:
             return Outcome("no_supervised_token", str(error))
         except UserError as error:
@@ -96,9 +102,19 @@ class Runner:
             models["teacher"] = cell.recipe.teacher.model
         for label, model in models.items():
             scores = result_files(cell.recipe, folder, label)
-            if not all(file.exists() for file in scores):
+            if not is_scored(cell.recipe, scores):
                 command, environment = self._score_command(cell, model)
                 self._call([*command, "--label", label, "--output", str(folder)], environment, label, leaves=scores)
+
+    def _train(self, cell: Cell) -> None:
+        """Raises Interrupted also when the ranks alone were told to stop, as on preemption."""
+        run = cell.recipe.run_dir
+        try:
+            self._call(*self._train_command(cell), cell.point.name, leaves=[run / SUCCESS])
+        except UserError:
+            if (run / INTERRUPTED).exists():
+                raise Interrupted from None
+            raise
 
     def _train_command(self, cell: Cell) -> tuple[list[str], dict[str, str]]:
         recipe = ["--recipe", str(recipe_file(self.study, cell))]
@@ -127,6 +143,7 @@ class Runner:
             if self._num_told:
                 self._child.terminate()
             status = self._child.wait()
+            self._end_session(self._child.pid)
             self._child = None
         if self._num_told:
             raise Interrupted
@@ -135,6 +152,15 @@ class Runner:
                 file.seek(begin)
                 said = file.read().decode(errors="replace").strip().splitlines() or ["nothing"]
             raise UserError(f"status {status}; {path} ends with:\n" + "\n".join(said[-3:]))
+
+    def _end_session(self, session: int) -> None:
+        """After a signal, wait for what a command leaves behind: ranks whose launcher is gone, told until they end."""
+        while self._num_told == 1 and (left := _processes_of(session)):
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    if LAUNCHER_MODULE not in " ".join(process.cmdline()):
+                        process.terminate()
+            time.sleep(0.5)
 
     def _wait_for(self, run: Path) -> None:
         """Until no rank is left in a run's folder: they save when their launcher has gone. A second signal ends it."""
@@ -145,9 +171,11 @@ class Runner:
                 is_said = True
             time.sleep(0.2)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._tell) for number in SIGNALS}
+        ignored = (signal.SIG_IGN,)  # by nohup, say
+        numbers = [number for number in SIGNALS if signal.getsignal(number) not in ignored]
+        before = {number: signal.signal(number, self._tell) for number in numbers}
         try:
             yield
         finally:
@@ -158,6 +186,16 @@ class Runner:
         self._num_told += 1
         if self._child is not None:
             self._child.terminate()
+
+
+def _processes_of(session: int) -> list[psutil.Process]:
+    """Those that have not ended, zombies left out."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def describe(scores: Path) -> str:

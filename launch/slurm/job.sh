@@ -34,3 +34,6 @@ index="${SLURM_ARRAY_TASK_ID:-0}"
 run="${runs[index]}" recipe="${recipes[index]}"
 task=("${container[@]}" python)
 say "$(date -Is): job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST: $run"
+
+# A task of an array by its index: the id of its last task is that of the whole array.
+requeue() { scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"; }

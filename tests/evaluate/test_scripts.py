@@ -100,7 +100,7 @@ def test_tasks_are_sampled_and_judged_in_a_folder_each(
     stand_in("aime24")
     arguments = ("--tasks", "gsm8k,aime24", "--num-samples", "3", "--set", "evaluation.temperature=0.7")
     run_evaluate(monkeypatch, recipe_path, text_model_dir, tmp_path, *arguments, "--backend", "transformers")
-    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")) == [
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.json*")) == [
         "aime24/m.json", "aime24/m.responses.jsonl", "gsm8k/m.json", "gsm8k/m.responses.jsonl",
     ]  # fmt: skip
     results = json.loads((tmp_path / "out" / "aime24" / "m.json").read_text())
@@ -172,7 +172,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_files_of_an_uninterrupted_one
     assert (resumed / "m.responses.jsonl").read_bytes() == (whole / "m.responses.jsonl").read_bytes()
     results = [json.loads((folder / "m.json").read_text()) for folder in (whole, resumed)]
     assert results[1] == {**results[0], "command": results[1]["command"]}
-    assert sorted(path.name for path in resumed.iterdir()) == ["m.json", "m.responses.jsonl"]
+    assert sorted(path.name for path in resumed.iterdir()) == [".m.lock", "m.json", "m.responses.jsonl"]
     assert len({row["response"] for row in map(json.loads, (whole / "m.responses.jsonl").open())}) > 96
 
 

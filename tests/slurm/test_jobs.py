@@ -109,6 +109,12 @@ def array(cluster: Cluster, folder: Path, interrupted: Interrupted) -> Array:
     cluster.run("scancel", "--batch", "--signal=USR1", f"{train}_1")
     wait_until(lambda: cluster.job(f"{train}_1")["Restarts"] == "1", "the second run to be requeued", 60)
     cluster.start_now(f"{train}_1")
+    log = submitted.folder / f"evaluate-{evaluation}_1.out"
+    wait_until(lambda: log.exists() and "start 1" in log.read_text(), "the second evaluation", 200)
+    time.sleep(1)  # the script has come to its trap; evaluate.py still imports
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{evaluation}_1")
+    wait_until(lambda: cluster.job(f"{evaluation}_1")["Restarts"] == "1", "the evaluation to be requeued", 60)
+    cluster.start_now(f"{evaluation}_1")
     for task in (f"{train}_0", f"{train}_1", f"{evaluation}_0", f"{evaluation}_1"):
         cluster.wait_for_state(task, "COMPLETED", "FAILED", "CANCELLED")
     restarts = [cluster.job(f"{train}_{index}")["Restarts"] for index in range(2)]

@@ -122,6 +122,18 @@ def test_a_cell_that_leaves_no_supervised_token_is_reported_as_such(whole):
     assert not (whole / NOTHING / "metrics.jsonl").exists()
 
 
+def test_scores_of_other_settings_are_made_anew(recipe, whole, interrupted):
+    """interrupted: its study is over, and may be scored in another way."""
+    folder = interrupted[0]
+    done = subprocess.run(
+        [*command(recipe, folder), "--set", "evaluation.max_new_tokens=3"],
+        cwd=recipe.parent, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for file in (folder / DONE[0] / "evaluation" / "export-best.json", folder / "references" / "teacher.json"):
+        assert json.loads(file.read_text())["sampling"]["max_new_tokens"] == 3
+
+
 def test_teacher_and_student_before_training_are_scored_beside_the_cells(whole):
     for label in ("teacher", "student-before"):
         assert json.loads((whole / "references" / f"{label}.json").read_text())["num_problems"] == 6
