@@ -150,7 +150,7 @@ def test_the_interval_of_one_sample_is_wilsons() -> None:
 
 @pytest.mark.parametrize(
     ("counts", "independent"),
-    [([8, 8, 0, 0], (2, 4)), ([4, 4, 4, 4], (16, 32)), ([8, 8, 8, 8], (4, 4)), ([0, 0, 0, 0], (0, 4))],
+    [([8, 8, 0, 0], (2, 4)), ([4, 4, 4, 4], (16, 32)), ([8, 8, 8, 8], (4, 4)), ([0, 0, 0, 0], (0, 4)), ([4], (0.5, 1))],
 )
 def test_samples_that_agree_say_no_more_than_one(counts: list[int], independent: tuple[int, int]) -> None:
     assert accuracy_interval(counts, 8) == pytest.approx(wilson_interval(*independent))

@@ -9,6 +9,7 @@ import pytest
 from run_folders import step_record, write_evaluation, write_run, write_study
 
 from kd.errors import UserError
+from kd.files import write_json
 from kd.report.runs import Run, read_runs
 
 
@@ -126,6 +127,14 @@ def test_a_study_names_its_cells_that_are_not_done(tmp_path):
         ("keep0.25_answer", "no_supervised_token"),
         ("keep0.5", "pending"),
     ]
+
+
+def test_a_cell_that_a_job_trained_and_told_no_study_of_is_no_longer_pending(tmp_path):
+    run = write_run(tmp_path / "tiny" / "keep0.5")
+    cells = [{"name": name, "axes": {}, "status": "pending", "text": ""} for name in (run.name, "keep1")]
+    write_json(tmp_path / "tiny" / "study.json", {"recipe": "tiny", "cells": cells})
+    _, cells = read_runs([tmp_path / "tiny"])
+    assert [cell.name for cell in cells] == ["keep1"]
 
 
 @pytest.mark.parametrize("root", ["", "missing"])
