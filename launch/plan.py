@@ -11,16 +11,14 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kd.cli import recipe_parser, run
 from kd.constants import DEFAULT_MFU
 from kd.errors import UserError
 from kd.files import write_json
 from kd.recipe import load_recipe
-
-if TYPE_CHECKING:
-    from kd.plan.gpus import Gpu
+from kd.study.cells import parse_fractions
 
 
 def main() -> None:
@@ -55,11 +53,12 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """The plans as JSON. Raises UserError for a bad argument, and for a recipe of which nothing can be planned."""
     keep_fractions = check_arguments(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from kd.plan.lengths import find_traces, state_traces  # imports torch
+    from kd.plan.gpus import named_gpu  # the package imports torch
+    from kd.plan.lengths import find_traces, state_traces
     from kd.plan.plan import changed
     from kd.plan.run import plan_run
 
-    gpu = find_gpu(arguments.gpu)
+    gpu = named_gpu(arguments.gpu) if arguments.gpu else None
     figures = arguments.mean_tokens, arguments.max_tokens, arguments.rows
     traces = state_traces(recipe, *figures) if any(figures) else find_traces(recipe)
     plans = []
@@ -85,7 +84,7 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_arguments(arguments: argparse.Namespace) -> list[float]:
+def check_arguments(arguments: argparse.Namespace) -> tuple[float, ...]:
     """The fractions of --keep. Raises UserError for an argument out of range."""
     for name in ("nodes", "gpus_per_node", "mean_tokens", "max_tokens", "rows"):
         value = getattr(arguments, name)
@@ -93,21 +92,7 @@ def check_arguments(arguments: argparse.Namespace) -> list[float]:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu {arguments.mfu}: write a share of the GPUs' peak above 0 and up to 1, as in 0.4")
-    try:
-        keep_fractions = [float(text) for text in arguments.keep.split(",")]
-    except ValueError:
-        keep_fractions = []
-    if not keep_fractions or not all(0 < keep_fraction <= 1 for keep_fraction in keep_fractions):
-        raise UserError(f"--keep {arguments.keep}: write fractions above 0 and up to 1, as in 0.25,0.5,1.0")
-    return keep_fractions
-
-
-def find_gpu(name: str | None) -> "Gpu | None":
-    from kd.plan import GPUS
-
-    if name is not None and name not in GPUS:
-        raise UserError(f"--gpu {name}: choose from {', '.join(GPUS)}")
-    return GPUS[name] if name else None
+    return parse_fractions(arguments.keep)
 
 
 if __name__ == "__main__":

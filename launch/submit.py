@@ -92,10 +92,9 @@ def request_of(arguments: argparse.Namespace) -> Request:
             "many ranks with --tasks-per-node"
         )
     if arguments.gpu is not None:
-        from kd.plan import GPU_GIB  # imports torch
+        from kd.plan.gpus import named_gpu  # the package imports torch
 
-        if arguments.gpu not in GPU_GIB:
-            raise UserError(f"--gpu {arguments.gpu}: choose from {', '.join(GPU_GIB)}")
+        named_gpu(arguments.gpu)
     setup, container = arguments.setup, arguments.container
     if setup is not None and not setup.is_file():
         raise UserError(f"--setup {setup}: no such file")

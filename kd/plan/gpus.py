@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from kd.errors import UserError
+
 
 class Gpu(NamedTuple):
     gib: float  # what the driver reports of a whole GPU
@@ -18,6 +20,13 @@ GPUS = {
     "l40s": Gpu(45.0, 362.0, "NVIDIA L40S"),
 }
 GPU_GIB = {name: gpu.gib for name, gpu in GPUS.items()}
+
+
+def named_gpu(name: str) -> Gpu:
+    """The GPU of a --gpu argument. Raises UserError for a name that is not listed."""
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: choose from {', '.join(GPUS)}")
+    return GPUS[name]
 
 
 def find_gpu(device_name: str) -> Gpu | None:

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 
 from kd.errors import UserError
 from kd.files import write_json
-from kd.recipe import Recipe, SectionName, load_recipe
+from kd.recipe import Recipe, SectionName, TruncationSection, load_recipe
 
 AXES = ("keep_fraction", "sections", "window")
-WINDOWS = ("head", "middle", "tail")
+WINDOWS = get_args(TruncationSection.model_fields["window"].annotation)
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,17 @@ def parse_axes(keep: str | None, sections: str | None, windows: str | None, num_
     if num_seeds < 1:
         raise UserError(f"--seeds {num_seeds}: at least 1 is needed")
     return Axes(
-        tuple(_fraction(text) for text in _split("--keep", keep)),
+        parse_fractions(keep),
         tuple(_names(text) for text in _split("--sections", sections)),
         tuple(_window(text) for text in _split("--windows", windows)),
         num_seeds,
         cross,
     )
+
+
+def parse_fractions(keep: str | None) -> tuple[float, ...]:
+    """Of --keep 0.25,0.5,1.0. Raises UserError for one that is none."""
+    return tuple(_fraction(text) for text in _split("--keep", keep))
 
 
 def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None = None) -> Study:
