@@ -32,6 +32,12 @@ def divide(keys: Iterable[Hashable]) -> list[list[int]]:
     return list(nodes.values())
 
 
+def size_to_plan(nodes: list[list[int]]) -> tuple[int, int]:
+    """Nodes, and ranks on each, as plans take them: nodes of unequal size count as one."""
+    num_nodes = len(nodes) if len({len(ranks) for ranks in nodes}) == 1 else 1
+    return num_nodes, sum(map(len, nodes)) // num_nodes
+
+
 def group_of_node(nodes: list[list[int]], timeout_minutes: float) -> dist.ProcessGroup:
     """The process group of this rank's node; each call makes groups anew. Every rank must call it."""
     group, _ = dist.new_subgroups_by_enumeration(nodes, timeout=datetime.timedelta(minutes=timeout_minutes))

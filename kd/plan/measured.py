@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kd.constants import DEFAULT_MFU
 from kd.data.loader import Loader
+from kd.engine.nodes import size_to_plan
 from kd.engine.zero3 import shard_bytes
 from kd.files import write_json
 from kd.metrics import peak_memory_gib
@@ -36,9 +37,8 @@ def plan_training(recipe: Recipe, loader: Loader, nodes: list[list[int]]) -> Run
     """The plan of a run on the batches that it will see, or None, and why in the log, for models of which nothing can
     be planned. nodes: the ranks of each."""
     longest = DataTraces(loader.examples).longest
-    is_even = len({len(ranks) for ranks in nodes}) == 1
-    num_nodes = len(nodes) if is_even else 1
-    sizes = {"num_nodes": num_nodes, "gpus_per_node": sum(map(len, nodes)) // num_nodes}
+    num_nodes, gpus_per_node = size_to_plan(nodes)
+    sizes = {"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}
     try:
         return plan_run(recipe, epoch_lengths(loader), loader.steps_per_epoch, longest, **sizes)
     except Exception as error:  # of a configuration that shapes were not tried on; a plan never ends a run

@@ -14,7 +14,7 @@ from kd.agreement import describe_differences, facts_of_host, facts_of_recipe
 from kd.check import check_recipe
 from kd.engine.device import device_type
 from kd.engine.ds_config import Role, read_ds_config
-from kd.engine.nodes import NODE_VARIABLES, divide
+from kd.engine.nodes import NODE_VARIABLES, divide, size_to_plan
 from kd.errors import UserError
 from kd.hub import hub_errors, resolve
 from kd.models.load import choose_attention, load_config
@@ -58,14 +58,13 @@ def judge(recipe: Recipe, everyone: list[Facts]) -> list[Check]:
 
 
 def num_nodes_and_gpus(everyone: list[Facts]) -> tuple[int, int]:
-    """How many nodes there are, and ranks on each of them."""
-    num_nodes = len(divide(facts["node"] for facts in everyone))
-    return num_nodes, len(everyone) // num_nodes
+    """How many nodes there are, and ranks on each of them, for a plan."""
+    return size_to_plan(divide(facts["node"] for facts in everyone))
 
 
 def describe(everyone: list[Facts]) -> str:
     """4 ranks on 2 hosts."""
-    num_nodes, _ = num_nodes_and_gpus(everyone)
+    num_nodes = len(divide(facts["node"] for facts in everyone))
     return f"{len(everyone)} {'rank' if len(everyone) == 1 else 'ranks'} on {num_nodes} host{'s' * (num_nodes > 1)}"
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kd.engine.nodes import check_hpz, divide
+from kd.engine.nodes import check_hpz, divide, size_to_plan
 from kd.errors import UserError
 from kd.recipe import Recipe
 
@@ -58,3 +58,8 @@ def test_hpz_that_does_not_divide_a_node_is_refused(size: int, nodes: list[list[
 def test_hpz_is_refused_where_ranks_are_not_numbered_node_by_node() -> None:
     with pytest.raises(UserError, match="puts ranks 0 and 1 into one group, and they are on different nodes: number"):
         check(2, [[0, 2], [1, 3]])
+
+
+@pytest.mark.parametrize(("nodes", "size"), [([[0, 1], [2, 3]], (2, 2)), ([[0, 1, 2], [3]], (1, 4)), ([[0]], (1, 1))])
+def test_nodes_of_unequal_size_are_planned_as_one(nodes: list[list[int]], size: tuple[int, int]) -> None:
+    assert size_to_plan(nodes) == size

@@ -14,8 +14,7 @@ from kd.data.dataset import load_data
 from kd.data.loader import Loader
 from kd.data.tokenizers import load_tokenizers
 from kd.metrics import read_metrics
-from kd.plan import GPUS
-from kd.plan.gpus import find_gpu
+from kd.plan.gpus import GPUS, find_gpu
 from kd.plan.measured import PlanReport, plan_training
 from kd.plan.run import pair_of
 from kd.recipe import load_recipe
