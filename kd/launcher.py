@@ -1,12 +1,12 @@
 """DeepSpeed's launcher on this machine, for the commands that start a run themselves."""
 
 import os
-import socket
 import sys
 from pathlib import Path
 
 import torch
 
+from kd.ports import free_port
 from kd.recipe import Recipe
 
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
@@ -18,7 +18,7 @@ def local_launch(recipe: Recipe, script: Path) -> tuple[list[str], dict[str, str
     Without a GPU, or with DS_ACCELERATOR=cpu: two ranks on the CPU where the recipe's batch has two halves, or one.
     Raises UserError when the GPUs cannot divide the batch.
     """
-    environment, options = dict(os.environ), ["--master_port", os.environ.get("MASTER_PORT") or _free_port()]
+    environment, options = dict(os.environ), ["--master_port", os.environ.get("MASTER_PORT") or str(free_port())]
     num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
     if num_gpus:
         recipe.gradient_accumulation_steps(num_gpus)  # --num_gpus would make the launcher take the first ones
@@ -30,9 +30,3 @@ def local_launch(recipe: Recipe, script: Path) -> tuple[list[str], dict[str, str
         environment = {**defaults, **environment, "DS_ACCELERATOR": "cpu"}
         options += ["--num_gpus", str(num_ranks)]
     return [*LAUNCHER, *options, str(script)], environment
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

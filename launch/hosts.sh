@@ -143,15 +143,15 @@ done
 DS_ENV_FILE="$(realpath "${DS_ENV_FILE:-$launch/nodes.env}")"
 export DS_ENV_FILE
 export_nodes_env
-run="$(python "$launch/train.py" --print-run-dir "$@")"
+found="$(python "$launch/train.py" --print-run "$@")"
+run="${found%$'\n'*}"
 if [[ -e "$run/SUCCESS" ]]; then
   say "done already: $run/SUCCESS"
   exit 0
 fi
 
 master_addr="${MASTER_ADDR:-${hosts[0]}}"
-# One run, one port: a start finds what is left of the one before it. Below the ports that kernels give out.
-master_port="${MASTER_PORT:-$((20000 + $(realpath -m "$run" | cksum | cut -d ' ' -f 1) % 10000))}"
+master_port="${MASTER_PORT:-${found##*$'\n'}}" # the run's own: a start finds what is left of the one before it
 launchers="^[^ ]+ -u -m deepspeed.launcher.launch .*--master_addr=$master_addr --master_port=$master_port "
 # A host that does not answer for a minute has failed, and nothing asks for a password.
 export PDSH_RCMD_TYPE=ssh

@@ -33,7 +33,7 @@ def main() -> None:
     from kd.preflight.start import start_here, start_on_hosts
 
     if arguments.hostfile:
-        sys.exit(start_on_hosts(arguments.hostfile, sys.argv[1:]))
+        sys.exit(start_on_hosts(recipe, arguments.hostfile, sys.argv[1:]))
     sys.exit(start_here(recipe, sys.argv[1:]))
 
 

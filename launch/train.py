@@ -4,6 +4,7 @@ import sys
 
 from kd.cli import recipe_parser, run
 from kd.interruption import Interruption
+from kd.ports import port_of_run
 from kd.recipe import load_recipe
 
 
@@ -12,12 +13,12 @@ def main() -> None:
     parser = recipe_parser(__doc__)
     parser.add_argument("--resume", metavar="auto|PATH", help="continue from the newest whole checkpoint, or from PATH")
     parser.add_argument("--check", action="store_true", help="resolve, validate and print the recipe; train nothing")
-    parser.add_argument("--print-run-dir", action="store_true", help="print the run's folder; train nothing")
+    parser.add_argument("--print-run", action="store_true", help="print the run's folder and port; train nothing")
     parser.add_argument("--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.print_run_dir:
-        print(recipe.run_dir)
+    if arguments.print_run:
+        print(recipe.run_dir, port_of_run(recipe.run_dir), sep="\n")
         return
     if arguments.check:
         from kd.check import check_recipe

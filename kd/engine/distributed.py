@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from kd.engine.device import device_type
 from kd.errors import UserError
+from kd.ports import free_port
 
 T = TypeVar("T")
 
@@ -48,11 +48,8 @@ def find_ranks() -> None:
                 f"{name} = {os.environ[name]}, but RANK is not set: start one process per GPU with deepspeed or "
                 "torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each"
             )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> torch.device:

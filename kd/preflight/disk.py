@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from kd.engine.checkpoint import step_folders
 from kd.engine.distributed import on_rank_zero
 from kd.errors import UserError
 from kd.plan import MemoryPlan
@@ -45,12 +46,14 @@ def check_disk(plan: MemoryPlan) -> list[Check]:
             )
         ]
     shared = ok("shared folder", f"{folder}: all ranks read what rank 0 writes")
-    free = on_rank_zero(lambda: shutil.disk_usage(folder).free)
+    free, there = on_rank_zero(lambda: (shutil.disk_usage(folder).free, _bytes_of_run(plan.recipe.run_dir)))
+    needed = max(plan.disk_gib - there / GIB, plan.checkpoint_gib)
     needs = (
-        f"{size(free / GIB)} free in {folder}, {size(plan.disk_gib)} needed for {plan.recipe.training.keep_last + 2} "
-        f"checkpoints of {size(plan.checkpoint_gib)} and the exports"
+        f"{size(free / GIB)} free in {folder}, {size(needed)} needed: {size(plan.disk_gib)} for "
+        f"{plan.recipe.training.keep_last + 2} checkpoints of {size(plan.checkpoint_gib)} and the exports"
+        + (f", less {size(there / GIB)} that are there" if there else "")
     )
-    if free < plan.disk_gib * GIB:
+    if free < needed * GIB:
         return [shared, fail("free space", f"{needs}: make room, or lower training.keep_last")]
     return [shared, ok("free space", needs), _check_speed(plan, folder, free)]
 
@@ -75,6 +78,12 @@ def _problem_of(token: Path) -> str | None:
             if time.monotonic() > deadline:
                 return f"rank {dist.get_rank()} on {socket.gethostname()}: {error.strerror}"
             time.sleep(0.1)
+
+
+def _bytes_of_run(run_dir: Path) -> int:
+    """What a run has written already of what it needs room for."""
+    folders = [*step_folders(run_dir / "checkpoints"), run_dir / "export"]
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def _check_speed(plan: MemoryPlan, folder: Path, free: int) -> Check:

@@ -27,7 +27,8 @@ def check_port() -> Check:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        return fail("port", f"{address}:{port} is in use on {socket.gethostname()}: set MASTER_PORT to a free port")
+        where = f"{address}:{port} is in use on {socket.gethostname()}"
+        return fail("port", f"{where}: stop this run where it is at work, or set MASTER_PORT to a free port")
     return ok("port", f"{address}:{port} is free")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kd.errors import UserError
 from kd.launcher import LAUNCHER, local_launch
+from kd.ports import port_of_run
 from kd.preflight.check import Check, fail, ok
 from kd.recipe import ROOT, Recipe
 
@@ -25,11 +26,11 @@ def start_here(recipe: Recipe, arguments: list[str]) -> int:
     return subprocess.call([*command, *arguments], env=environment)
 
 
-def start_on_hosts(hostfile: Path, arguments: list[str]) -> int:
+def start_on_hosts(recipe: Recipe, hostfile: Path, arguments: list[str]) -> int:
     """Run preflight on all hosts of a hostfile, over pdsh and ssh as launch/hosts.sh does; returns a status.
 
-    MASTER_ADDR (the first host) and MASTER_PORT (29500) are taken from the environment, and the hosts' own variables
-    from launch/nodes.env, or the file that DS_ENV_FILE names. Raises UserError for a hostfile that is none.
+    MASTER_ADDR (the first host) and MASTER_PORT (the run's own) are taken from the environment, and the hosts' own
+    variables from launch/nodes.env, or the file that DS_ENV_FILE names. Raises UserError for a hostfile that is none.
     """
     hosts = read_hostfile(hostfile)
     with ThreadPoolExecutor(max_workers=32) as pool:
@@ -43,7 +44,7 @@ def start_on_hosts(hostfile: Path, arguments: list[str]) -> int:
     # force_multi: a hostfile of one host means that host, not this one.
     how = ["--hostfile", str(hostfile), "--force_multi", "--no_ssh_check"]
     how += ["--master_addr", os.environ.get("MASTER_ADDR", hosts[0])]
-    how += ["--master_port", os.environ.get("MASTER_PORT", "29500")]
+    how += ["--master_port", os.environ.get("MASTER_PORT") or str(port_of_run(recipe.run_dir))]
     command = [*LAUNCHER, *how, str(SCRIPT), *map(_through_pdsh, arguments)]
     return subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
 

@@ -102,6 +102,24 @@ def test_each_thing_that_is_wrong_is_a_line_with_its_remedy(recipe, small_disk):
 
 @pytest.mark.dist
 @pytest.mark.fault
+def test_checkpoints_that_are_there_need_no_room_again(recipe, tmp_path):
+    """Some 500 KiB are needed: 424 of 1024 are free, and the other 600 are at first not its own."""
+    with disk_of_its_own(tmp_path / "disk", "1m") as folder:
+        arguments = ("--set", f"run.output_dir={folder}", "--set", "run.name=continued")
+        assert statuses(preflight(recipe, *arguments).stdout)["free space"] == "ok"
+        other = folder / "other"
+        other.write_bytes(bytes(600 * 1024))
+        assert statuses(preflight(recipe, *arguments).stdout)["free space"] == "FAIL"
+        checkpoint = folder / "continued" / "checkpoints" / "step_4"
+        checkpoint.mkdir(parents=True)
+        other.rename(checkpoint / "states.pt")
+        line = line_of(preflight(recipe, *arguments).stdout, "free space")
+        assert line.startswith("ok")
+        assert "less 0.59 MiB that are there" in line
+
+
+@pytest.mark.dist
+@pytest.mark.fault
 def test_a_folder_that_is_not_shared_and_a_variable_that_did_not_arrive_are_found(recipe):
     """Rank 1 has a disk of its own at the place of run.output_dir, as a host without the mount has."""
     folder, port = recipe.parent / "runs", free_port()
