@@ -20,6 +20,7 @@ from kd.constants import DEFAULT_MFU
 from kd.data.loader import Loader
 from kd.engine.nodes import size_to_plan
 from kd.engine.zero3 import shard_bytes
+from kd.errors import UserError
 from kd.files import write_json
 from kd.metrics import peak_memory_gib
 from kd.plan.gpus import Gpu, find_gpu
@@ -41,8 +42,8 @@ def plan_training(recipe: Recipe, loader: Loader, nodes: list[list[int]]) -> Run
     sizes = {"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}
     try:
         return plan_run(recipe, epoch_lengths(loader), loader.steps_per_epoch, longest, **sizes)
-    except Exception as error:  # of a configuration that shapes were not tried on; a plan never ends a run
-        log.warning("no plan, and no FLOPs in the metrics: %s", error)
+    except Exception as error:  # a model whose shapes were not tried must not end a run that could be trained
+        log.warning("no plan, and no FLOPs in the metrics: %s", error, exc_info=not isinstance(error, UserError))
         return None
 
 

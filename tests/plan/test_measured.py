@@ -13,11 +13,12 @@ from kd.constants import DEFAULT_MFU
 from kd.data.dataset import load_data
 from kd.data.loader import Loader
 from kd.data.tokenizers import load_tokenizers
+from kd.errors import UserError
 from kd.metrics import read_metrics
 from kd.plan.gpus import GPUS, find_gpu
 from kd.plan.measured import PlanReport, plan_training
 from kd.plan.run import pair_of
-from kd.recipe import load_recipe
+from kd.recipe import Recipe, load_recipe
 
 NUM_STEPS = 8  # an epoch
 
@@ -73,10 +74,30 @@ def test_the_log_says_both_after_three_steps_and_at_the_end(run):
 
 
 @pytest.fixture
-def on_h100(tmp_path: Path) -> PlanReport:
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe(str(write_tiny_recipe(tmp_path)))
+
+
+@pytest.fixture
+def loader(recipe: Recipe) -> Loader:
+    return Loader(load_data(recipe, load_tokenizers(recipe)).train, 8, 2, seed=0, pad_token_id=0)
+
+
+@pytest.mark.parametrize(("error", "has_stack"), [(UserError("of no shape"), False), (KeyError("of no shape"), True)])
+def test_a_model_that_cannot_be_planned_does_not_end_a_run(recipe, loader, monkeypatch, caplog, error, has_stack):
+    def plan_nothing(*_: object, **__: object):
+        raise error
+
+    monkeypatch.setattr("kd.plan.measured.plan_run", plan_nothing)
+    assert plan_training(recipe, loader, [[0]]) is None
+    assert "no plan, and no FLOPs in the metrics" in caplog.text
+    assert "of no shape" in caplog.text
+    assert ("Traceback" in caplog.text) is has_stack
+
+
+@pytest.fixture
+def on_h100(recipe: Recipe, loader: Loader) -> PlanReport:
     """Of two nodes of two ranks, where time and batches are stated and nothing is trained."""
-    recipe = load_recipe(str(write_tiny_recipe(tmp_path)))
-    loader = Loader(load_data(recipe, load_tokenizers(recipe)).train, 8, 2, seed=0, pad_token_id=0)
     plan = plan_training(recipe, loader, [[0, 1], [2, 3]])
     assert plan is not None
     optimizer = SimpleNamespace(optimizer=SimpleNamespace(state={}))
