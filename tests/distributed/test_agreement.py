@@ -68,7 +68,11 @@ def test_every_rank_ends_with_the_rank_and_host_that_differs_each_fact_and_its_r
         "student's DeepSpeed JSON = {",
     ):
         assert fact in done.stderr
-    for remedy in ("install the same versions", "write the variable into launch/nodes.env", "start every host"):
+    for remedy in (
+        "install the same versions",
+        "write the variable into launch/nodes.env",
+        "start every host with the same command, from the same files",
+    ):
         assert done.stderr.count(remedy) == 1
     assert done.stdout == ""
 
