@@ -24,7 +24,7 @@ class Request:
     gpus_per_node: int
     tasks_per_node: int
     signal_seconds: int
-    gpu: str | None = None  # a key of kd.plan.GPU_GIB
+    gpu: str | None = None  # as kd.plan.gpus names it
     time: str | None = None
     partition: str | None = None
     account: str | None = None

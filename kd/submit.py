@@ -135,7 +135,8 @@ def _check_inputs_reach_the_job(recipe: Recipe) -> None:
 
 def _check_fits(recipe: Recipe, request: Request) -> str:
     """Whatever depends on the number of nodes and of ranks on each: the batch, and the memory of the GPUs."""
-    from kd.plan import GPU_GIB, memory_plan  # imports torch
+    from kd.plan import memory_plan  # imports torch
+    from kd.plan.gpus import named_gpu
 
     recipe.gradient_accumulation_steps(request.num_tasks)
     try:
@@ -144,7 +145,7 @@ def _check_fits(recipe: Recipe, request: Request) -> str:
         if request.gpu:
             raise
         return f"{recipe.run.name}: memory not planned: {error}"  # a model of which nothing is known here
-    problem = plan.verdict(GPU_GIB[request.gpu]) if request.gpu else None
+    problem = plan.verdict(named_gpu(request.gpu).gib) if request.gpu else None
     if problem:
         raise UserError(f"--gpu {request.gpu}: {problem}")
     return (

@@ -19,7 +19,6 @@ GPUS = {
     "b200": Gpu(179.0, 2250.0, "NVIDIA B200"),
     "l40s": Gpu(45.0, 362.0, "NVIDIA L40S"),
 }
-GPU_GIB = {name: gpu.gib for name, gpu in GPUS.items()}
 
 
 def named_gpu(name: str) -> Gpu:
