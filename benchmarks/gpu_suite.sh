@@ -51,7 +51,7 @@ stop() {
 read_place() {
   local place lines
   place="$(python3 -c '
-from kd.metrics import environment
+from kd.runs.environment import environment
 here = environment()
 print(", ".join(here["gpus"]), here["commit"] or "", sep="\n")')" || stop "kd cannot be imported here, see above"
   mapfile -t lines <<<"$place"

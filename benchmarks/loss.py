@@ -33,7 +33,7 @@ from measure import errors, forward_backward, peak_of_call, times_and_floors
 from peers import BETA, PEERS, Peer, Shape, make_problem
 
 from kd.files import write_json, write_text
-from kd.metrics import environment
+from kd.runs.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --output DIR [--keep 4096,2048] [--device cuda|cpu] [--small]
 
 Both models have the real shapes and random weights, made on the device. They stand in the recipe's ZeRO-3 engines, and
-what is timed is kd.train.train_step() itself, on one rank: nothing is communicated. DIR/train_step.json and .md are
+what is timed is kd.training.loop.train_step() itself, on one rank: nothing is communicated. DIR/train_step.json and .md are
 written after each length; lengths that they hold for the same commit, hardware and settings are not repeated.
 """
 
@@ -28,23 +28,25 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from kd.cli import run
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
-from kd.engine.device import device_type
-from kd.engine.distributed import init_distributed, initialize
+from kd.distributed.device import device_type
+from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import is_bf16, student_ds_config, teacher_ds_config
+from kd.engine.initialize import initialize
 from kd.engine.zero3 import num_parameters, shard_bytes
 from kd.errors import UserError
 from kd.files import write_json, write_text
 from kd.logs import configure_logging
-from kd.metrics import environment, peak_memory_gib
-from kd.models.distiller import Distiller
 from kd.models.head import backbone
-from kd.models.load import choose_attention
-from kd.models.teacher import TeacherModule, ZeroTeacher
+from kd.models.loading import choose_attention
+from kd.models.student import Distiller
 from kd.plan import flops
 from kd.plan.gpus import find_gpu
 from kd.plan.shapes import config_shapes
 from kd.recipe import ModelSection, Recipe, load_recipe
-from kd.train import train_step
+from kd.runs.environment import environment
+from kd.teachers.live import TeacherModule, ZeroTeacher
+from kd.training.loop import train_step
+from kd.training.metrics import peak_memory_gib
 
 RECIPE = "qwen7b_to_1p5b"
 # One rank's share of the recipe's 32 sequences on 8 GPUs: the optimizer's part of a step is what it is there.
@@ -169,7 +171,7 @@ def is_same(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
 
 
 def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
-    """Both models with random weights, in engines as kd.build makes them. Raises UserError when they do not fit."""
+    """Both models with random weights, in engines as kd.training.build makes them. Raises UserError when they do not fit."""
     started = time.perf_counter()
     assert recipe.teacher is not None
     configs = model_configs(small)
@@ -378,7 +380,7 @@ def count_flops(pair: Pair, recipe: Recipe, batches: list[Batch]) -> dict[str, f
     teacher, student = (config_shapes(pair.configs[role]) for role in ("teacher", "student"))
     padded_N = np.repeat([batch.input_ids.shape[1] for batch in batches], [len(batch.input_ids) for batch in batches])
     supervised_N = np.array([batch.num_supervised for batch in batches])
-    shapes = flops.Pair(student, teacher, recipe.student.gradient_checkpointing)
+    shapes = flops.PairShapes(student, teacher, recipe.student.gradient_checkpointing)
     step = shapes.step_flops(padded_N, supervised_N, len(padded_N))
     forward, backward = step.student / 3, step.student * 2 / 3
     return {

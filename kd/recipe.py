@@ -30,11 +30,11 @@ Attention = Literal["auto", "flash_attention_4", "flash_attention_3", "flash_att
 SectionName = Literal["prompt", "cot", "answer"]
 
 
-class Section(BaseModel):
+class RecipeSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class RunSection(Section):
+class RunSection(RecipeSection):
     name: str = Field("", description="folder of the run inside output_dir; the recipe's name when empty")
     output_dir: str = "runs"
     seed: int = 0
@@ -46,7 +46,7 @@ class RunSection(Section):
     )
 
 
-class ModelSection(Section):
+class ModelSection(RecipeSection):
     model: str = Field(description="a local folder or a hub id")
     revision: str | None = None
     attention: Attention = Field("auto", description="auto: the best that transformers reports as available")
@@ -66,7 +66,7 @@ class StudentSection(ModelSection):
     gradient_checkpointing: bool = True
 
 
-class DataSection(Section):
+class DataSection(RecipeSection):
     source: Literal["local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"] = "local"
     path: str | None = Field(None, description="local JSONL or Parquet file, or a hub id; each hub source has its own")
     revision: str | None = None
@@ -102,7 +102,7 @@ class DataSection(Section):
         return self
 
 
-class TruncationSection(Section):
+class TruncationSection(RecipeSection):
     keep_fraction: Annotated[
         float, Field(gt=0.0, le=1.0, description="of all tokens, prompt included, rounded down")
     ] = 1.0
@@ -115,7 +115,7 @@ class TruncationSection(Section):
     max_full_tokens: Positive | None = Field(None, description="examples longer than this, untruncated, are dropped")
 
 
-class LossSection(Section):
+class LossSection(RecipeSection):
     divergence: Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"] = (
         "forward_kl"
     )
@@ -136,7 +136,7 @@ class LossSection(Section):
         return self
 
 
-class TrainingSection(Section):
+class TrainingSection(RecipeSection):
     epochs: Positive = 1
     max_steps: Positive | None = Field(None, description="optimizer steps; replaces epochs when set")
     global_batch_size: Positive = Field(8, description="sequences per optimizer step, over all ranks")
@@ -155,7 +155,7 @@ class TrainingSection(Section):
     keep_last: Positive = Field(2, description="checkpoints kept besides the best one")
 
 
-class EvaluationSection(Section):
+class EvaluationSection(RecipeSection):
     path: str | None = Field(None, description="local JSONL of problems: prompt, answer")
     tasks: tuple[str, ...] = Field((), description="public benchmarks, of kd/evaluate/tasks.py")
     judge: Literal["math", "exact"] = "math"
@@ -165,18 +165,18 @@ class EvaluationSection(Section):
     batch_size: Positive = 16
 
 
-class MonitorSection(Section):
+class MonitorSection(RecipeSection):
     tensorboard: bool = False
     csv: bool = False
     wandb_project: str | None = None
 
 
-class DeepSpeedSection(Section):
+class DeepSpeedSection(RecipeSection):
     student: str = Field("zero3_bf16.json", description="a file of ds_configs/, or a path")
     teacher: str = "zero3_teacher.json"
 
 
-class Recipe(Section):
+class Recipe(RecipeSection):
     run: RunSection = RunSection()
     teacher: TeacherSection | None = Field(None, description="absent: plain fine-tuning, loss.kd_weight must be 0")
     student: StudentSection
@@ -333,7 +333,7 @@ def _check_keys(where: str, layer: dict[str, Any]) -> None:
                 raise UserError(f"{where}: unknown key {section}.{key}.{_nearest(key, fields)}")
 
 
-def _section_model(section: str) -> type[Section]:
+def _section_model(section: str) -> type[RecipeSection]:
     return TeacherSection if section == "teacher" else Recipe.model_fields[section].annotation  # type: ignore[return-value]
 
 

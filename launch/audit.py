@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kd.audit.audit import audit_data
+from kd.audit.audit_tables import print_audit, print_previews
+from kd.audit.data_audit import audit_data
 from kd.audit.preview import preview
-from kd.audit.tables import print_audit, print_previews
 from kd.cli import recipe_parser, run
 from kd.data.dataset import load_data
 from kd.data.tokenizers import load_tokenizers

@@ -26,7 +26,7 @@ pair=(--set "teacher.model=$models/teacher" --set "student.model=$models/student
 traces_file="build/tiny/traces_${traces}_$(sha256sum "$models/teacher/model.safetensors" | cut -c 1-8).jsonl"
 
 say "1. problems: distinct sets for training, selection and report"
-python -m kd.tasks.arithmetic --output build/tiny
+python -m kd.demo.arithmetic --output build/tiny
 
 say "2. traces: the teacher solves $traces training problems"
 OMP_NUM_THREADS=2 python launch/generate.py --recipe "$recipe" "${pair[@]}" \

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.check import check_evaluation
 from kd.cli import recipe_parser, run
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
-from kd.evaluate.backends import Subject, choose_backend, make_subject
-from kd.evaluate.evaluate import ProblemSet, evaluate, local_problems, task_problems
-from kd.evaluate.generate import sampling_of
+from kd.evaluate.evaluation import ProblemSet, evaluate, local_problems, task_problems
 from kd.evaluate.harness import evaluate_with_harness
-from kd.evaluate.report import table
+from kd.evaluate.results import table
+from kd.evaluate.tasks import check_evaluation
+from kd.generation.backends import Subject, choose_backend, make_subject
+from kd.generation.sampling import sampling_of
 from kd.hub import resolve
 from kd.logs import configure_logging
 from kd.recipe import ModelSection, Recipe, load_recipe

@@ -16,10 +16,10 @@ from typing import Any
 from kd.cli import recipe_parser, run
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
-from kd.evaluate.generate import Response, Sampling, generate_batch, sampling_of
-from kd.evaluate.load import load_generator, weights_sha256
 from kd.evaluate.problems import Problem, load_problems, render_prompts
-from kd.evaluate.traces import TraceFile, split_response
+from kd.generation.generator import load_generator, weights_sha256
+from kd.generation.journal import TraceFile, split_response
+from kd.generation.sampling import Response, Sampling, generate_batch, sampling_of
 from kd.logs import configure_logging
 from kd.recipe import DataSection, Recipe, TeacherSection, load_recipe
 

@@ -28,7 +28,7 @@ def main() -> None:
         report = make_report(arguments)
     if arguments.json:
         write_json(arguments.json, report)
-    from kd.plan.table import print_report  # the package imports torch
+    from kd.plan.plan_table import print_report  # the package imports torch
 
     print_report(report)
 
@@ -53,10 +53,10 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """The plans as JSON. Raises UserError for a bad argument, and for a recipe of which nothing can be planned."""
     keep_fractions = check_arguments(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from kd.plan.cost import plan_run
     from kd.plan.gpus import named_gpu  # the package imports torch
     from kd.plan.lengths import find_traces, state_traces
-    from kd.plan.plan import changed
-    from kd.plan.run import plan_run
+    from kd.plan.memory import changed
 
     gpu = named_gpu(arguments.gpu) if arguments.gpu else None
     figures = arguments.mean_tokens, arguments.max_tokens, arguments.rows

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--min-bandwidth", type=float, default=0.0, metavar="GB/S", help="fail below it")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from kd.engine.distributed import is_rank  # imports torch and deepspeed
+    from kd.distributed.process_group import is_rank  # imports torch and deepspeed
 
     if is_rank():
         from kd.logs import configure_logging

@@ -23,7 +23,7 @@ def main() -> None:
     configure_logging(rank=0)
     axes = parse_axes(arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross)
     study = make_study(arguments.recipe, arguments.overrides, axes, arguments.output)
-    from kd.study.run import Runner, check_study  # imports torch and transformers
+    from kd.study.runner import Runner, check_study  # imports torch and transformers
 
     if arguments.dry_run:
         check_study(study)

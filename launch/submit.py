@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 from kd.cli import axis_arguments, run
+from kd.cluster.sbatch import JobRequest
+from kd.cluster.submit import Submission, prepare, read_recipes, submit
 from kd.errors import UserError
 from kd.recipe import Recipe
-from kd.sbatch import Request
 from kd.study.cells import Axes, Study, make_study, parse_axes, write_study
-from kd.submit import Submission, prepare, read_recipes, submit
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def unfinished(study: Study) -> tuple[Recipe, ...]:
     return recipes
 
 
-def request_of(arguments: argparse.Namespace) -> Request:
+def request_of(arguments: argparse.Namespace) -> JobRequest:
     if arguments.gpus_per_node < 0 or (arguments.gpus_per_node == 0) != (arguments.tasks_per_node is not None):
         raise UserError(
             f"--gpus-per-node {arguments.gpus_per_node}: a node has a rank per GPU; for 0, and for 0 alone, say how "
@@ -102,7 +102,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         if not Path(container).exists():
             raise UserError(f"--container {container}: no such image; write a .sif file, a folder or docker://NAME")
         container = str(Path(container).absolute())
-    return Request(
+    return JobRequest(
         gpu=arguments.gpu,
         num_nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,

@@ -10,8 +10,8 @@ export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PA
 seed="${1:?usage: tiny_from_scratch.sh SEED}"
 build=build/tiny_scratch
 rm -rf "$build" runs/scratch
-python -m kd.tasks.arithmetic --output "$build" --seed "$seed"
-python -m kd.tasks.tiny_models --output "$build/assets"
+python -m kd.demo.arithmetic --output "$build" --seed "$seed"
+python -m kd.demo.tiny_models --output "$build/assets"
 for model in teacher student_base; do
   for stage in 1 2; do
     OMP_NUM_THREADS=1 deepspeed --num_gpus 2 --no_local_rank launch/train.py \
@@ -21,4 +21,4 @@ for model in teacher student_base; do
 done
 OMP_NUM_THREADS=2 python launch/evaluate.py --recipe tiny_scratch_teacher_2 --output "$build/scores" \
   --model "$build/assets/teacher" --label teacher --model "$build/assets/student_base" --label student_base
-python -m kd.tasks.manifest --assets "$build/assets" --problem-sets "$build" --scores "$build/scores" --seed "$seed"
+python -m kd.demo.manifest --assets "$build/assets" --problem-sets "$build" --scores "$build/scores" --seed "$seed"

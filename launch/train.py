@@ -3,8 +3,8 @@
 import sys
 
 from kd.cli import recipe_parser, run
-from kd.interruption import Interruption
-from kd.ports import port_of_run
+from kd.distributed.interruption import Interruption
+from kd.distributed.ports import port_of_run
 from kd.recipe import load_recipe
 
 
@@ -21,13 +21,13 @@ def main() -> None:
         print(recipe.run_dir, port_of_run(recipe.run_dir), sep="\n")
         return
     if arguments.check:
-        from kd.check import check_recipe
+        from kd.runs.check import check_recipe
 
         check_recipe(recipe)
         print(recipe.model_dump_json(indent=2))
         print(f"ok: results will be in {recipe.run_dir}", file=sys.stderr)
         return
-    from kd.train import train  # after --check: it imports torch, transformers and deepspeed
+    from kd.training.loop import train  # after --check: it imports torch, transformers and deepspeed
 
     train(recipe, interruption, resume=arguments.resume)
 

@@ -101,14 +101,14 @@ def save_tiny_model(folder: Path, *, seed: int, kind: str = "qwen3", **changes: 
 
 def write_tiny_recipe(folder: Path, *, num_rows: int = 80) -> Path:
     """A recipe on random models with the embedded task's tokenizer and traces; returns its TOML file."""
-    from kd.tasks.arithmetic import ProblemSet, draw_rows
+    from kd.demo.arithmetic import ArithmeticSet, draw_rows
 
     for seed, (role, layers) in enumerate({"teacher": 2, "student": 1}.items()):
         assets = ROOT / "recipes" / "assets" / "tiny" / ("teacher" if role == "teacher" else "student_base")
         shutil.copytree(assets, folder / role, ignore=shutil.ignore_patterns("*.safetensors"))
         vocab_size = json.loads((assets / "config.json").read_text())["vocab_size"]
         save_tiny_model(folder / role, seed=seed, vocab_size=vocab_size, num_hidden_layers=layers)
-    rows = draw_rows(ProblemSet("training", num_rows), seed="test")
+    rows = draw_rows(ArithmeticSet("training", num_rows), seed="test")
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = folder / "tiny_test.toml"
     recipe.write_text(f"""\

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd.constants import IGNORE_INDEX
-from kd.data.cells import NUM_POSITIONS, cells_of
 from kd.data.dataset import Examples
+from kd.data.regions import NUM_POSITIONS, regions_of
 from kd.data.truncate import SECTIONS, IntArray, count_candidates, count_in_sections
 
 MAX_BINS = 12
@@ -38,7 +38,7 @@ class LengthSummary:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class TraceLengths:
     """Bin i of a histogram counts the lengths in [edges[i], edges[i + 1]), all of one width."""
 
     whole: LengthSummary
@@ -59,10 +59,10 @@ def count_tokens(examples: Examples) -> dict[str, TokenCounts]:
     return dict(zip((*SECTIONS, "total"), (*counts, total), strict=True))
 
 
-def measure_lengths(examples: Examples) -> Lengths:
+def measure_lengths(examples: Examples) -> TraceLengths:
     whole_N, kept_N = examples.num_tokens_N3.sum(axis=1), examples.num_read_tokens
     edges_E = _edges(int(whole_N.max()))
-    return Lengths(
+    return TraceLengths(
         whole=_summarise(whole_N),
         kept=_summarise(kept_N),
         edges=tuple(edges_E.tolist()),
@@ -80,7 +80,7 @@ def _count_supervised(examples: Examples) -> IntArray:
     for i in range(len(examples)):
         example = examples[i]
         supervised = example.read_start + np.flatnonzero(example.labels != IGNORE_INDEX)
-        count_3 += np.bincount(cells_of(supervised, example.num_tokens_3) // NUM_POSITIONS, minlength=len(SECTIONS))
+        count_3 += np.bincount(regions_of(supervised, example.num_tokens_3) // NUM_POSITIONS, minlength=len(SECTIONS))
     return count_3
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from kd.constants import IGNORE_INDEX
-from kd.data.cells import cells_of
 from kd.data.dataset import Example
+from kd.data.regions import regions_of
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Batch:
     """B sequences of L tokens; all tensors int64.
 
     labels are already shifted: labels[b, t] is the token that hidden state t predicts, or IGNORE_INDEX.
-    row_index lists the supervised positions as flat indices into B * L, in rising order; cell_index, aligned with it,
-    tells where in its whole trace each predicted token stands (kd.data.cells).
+    row_index lists the supervised positions as flat indices into B * L, in rising order; region_index, aligned with it,
+    tells where in its whole trace each predicted token stands (kd.data.regions).
     """
 
     input_ids: torch.Tensor  # (B, L)
     labels: torch.Tensor  # (B, L)
     row_index: torch.Tensor  # (num_supervised,)
-    cell_index: torch.Tensor  # (num_supervised,)
+    region_index: torch.Tensor  # (num_supervised,)
     num_input_tokens: int  # without padding
     ids: tuple[int, ...]  # dataset row of each sequence
 
@@ -36,11 +36,11 @@ class Batch:
         return self.row_index.numel()
 
     def to(self, device: torch.device | str) -> "Batch":
-        input_ids, labels, row_index, cell_index = (
+        input_ids, labels, row_index, region_index = (
             tensor.to(device, non_blocking=True)
-            for tensor in (self.input_ids, self.labels, self.row_index, self.cell_index)
+            for tensor in (self.input_ids, self.labels, self.row_index, self.region_index)
         )
-        return replace(self, input_ids=input_ids, labels=labels, row_index=row_index, cell_index=cell_index)
+        return replace(self, input_ids=input_ids, labels=labels, row_index=row_index, region_index=region_index)
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, pad_to_multiple_of: int = 1) -> Batch:
@@ -53,18 +53,18 @@ def collate(examples: Sequence[Example], pad_token_id: int, pad_to_multiple_of: 
     shape = (max(len(examples), 1), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    cells = [np.empty(0, dtype=np.int64)]
+    regions = [np.empty(0, dtype=np.int64)]
     for i, example in enumerate(examples):
         length = len(example.input_ids)
         input_ids[i, :length] = torch.from_numpy(example.input_ids)
         labels[i, : length - 1] = torch.from_numpy(example.labels[1:])
         predicted = 1 + np.flatnonzero(example.labels[1:] != IGNORE_INDEX)
-        cells.append(cells_of(example.read_start + predicted, example.num_tokens_3))
+        regions.append(regions_of(example.read_start + predicted, example.num_tokens_3))
     return Batch(
         input_ids=input_ids,
         labels=labels,
         row_index=(labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
-        cell_index=torch.from_numpy(np.concatenate(cells)),
+        region_index=torch.from_numpy(np.concatenate(regions)),
         num_input_tokens=sum(len(example.input_ids) for example in examples),
         ids=tuple(example.row for example in examples),
     )

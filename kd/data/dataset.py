@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from kd.data.report import DataReport, FileReport, SplitReport
-from kd.data.rows import find_rows
+from kd.data.account import DataReport, FileReport, SplitReport
 from kd.data.sources import SOURCES
 from kd.data.tokenised import tokenise_rows
+from kd.data.trace_rows import find_rows
 from kd.data.truncate import IntArray, Windows, count_supervised, make_labels, plan_windows
 from kd.errors import NothingToLearn, UserError
 from kd.recipe import Recipe

@@ -13,10 +13,10 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerFast
 
-from kd.data.report import ReadReport
-from kd.data.rows import Rows, parse
+from kd.data.account import ReadReport
 from kd.data.sections import render, tokenise
 from kd.data.sources import SOURCES, BadRow, read_row
+from kd.data.trace_rows import TraceRows, parse
 from kd.errors import UserError
 from kd.recipe import DataSection
 
@@ -35,7 +35,7 @@ _OTHER_TASK = "row of another task"
 
 
 def tokenise_rows(
-    rows: Rows, data: DataSection, tokenizer: PreTrainedTokenizerFast
+    rows: TraceRows, data: DataSection, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[datasets.Dataset, ReadReport]:
     """All rows, tokenised now or by an earlier run that left them in data.cache_dir; row i of the table is row i.
 
@@ -57,7 +57,7 @@ def tokenise_rows(
     return table, report
 
 
-def _cache_key(rows: Rows, data: DataSection, tokenizer: PreTrainedTokenizerFast) -> str:
+def _cache_key(rows: TraceRows, data: DataSection, tokenizer: PreTrainedTokenizerFast) -> str:
     """Truncation, sections of the loss, filters and seeds are left out: they change no token."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     facts = {
@@ -74,7 +74,7 @@ def _cache_key(rows: Rows, data: DataSection, tokenizer: PreTrainedTokenizerFast
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _build(folder: Path, rows: Rows, data: DataSection, tokenizer: PreTrainedTokenizerFast) -> None:
+def _build(folder: Path, rows: TraceRows, data: DataSection, tokenizer: PreTrainedTokenizerFast) -> None:
     """Written aside and renamed: never half a cache, and of two processes that race one wins and none is harmed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))

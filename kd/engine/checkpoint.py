@@ -21,8 +21,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kd.engine.device import device_type
-from kd.engine.distributed import on_rank_zero
+from kd.distributed.device import device_type
+from kd.distributed.process_group import on_rank_zero
 from kd.engine.universal import universal_checkpoint
 from kd.errors import UserError
 from kd.files import write_json

@@ -108,6 +108,26 @@ def hpz_size(config: dict[str, Any]) -> int:
     return config["zero_optimization"].get("zero_hpz_partition_size", 1)
 
 
+def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: list[list[int]]) -> None:
+    """Raise UserError unless each of hpZ's groups, consecutive ranks as DeepSpeed divides them, stays in one node."""
+    size = hpz_size(ds_config)
+    where = f"deepspeed.student = {recipe.deepspeed.student!r}: zero_hpz_partition_size = {size}"
+    if any(len(ranks) % size for ranks in nodes):
+        counts = sorted({len(ranks) for ranks in nodes})
+        raise UserError(
+            f"{where} does not divide the ranks of every node ({' and '.join(map(str, counts))}): "
+            "set it to the number of ranks per node, or to a divisor of it"
+        )
+    node_of = {rank: node for node, ranks in enumerate(nodes) for rank in ranks}
+    for rank, node in sorted(node_of.items()):
+        first = rank - rank % size
+        if node_of[first] != node:
+            raise UserError(
+                f"{where} puts ranks {first} and {rank} into one group, and they are on different nodes: number the "
+                "ranks node by node (srun --distribution=block)"
+            )
+
+
 def _stage(config: dict[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from kd.engine.distributed import on_rank_zero
+from kd.distributed.interruption import SIGNALS
+from kd.distributed.process_group import on_rank_zero
 from kd.errors import UserError
-from kd.interruption import SIGNALS
 
 
 @contextlib.contextmanager

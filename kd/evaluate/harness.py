@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from kd.errors import UserError
-from kd.evaluate.backends import Subject, version_of
-from kd.evaluate.generate import Response
-from kd.evaluate.load import weights_sha256
 from kd.evaluate.problems import Problem
-from kd.evaluate.report import response_rows, results, write_evaluation
-from kd.evaluate.responses import fingerprint
+from kd.evaluate.results import response_rows, results, write_evaluation
 from kd.evaluate.score import Verdict, summarise
+from kd.generation.backends import Subject, version_of
+from kd.generation.generator import weights_sha256
+from kd.generation.responses import fingerprint
+from kd.generation.sampling import Response
 from kd.hub import resolve
 from kd.recipe import Recipe
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from kd.evaluate.generate import Response
 from kd.evaluate.judge import MathJudge
+from kd.generation.sampling import Response
 from kd.recipe import EvaluationSection
 
 BOXED = "\\boxed{"

@@ -13,6 +13,7 @@ from kd.constants import EXIT_USER_ERROR
 from kd.errors import UserError
 from kd.evaluate.problems import Problem, check_limit
 from kd.hub import hub_errors
+from kd.recipe import Recipe
 
 if TYPE_CHECKING:
     import datasets
@@ -74,6 +75,17 @@ def parse_tasks(names: Iterable[str]) -> list[str]:
     if not names:
         raise UserError(f"--tasks: name at least one of {', '.join(TASKS)}")
     return names
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Raises UserError when the recipe names nothing to evaluate on, or no task of that name."""
+    if recipe.evaluation.tasks:
+        parse_tasks(recipe.evaluation.tasks)
+    elif recipe.evaluation.path is None:
+        raise UserError(
+            "evaluation.path is not set, nor is evaluation.tasks: name a JSONL file of problems (prompt, answer), or "
+            "tasks of kd/evaluate/tasks.py, as in --set 'evaluation.tasks=[\"math500\"]'"
+        )
 
 
 def load_task(name: str, limit: int | None = None) -> list[Problem]:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from kd.losses.chunk_plan import ChunkPlan
 from kd.losses.heads import addmm_, gradient_view, logits_buffer, product
 from kd.losses.inputs import Inputs
-from kd.losses.rows import DIAGNOSTICS, RowFunction, Rows, RowSpec
+from kd.losses.row_functions import DIAGNOSTICS, RowFunction, Rows, RowSpec
 from kd.losses.sharding import all_ranks_sum_
 
 # of student hidden states, head weight and head bias; None where none is required

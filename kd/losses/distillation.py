@@ -24,7 +24,7 @@ from kd.losses.heads import Projection
 from kd.losses.inputs import Inputs, supervised_inputs
 from kd.losses.objective import Divergence, Objective
 from kd.losses.reference import reference_diagnostics, reference_loss
-from kd.losses.rows import RowFunction, torch_rows
+from kd.losses.row_functions import RowFunction, torch_rows
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ of these is at most that of the full distributions (data-processing inequality),
 Shapes: ... any leading shape, N supervised rows, C rows of a chunk, B rows of a block of it, K tokens of the teacher,
 O = K + 1 outcomes, V vocabulary, H hidden size.
 
-Gradient. With w and q over outcomes as in `kd.losses.rows`, g = w - q * sum(w) is the gradient in the logit of an
+Gradient. With w and q over outcomes as in `kd.losses.row_functions`, g = w - q * sum(w) is the gradient in the logit of an
 outcome; a token of the tail has the share softmax(s / T) within the tail of the last outcome's.
 """
 
@@ -24,7 +24,7 @@ from kd.losses.heads import Projection, finish_logits, logits_backward_
 from kd.losses.inputs import Inputs, supervised_inputs
 from kd.losses.objective import Divergence, Objective
 from kd.losses.reference import reference_logits, top_k_kd_rows
-from kd.losses.rows import DIVERGENCE, add_ce_gradient_, block_rows
+from kd.losses.row_functions import DIVERGENCE, add_ce_gradient_, block_rows
 from kd.losses.sharding import gather_labels, softmax
 
 TAILS = ("bucket", "ignore")

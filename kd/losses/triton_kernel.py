@@ -383,7 +383,7 @@ def _from_sums(means, parameter, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def _terms(log_p, log_q, q, parameter, DIVERGENCE: tl.constexpr):
-    """The terms of a mixture's divergence, zero for others, and w, as `kd.losses.rows` derives them."""
+    """The terms of a mixture's divergence, zero for others, and w, as `kd.losses.row_functions` derives them."""
     value = q * 0.0
     if DIVERGENCE == "forward_kl":
         w = -tl.exp(log_p)

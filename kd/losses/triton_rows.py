@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from kd.losses.heads import Projection
-from kd.losses.rows import Rows, RowSpec
+from kd.losses.row_functions import Rows, RowSpec
 from kd.losses.sharding import VocabShard
 from kd.losses.triton_kernel import NUM_SUMS, row_kernel
 

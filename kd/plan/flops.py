@@ -29,7 +29,7 @@ class StepFlops:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairShapes:
     """What the FLOPs of a run depend on, its lengths apart."""
 
     student: ModelShapes

@@ -13,7 +13,7 @@ from kd.data.loader import Loader
 from kd.data.tokenizers import load_tokenizers
 from kd.data.truncate import IntArray, count_supervised, plan_windows
 from kd.errors import UserError
-from kd.plan.plan import changed
+from kd.plan.memory import changed
 from kd.plan.shapes import model_shapes
 from kd.recipe import Recipe
 

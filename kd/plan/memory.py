@@ -1,94 +1,136 @@
-"""What one rank holds in a step: what each model holds (zero.py) and its layers keep for backward (activations.py),
-put together for the moments of kd.train.train_step. Upper bounds: what a plan says will fit should fit.
-"""
+"""The memory of a run, on its GPUs, its hosts and its disk, and what would make it fit."""
 
-import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
-import torch
+from kd.engine.ds_config import is_zero3, read_ds_config
+from kd.errors import UserError
+from kd.plan.activations import num_tokens_read, saved_activations
+from kd.plan.rank_memory import GIB, RankMemory, rank_memory
+from kd.plan.shapes import model_shapes
+from kd.plan.zero_memory import ZeroEngine
+from kd.recipe import Recipe
 
-from kd.losses.chunk_plan import plan_chunks
-from kd.plan.activations import layer_activations, saved_activations
-from kd.plan.zero import ZeroEngine
-from kd.recipe import LossSection, Recipe
-
-GIB = 2**30
+# Beside what tensors take: the CUDA context, NCCL's buffers, and what the allocator cannot use.
+RESERVED_GIB = 3.0
+MAX_NODES_FACTOR = 16
 
 
 @dataclass(frozen=True)
-class RankMemory:
-    """GiB that a rank holds on its GPU: five parts for the whole run, three at the moment that takes most."""
+class MemoryPlan:
+    """What a run of `recipe` on num_nodes * gpus_per_node ranks takes, in GiB."""
 
-    teacher_shard: float
-    student_weights: float
-    gradients: float
-    optimizer: float
-    communication: float  # buckets in which gradients are reduced
-    gathered: float  # weights that are whole for a while, both lm_heads among them
-    activations: float  # saved for backward, recomputed in it, and the teacher's hidden states
-    loss: float  # chunks of logits, and the gradients of hidden states and head
+    recipe: Recipe
+    num_nodes: int
+    gpus_per_node: int
+    num_tokens: int  # read of the longest sequence
+    gib_per_rank: RankMemory
+    moment: str  # of a step, which takes most
+    gather_peak_gib: float  # weights that are whole at a time, at most: perhaps at another moment
+    activations_checkpointed_gib: float
+    activations_whole_gib: float
+    checkpoint_gib: float
+    disk_gib: float  # training.keep_last checkpoints, the best, one being written; two exports, one being written
+    host_gib: float  # of a node: while the larger model is loaded, or with offloaded states
+    received_gib_per_step: float  # by a rank in one optimizer step: weights, and gradients
 
     @property
-    def total(self) -> float:
-        return sum(dataclasses.astuple(self))
+    def total_gib(self) -> float:
+        return self.gib_per_rank.total
+
+    def verdict(self, gpu_gib: float) -> str | None:
+        """None where the run fits on GPUs of gpu_gib, else a sentence with what would make it fit."""
+        if self._fits(gpu_gib):
+            return None
+        needs = (
+            f"{self.total_gib:.1f} GiB per GPU, most of it in {self.moment}, and {RESERVED_GIB:.0f} GiB for CUDA "
+            f"itself do not fit in {gpu_gib:.1f} GiB"
+        )
+        for factor, changes in itertools.product(range(1, MAX_NODES_FACTOR + 1), _settings(self.recipe)):
+            num_nodes = self.num_nodes * factor
+            try:
+                other = memory_plan(changed(self.recipe, changes), num_nodes, self.gpus_per_node)
+            except UserError:
+                continue  # more ranks than its global batch can be divided over
+            if other._fits(gpu_gib):
+                words = [f"{key} = {json.dumps(value)}" for key, value in changes.items()]
+                words += [f"{num_nodes} nodes"] if factor > 1 else []
+                return f"{needs}; {' and '.join(words)} would do ({other.total_gib:.1f} GiB)"
+        return f"{needs}, whatever is set: take larger GPUs, or lower truncation.max_full_tokens"
+
+    def _fits(self, gpu_gib: float) -> bool:
+        return self.total_gib + RESERVED_GIB <= gpu_gib
 
 
-def rank_memory(
-    recipe: Recipe, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int
-) -> tuple[RankMemory, str, float]:
-    """What a rank holds when a step takes most, the moment when it does, and GiB that are gathered at most, perhaps at
-    another one. num_tokens: of a micro-batch."""
-    moments = _moments(recipe, student, teacher, num_tokens)
-    moment = max(moments, key=lambda moment: sum(moment[1:]))
-    parts = (
-        teacher.weight_bytes if teacher else 0,
-        student.weight_bytes,
-        student.gradient_bytes + moment.gradients,
-        student.optimizer_bytes,
-        student.bucket_bytes,
-        moment.gathered,
-        moment.activations,
-        moment.loss,
+def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> MemoryPlan:
+    """The memory of a run. Sequences are as long as the recipe lets pass: what its truncation leaves of
+    max_full_tokens, or, where it states none, of all positions that the student has.
+
+    Raises UserError for a recipe whose files are missing or whose global batch cannot be divided over the ranks.
+    """
+    world_size = num_nodes * gpus_per_node
+    accumulation = recipe.gradient_accumulation_steps(world_size)
+    student = ZeroEngine(model_shapes(recipe.student, role="student"), read_ds_config(recipe, "student"), world_size)
+    teacher = None
+    if recipe.teacher is not None:
+        num_sharing = gpus_per_node if recipe.teacher.shard == "node" else world_size
+        shapes = model_shapes(recipe.teacher, role="teacher")
+        teacher = ZeroEngine(shapes, read_ds_config(recipe, "teacher"), num_sharing)
+    num_tokens = num_tokens_read(
+        recipe.truncation, recipe.truncation.max_full_tokens or student.shapes.max_position_embeddings
     )
-    gather_peak_gib = max(moment.gathered for moment in moments) / GIB
-    return RankMemory(*(part / GIB for part in parts)), moment.name, gather_peak_gib
+    batch_tokens = num_tokens * recipe.training.micro_batch_size
+    gib_per_rank, moment, gather_peak_gib = rank_memory(recipe, student, teacher, batch_tokens)
+    saved = functools.partial(saved_activations, student.shapes, batch_tokens, student.width)
+    engines = [student, teacher] if teacher else [student]
+    # Rank 0 alone reads the files of a model that is partitioned while it is loaded, and else every rank.
+    loading = max(engine.model_bytes * (1 if is_zero3(engine.config) else gpus_per_node) for engine in engines)
+    # Of the student weights in forward and in backward, and gradients; of the teacher weights in forward.
+    received = student.received_bytes(3) + (teacher.received_bytes(1) if teacher else 0)
+    return MemoryPlan(
+        recipe,
+        num_nodes,
+        gpus_per_node,
+        num_tokens,
+        gib_per_rank,
+        moment,
+        gather_peak_gib,
+        activations_checkpointed_gib=saved(checkpointing=True) / GIB,
+        activations_whole_gib=saved(checkpointing=False) / GIB,
+        checkpoint_gib=student.checkpoint_bytes / GIB,
+        disk_gib=((recipe.training.keep_last + 2) * student.checkpoint_bytes + 3 * student.model_bytes) / GIB,
+        host_gib=max(loading, gpus_per_node * sum(engine.host_bytes for engine in engines)) / GIB,
+        received_gib_per_step=accumulation * received / GIB,
+    )
 
 
-class _Moment(NamedTuple):
-    """Bytes that are held for a part of a step only."""
-
-    name: str
-    gathered: int
-    activations: int
-    loss: int
-    gradients: int
-
-
-def _moments(recipe: Recipe, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int) -> list[_Moment]:
-    shapes, width, checkpointing = student.shapes, student.width, recipe.student.gradient_checkpointing
-    hidden, head = width * shapes.hidden_size * num_tokens, student.head_elements
-    saved = saved_activations(shapes, num_tokens, width, checkpointing=checkpointing) + hidden
-    recomputed = layer_activations(shapes, num_tokens, width) if checkpointing else 0
-    # The head's gradient: the loss's own in fp32; in backward one of the weight's dtype too, and a copy to reduce.
-    moments = [
-        _Moment("backward", student.live_bytes, saved + recomputed, hidden + (4 + 2 * width) * head, 0),
-        _Moment("the optimizer's step", 0, 0, 0, student.step_bytes),
-    ]
-    gathered, teacher_hidden = student.live_bytes, 0
-    if teacher is not None:
-        gathered += teacher.head_elements * teacher.width if teacher.is_shared else 0
-        teacher_hidden = teacher.width * teacher.shapes.hidden_size * num_tokens
-        states = teacher_hidden + layer_activations(teacher.shapes, num_tokens, teacher.width)
-        moments.append(_Moment("the teacher's forward", teacher.live_bytes, states, 0, 0))
-    chunks = _chunk_bytes(recipe.loss, student, teacher, num_tokens)
-    moments.append(_Moment("the loss", gathered, saved + teacher_hidden, chunks + hidden + 4 * head, 0))
-    return moments
+def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with other values; changes: {section.key: value}."""
+    sections = recipe.model_dump()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        sections[section][key] = value
+    return Recipe.model_validate(sections)
 
 
-def _chunk_bytes(loss: LossSection, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int) -> int:
-    """Logits of both models that exist at a time, of at most num_tokens rows each."""
-    dtype = getattr(torch, loss.logits_dtype or "float32")
-    vocab_size = min(engine.shapes.vocab_size for engine in (student, teacher) if engine)
-    chunks = plan_chunks(vocab_size, dtype, has_teacher=teacher is not None, chunk_size=loss.chunk_size)
-    return sum(min(num_rows, num_tokens) for num_rows in chunks) * vocab_size * dtype.itemsize
+def _settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """What may be set without a change to what is learned, as {section.key: value}: nothing, one, two, ..."""
+    student = read_ds_config(recipe, "student")
+    settings: list[dict[str, Any]] = []
+    if recipe.training.micro_batch_size > 1:
+        settings.append({"training.micro_batch_size": 1})
+    if not recipe.student.gradient_checkpointing:
+        settings.append({"student.gradient_checkpointing": True})
+    if recipe.teacher is not None and recipe.teacher.shard == "node":
+        settings.append({"teacher.shard": "world"})
+    if not is_zero3(student):
+        settings.append({"deepspeed.student": "zero3_bf16.json"})
+    if "offload_optimizer" not in student["zero_optimization"]:
+        settings.append({"deepspeed.student": "zero3_bf16_offload.json"})
+    for num_chosen in range(len(settings) + 1):
+        for chosen in itertools.combinations(settings, num_chosen):
+            yield {key: value for setting in chosen for key, value in setting.items()}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from kd.engine.zero3 import NUM_EXPERTS, num_parameters, whole_shape
 from kd.errors import UserError
 from kd.hub import hub_errors
-from kd.models.load import load_config
+from kd.models.loading import load_config
 from kd.recipe import RECIPES_DIR, ModelSection, find_input
 
 SHAPES_DIR = RECIPES_DIR / "shapes"

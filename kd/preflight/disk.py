@@ -10,11 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from kd.distributed.process_group import on_rank_zero
 from kd.engine.checkpoint import step_folders
-from kd.engine.distributed import on_rank_zero
 from kd.errors import UserError
 from kd.plan import MemoryPlan
-from kd.preflight.check import Check, fail, ok, size
+from kd.preflight.verdict import Check, fail, ok, size
 
 GIB = 2**30
 MAX_BYTES = 256 * 2**20  # written by each rank

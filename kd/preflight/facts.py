@@ -10,17 +10,18 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 
-from kd.agreement import describe_differences, facts_of_host, facts_of_recipe
-from kd.check import check_recipe
-from kd.engine.device import device_type
+from kd.distributed.agreement import describe_differences
+from kd.distributed.device import device_type
+from kd.distributed.nodes import NODE_VARIABLES, divide, size_to_plan
 from kd.engine.ds_config import Role, read_ds_config
-from kd.engine.nodes import NODE_VARIABLES, divide, size_to_plan
 from kd.errors import UserError
 from kd.hub import hub_errors, resolve
-from kd.models.load import choose_attention, load_config
+from kd.models.loading import choose_attention, load_config
 from kd.plan import MemoryPlan, memory_plan
-from kd.preflight.check import Check, fail, ok, size, skipped
+from kd.preflight.verdict import Check, fail, ok, size, skipped
 from kd.recipe import ModelSection, Recipe, StudentSection
+from kd.runs.check import check_recipe
+from kd.runs.environment import facts_of_rank as facts_of_run
 
 GIB = 2**30
 Facts = dict[str, Any]
@@ -28,10 +29,9 @@ T = TypeVar("T")
 
 
 def facts_of_rank(recipe: Recipe) -> Facts:
-    """JSON: software, environment and recipe of kd.agreement, and what is asked of this host alone."""
+    """JSON: software, environment and recipe of kd.runs.environment, and what is asked of this host alone."""
     return {
-        **facts_of_host(),
-        "recipe": facts_of_recipe(recipe),
+        **facts_of_run(recipe),
         "node": str((socket.gethostname(), *(os.environ.get(name) for name in NODE_VARIABLES))),
         "inputs": _problem_with(lambda: _check_inputs(recipe)),
         "attention": _problem_with(lambda: _choose_attention(recipe)),

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from kd.engine.nodes import group_of_node, ranks_of_nodes
+from kd.distributed.nodes import group_of_node, ranks_of_nodes
 from kd.plan import MemoryPlan
-from kd.preflight.check import Check, fail, ok, size, skipped
+from kd.preflight.verdict import Check, fail, ok, size, skipped
 
 NUM_WARMUP, NUM_REPEATS = 2, 5
 NUM_BYTES = {"cuda": 256 * 2**20, "cpu": 8 * 2**20}

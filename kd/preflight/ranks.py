@@ -9,15 +9,15 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from kd.agreement import agree, gather_facts
-from kd.engine.distributed import find_ranks, init_distributed, on_rank_zero
-from kd.engine.peers import watching
+from kd.distributed.agreement import agree, gather_facts
+from kd.distributed.peers import watching
+from kd.distributed.process_group import find_ranks, init_distributed, on_rank_zero
 from kd.errors import LostPeer, UserError
 from kd.plan import memory_plan
-from kd.preflight.check import Check, fail, ok
 from kd.preflight.disk import check_disk
 from kd.preflight.facts import Facts, facts_of_rank, judge, num_nodes_and_gpus
 from kd.preflight.network import check_bandwidth, check_port
+from kd.preflight.verdict import Check, fail, ok
 from kd.recipe import Recipe
 
 

@@ -9,10 +9,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kd.cluster.local import LAUNCHER, local_launch
+from kd.distributed.ports import port_of_run
 from kd.errors import UserError
-from kd.launcher import LAUNCHER, local_launch
-from kd.ports import port_of_run
-from kd.preflight.check import Check, fail, ok
+from kd.preflight.verdict import Check, fail, ok
 from kd.recipe import ROOT, Recipe
 
 SCRIPT = ROOT / "launch" / "preflight.py"

@@ -7,8 +7,8 @@ from typing import ClassVar, NamedTuple
 
 from matplotlib.figure import Figure
 
-from kd.report.compare import Cell
-from kd.report.runs import Run
+from kd.report.compare import SeedGroup
+from kd.report.read_runs import Run
 
 
 class Link(NamedTuple):
@@ -50,17 +50,17 @@ Block = Entry | Table | Plot
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     level: int
     title: str
     blocks: list[Block]
 
 
-def metrics_of(cell: Cell) -> tuple[Link, ...]:
+def metrics_of(cell: SeedGroup) -> tuple[Link, ...]:
     return tuple(_link(run, run.folder / "metrics.jsonl") for run in cell.runs)
 
 
-def scores_of(cell: Cell, task: str) -> tuple[Link, ...]:
+def scores_of(cell: SeedGroup, task: str) -> tuple[Link, ...]:
     return tuple(_link(run, run.scores[task].path) for run in cell.runs if task in run.scores)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kd.report.evaluations import Evaluation
-from kd.report.runs import NOT_RECORDED, Costs, Pair, Run, Variant
+from kd.report.read_runs import NOT_RECORDED, ComparedPair, Costs, Run, Variant
 
 
 class Score(NamedTuple):
@@ -22,7 +22,7 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cell:
+class SeedGroup:
     """The finished runs that differ by their seed alone. costs are means over them; scores are by task."""
 
     keep_fraction: float
@@ -42,7 +42,7 @@ class Difference(NamedTuple):
 class Knee(NamedTuple):
     """The cheapest cell that is level with whole sequences, and the cost by which it is the cheapest."""
 
-    cell: Cell
+    cell: SeedGroup
     cost: str
 
 
@@ -50,8 +50,8 @@ class Knee(NamedTuple):
 class Family:
     """All finished runs of one pair of models on one data set."""
 
-    pair: Pair
-    cells: tuple[Cell, ...]  # by variant, then by keep_fraction
+    pair: ComparedPair
+    cells: tuple[SeedGroup, ...]  # by variant, then by keep_fraction
     references: dict[str, list[tuple[str, Score]]]  # task -> role and its score, the same score once
     differences: tuple[Difference, ...]
 
@@ -67,11 +67,11 @@ class Family:
     def variants(self) -> list[Variant]:
         return list(dict.fromkeys(cell.variant for cell in self.cells))
 
-    def full_of(self, cell: Cell) -> Cell | None:
+    def full_of(self, cell: SeedGroup) -> SeedGroup | None:
         """The cell of keep_fraction = 1 and all else equal; all windows of it are the same whole sequence."""
         return next((full for full in self.curve(cell.variant) if full.keep_fraction == 1.0), None)
 
-    def curve(self, variant: Variant) -> list[Cell]:
+    def curve(self, variant: Variant) -> list[SeedGroup]:
         """The cells of a variant by keep_fraction, with whole sequences, which stand under the head window."""
         whole = variant if variant.max_tokens else variant._replace(window="head")
         cells = [
@@ -81,14 +81,14 @@ class Family:
         ]
         return sorted(cells, key=lambda cell: cell.keep_fraction)
 
-    def kept(self, cell: Cell, task: str) -> float | None:
+    def kept(self, cell: SeedGroup, task: str) -> float | None:
         """The cell's accuracy / that of whole sequences; None where there is no such accuracy, or it is 0."""
         full = self.full_of(cell)
         if full is None or task not in full.scores or task not in cell.scores:
             return None
         return _ratio(cell.scores[task].accuracy, full.scores[task].accuracy)
 
-    def relative_cost(self, cell: Cell, cost: str) -> float | None:
+    def relative_cost(self, cell: SeedGroup, cost: str) -> float | None:
         """A field of Costs, of the cell / of whole sequences; None where one of them is not recorded."""
         full = self.full_of(cell)
         return None if full is None else _ratio(getattr(cell.costs, cost), getattr(full.costs, cost))
@@ -110,7 +110,7 @@ class Family:
 
 def compare(runs: Iterable[Run]) -> list[Family]:
     """The finished runs, by pair of models and data set."""
-    by_pair: dict[Pair, list[Run]] = defaultdict(list)
+    by_pair: dict[ComparedPair, list[Run]] = defaultdict(list)
     for run in runs:
         if run.is_finished:
             by_pair[run.pair].append(run)
@@ -151,7 +151,7 @@ def _effective_size(evaluation: Evaluation) -> float:
     return Z_95**2 * bound * (1 - bound) / (bound - evaluation.accuracy) ** 2
 
 
-def _family(pair: Pair, runs: list[Run]) -> Family:
+def _family(pair: ComparedPair, runs: list[Run]) -> Family:
     by_cell: dict[tuple[Variant, float], list[Run]] = defaultdict(list)
     for run in runs:
         by_cell[run.variant, run.keep_fraction].append(run)
@@ -165,12 +165,12 @@ def _order(key: tuple[Variant, float]) -> tuple[int, str, bool, str, int, float]
     return -sections.count("+"), sections, window != "head", window, max_tokens or 0, keep_fraction
 
 
-def _cell(runs: list[Run]) -> Cell:
+def _cell(runs: list[Run]) -> SeedGroup:
     runs = sorted(runs, key=lambda run: (run.seed, run.name))
     tasks = sorted({task for run in runs for task in run.scores})
     scores = {task: pool([run.scores[task] for run in runs if task in run.scores]) for task in tasks}
     costs = Costs._make(_mean(values) for values in zip(*[run.costs for run in runs], strict=True))
-    return Cell(runs[0].keep_fraction, runs[0].variant, tuple(runs), costs, scores)
+    return SeedGroup(runs[0].keep_fraction, runs[0].variant, tuple(runs), costs, scores)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

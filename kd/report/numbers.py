@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.report.compare import Cell, Family, Score
-from kd.report.runs import Costs, Run, StudyCell
+from kd.report.compare import Family, Score, SeedGroup
+from kd.report.read_runs import Costs, Run, StudyCell
 
 
 def numbers(
@@ -42,7 +42,7 @@ def _family(family: Family, output: Path) -> dict[str, Any]:
     }
 
 
-def _cell(family: Family, cell: Cell, output: Path) -> dict[str, Any]:
+def _cell(family: Family, cell: SeedGroup, output: Path) -> dict[str, Any]:
     scores = {task: {**_score(score, output), "kept": family.kept(cell, task)} for task, score in cell.scores.items()}
     return {
         "keep_fraction": cell.keep_fraction,

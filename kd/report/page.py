@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from kd.report import plots, tables
-from kd.report.blocks import Block, Entry, Plot, Section, by_name
+from kd.report import plots, report_tables
+from kd.report.blocks import Block, Entry, PageSection, Plot, by_name
 from kd.report.compare import Family
-from kd.report.runs import Run, StudyCell, Variant
+from kd.report.read_runs import Run, StudyCell, Variant
 
 READING = (
     "Runs are compared where teacher, student and data are the same, and finished runs alone are compared and drawn. "
@@ -41,24 +41,24 @@ DIFFERENCES = (
 )
 
 
-def sections(families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell]) -> list[Section]:
+def sections(families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell]) -> list[PageSection]:
     parts = [section for family in families for section in _family(family)]
-    environments = Section(2, "Hardware, versions, commits", [tables.environments(runs)])
+    environments = PageSection(2, "Hardware, versions, commits", [report_tables.environments(runs)])
     return [_what_was_read(families, runs, cells), *parts, environments]
 
 
-def _what_was_read(families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell]) -> Section:
+def _what_was_read(families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell]) -> PageSection:
     num_finished = sum(run.is_finished for run in runs)
     counts = f"Runs: {len(runs)}, finished: {num_finished}, pairs of models and data: {len(families)}. "
     blocks: list[Block] = [Entry(counts + READING), *[Entry(note) for run in runs for note in run.notes]]
-    left_out = tables.not_compared(runs, cells)
+    left_out = report_tables.not_compared(runs, cells)
     if left_out:
         blocks += [Entry("Not compared:"), left_out]
-    return Section(2, "What was read", blocks)
+    return PageSection(2, "What was read", blocks)
 
 
-def _family(family: Family) -> list[Section]:
-    head = Section(2, f"{family.pair.teacher} -> {family.pair.student}", _head(family))
+def _family(family: Family) -> list[PageSection]:
+    head = PageSection(2, f"{family.pair.teacher} -> {family.pair.student}", _head(family))
     curves = _drawn_together(family)
     by_task = [section for task in family.tasks for section in _task(family, task, curves)]
     return [head, *by_task, _costs(family, curves), _curves(family, curves)]
@@ -75,22 +75,22 @@ def _head(family: Family) -> list[Block]:
         text = "Finished, but without an evaluation of the exported student, which launch/evaluate.py makes."
         blocks.append(Entry(text, by_name(unscored)))
     if family.differences:
-        blocks += [Entry(DIFFERENCES), tables.differences(family)]
-    knees = tables.knees(family)
+        blocks += [Entry(DIFFERENCES), report_tables.differences(family)]
+    knees = report_tables.knees(family)
     return [*blocks, Entry(KNEE), knees] if knees else blocks
 
 
-def _task(family: Family, task: str, curves: list[list[Variant]]) -> list[Section]:
-    blocks: list[Block] = [Entry(ACCURACY), tables.scores(family, task)]
+def _task(family: Family, task: str, curves: list[list[Variant]]) -> list[PageSection]:
+    blocks: list[Block] = [Entry(ACCURACY), report_tables.scores(family, task)]
     for variants in curves:
         blocks += _task_plots(family, variants, task)
-    found = tables.by_sections(family, task)
-    details = [Section(4, f"Loss sections compared, window: {window}", [table]) for window, table in found]
-    found = tables.by_window(family, task)
+    found = report_tables.by_sections(family, task)
+    details = [PageSection(4, f"Loss sections compared, window: {window}", [table]) for window, table in found]
+    found = report_tables.by_window(family, task)
     details += [
-        Section(4, f"Windows compared, loss sections: {name}", [Entry(WINDOWS), table]) for name, table in found
+        PageSection(4, f"Windows compared, loss sections: {name}", [Entry(WINDOWS), table]) for name, table in found
     ]
-    return [Section(3, f"Accuracy: {task}", blocks), *details]
+    return [PageSection(3, f"Accuracy: {task}", blocks), *details]
 
 
 def _task_plots(family: Family, variants: list[Variant], task: str) -> list[Plot]:
@@ -108,18 +108,18 @@ def _task_plots(family: Family, variants: list[Variant], task: str) -> list[Plot
     ]
 
 
-def _costs(family: Family, curves: list[list[Variant]]) -> Section:
-    blocks: list[Block] = [Entry(COSTS), tables.costs(family)]
+def _costs(family: Family, curves: list[list[Variant]]) -> PageSection:
+    blocks: list[Block] = [Entry(COSTS), report_tables.costs(family)]
     for variants in curves:
         compared = [variant for variant in variants if family.full_of(family.curve(variant)[0])]
         if compared:
             caption = "Cost relative to whole sequences; the grey line is cost in proportion to length."
             links = by_name(_runs_of(family, compared), "metrics.jsonl")
             blocks.append(Plot("costs", Entry(caption, links), plots.costs(family, compared)))
-    return Section(3, "Cost of training", blocks)
+    return PageSection(3, "Cost of training", blocks)
 
 
-def _curves(family: Family, curves: list[list[Variant]]) -> Section:
+def _curves(family: Family, curves: list[list[Variant]]) -> PageSection:
     blocks: list[Block] = [Entry(CURVES)]
     for variants in curves:
         runs = _runs_of(family, variants)
@@ -132,7 +132,7 @@ def _curves(family: Family, curves: list[list[Variant]]) -> Section:
             blocks.append(Plot("kl_by_position", Entry(caption, links), plots.kl_by_position(family, variants)))
         else:
             blocks.append(Entry("Divergence by position: not recorded.", links))
-    return Section(3, "Loss, and divergence by position", blocks)
+    return PageSection(3, "Loss, and divergence by position", blocks)
 
 
 def _drawn_together(family: Family) -> list[list[Variant]]:

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, MultipleLocator
 
-from kd.report.compare import Cell, Family
-from kd.report.runs import Point, Run, Variant
+from kd.report.compare import Family, SeedGroup
+from kd.report.read_runs import CurvePoint, Run, Variant
 
 # Okabe and Ito's colours for the colour-blind, without their yellow, which is too light for lines.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -251,7 +251,7 @@ def _with_legend(figure: Figure) -> Figure:
     return figure
 
 
-def _intervals(cells: Sequence[Cell], task: str) -> list[tuple[float, float]]:
+def _intervals(cells: Sequence[SeedGroup], task: str) -> list[tuple[float, float]]:
     return [cell.scores[task].ci95 for cell in cells]
 
 
@@ -260,5 +260,5 @@ def _drawable(points: Sequence[tuple[float, float | None]]) -> tuple[list[float]
     return [x for x, _ in known], [y for _, y in known]
 
 
-def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+def _columns(points: Sequence[CurvePoint]) -> tuple[list[float], list[float]]:
     return [point.x for point in points], [point.y for point in points]

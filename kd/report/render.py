@@ -20,7 +20,7 @@ from kd.report.blocks import Plot
 from kd.report.compare import Family, compare
 from kd.report.numbers import numbers
 from kd.report.page import sections
-from kd.report.runs import Run, StudyCell, read_runs
+from kd.report.read_runs import Run, StudyCell, read_runs
 
 TITLE = "Truncated traces: accuracy kept, cost saved"
 KIND = "distill-trunc report"

@@ -16,15 +16,15 @@ from rich.console import Console
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
-from kd.audit.audit import Audit, audit_data
+from kd.audit.audit_tables import print_audit, print_previews
 from kd.audit.counts import MAX_BINS, LengthSummary, measure_lengths
+from kd.audit.data_audit import Audit, audit_data
+from kd.audit.findings import Found, find_in_traces, states
 from kd.audit.preview import FATES, Preview, Span, preview
-from kd.audit.tables import print_audit, print_previews
-from kd.audit.traces import Found, find_in_traces, states
 from kd.constants import IGNORE_INDEX
-from kd.data.cells import NUM_POSITIONS
 from kd.data.dataset import Data, Examples, load_data
 from kd.data.loader import Loader
+from kd.data.regions import NUM_POSITIONS
 from kd.data.truncate import SECTIONS
 from kd.recipe import Recipe
 
@@ -69,7 +69,7 @@ def test_tokens_are_those_of_the_loaders_batches_and_of_the_data_report(
     assert total.num_kept == report.num_read_tokens == sum(batch.num_input_tokens for batch in batches)
     assert total.num_supervised == report.num_supervised_tokens == sum(batch.num_supervised for batch in batches)
     assert total.num_tokens == report.num_full_tokens
-    cells = np.concatenate([batch.cell_index for batch in batches])
+    cells = np.concatenate([batch.region_index for batch in batches])
     supervised = np.bincount(cells // NUM_POSITIONS, minlength=3).tolist()
     assert [audited.tokens[name].num_supervised for name in SECTIONS] == supervised
     kept = np.zeros(3, dtype=int)
@@ -197,7 +197,7 @@ def test_more_examples_than_a_batch_are_all_looked_at(
     train = load_data(recipe(truncation={"keep_fraction": 0.5}), tokenizer).train
     expected = find_in_traces(train, tokenizer)
     assert expected["answer_dropped"] == Found(10, first_rows=(2, 4, 6, 8, 10))
-    monkeypatch.setattr("kd.audit.traces.BATCH_SIZE", 3)
+    monkeypatch.setattr("kd.audit.findings.BATCH_SIZE", 3)
     assert find_in_traces(train, tokenizer) == expected
 
 

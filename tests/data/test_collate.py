@@ -46,12 +46,12 @@ def test_no_examples_give_padding_without_a_label() -> None:
     assert batch.input_ids.tolist() == [[PAD]]
     assert batch.labels.tolist() == [[IGNORE_INDEX]]
     assert (batch.num_supervised, batch.num_input_tokens, batch.ids) == (0, 0, ())
-    assert (batch.cell_index.shape, batch.cell_index.dtype) == ((0,), torch.int64)
+    assert (batch.region_index.shape, batch.region_index.dtype) == ((0,), torch.int64)
 
 
 def test_a_batch_moves_as_a_whole() -> None:
     batch = collate([example(5)], PAD)
     moved = batch.to("meta")
-    tensors = (moved.input_ids, moved.labels, moved.row_index, moved.cell_index)
+    tensors = (moved.input_ids, moved.labels, moved.row_index, moved.region_index)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.num_input_tokens, moved.ids) == (batch.num_input_tokens, batch.ids)

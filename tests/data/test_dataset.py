@@ -11,8 +11,8 @@ import pytest
 from data_samples import build_tokenizer, good_rows, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
-import kd.data.rows
 import kd.data.tokenised
+import kd.data.trace_rows
 from kd.constants import IGNORE_INDEX
 from kd.data.dataset import Examples, load_data
 from kd.data.truncate import SECTIONS
@@ -117,7 +117,7 @@ def test_a_file_whose_tokens_are_in_the_cache_is_hashed_and_not_read(
     made = recipe(data={"path": str(tmp_path / name)})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(good_rows(20)), tmp_path / "rows.parquet")
     expected = rows_of(load_data(made, tiny).train)
-    monkeypatch.setattr(kd.data.rows, "_read_file", refuse)
+    monkeypatch.setattr(kd.data.trace_rows, "_read_file", refuse)
     assert rows_of(load_data(made, tiny).train) == expected
     with (tmp_path / name).open("ab") as file:
         file.write(b"\n")

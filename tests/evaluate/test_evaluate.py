@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from kd.evaluate.backends import Request, Subject, make_subject
-from kd.evaluate.evaluate import evaluate, local_problems, settings_of
-from kd.evaluate.generate import Sampling
-from kd.evaluate.responses import fingerprint
+from kd.evaluate.evaluation import evaluate, local_problems, settings_of
+from kd.generation.backends import Request, Subject, make_subject
+from kd.generation.responses import fingerprint
+from kd.generation.sampling import Sampling
 from kd.recipe import ModelSection, load_recipe
 
 REQUESTS = [Request("a/0", "1+1"), Request("b/0", "2+2")]

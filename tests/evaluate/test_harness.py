@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from kd.errors import UserError
 from kd.evaluate import harness
-from kd.evaluate.backends import BackendName, Subject, make_subject
-from kd.evaluate.generate import Sampling
 from kd.evaluate.harness import evaluate_with_harness, harness_command
+from kd.generation.backends import BackendName, Subject, make_subject
+from kd.generation.sampling import Sampling
 from kd.recipe import ModelSection, Recipe, load_recipe
 
 SAMPLING = Sampling(max_new_tokens=40, temperature=0.6, top_p=0.95, seed=7)

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from kd.errors import UserError
-from kd.evaluate.generate import Response
 from kd.evaluate.judge import MathJudge
 from kd.evaluate.score import (
     Answer,
@@ -18,6 +17,7 @@ from kd.evaluate.score import (
     score,
     wilson_interval,
 )
+from kd.generation.sampling import Response
 from kd.recipe import EvaluationSection
 
 MATH = EvaluationSection(judge="math")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kd.errors import UserError
-from kd.evaluate.evaluate import result_files
+from kd.evaluate.evaluation import result_files
 from kd.recipe import ROOT, Recipe, load_recipe
 
 Script = Callable[..., subprocess.CompletedProcess[str]]

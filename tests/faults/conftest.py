@@ -7,7 +7,7 @@ from fault_messages import markdown
 from tiny import ROOT
 
 from kd.files import write_json, write_text
-from kd.metrics import environment
+from kd.runs.environment import environment
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from tiny import ROOT
 
 import kd.engine.checkpoint
-import kd.models.distiller
-import kd.train
+import kd.models.student
+import kd.training.loop
 
 
 def end_at_once(*_: Any) -> None:
@@ -41,20 +41,20 @@ def make_nan(result: tuple[Any, Any]) -> tuple[Any, Any]:
 
 # fault -> where it happens, and what is done there: to the call, or to its result
 BEFORE = {
-    "killed in forward": (kd.models.distiller, "_head_loss", end_at_once),
-    "killed in all-reduce": (kd.train, "all_reduce_sum", end_at_once),
+    "killed in forward": (kd.models.student, "_head_loss", end_at_once),
+    "killed in all-reduce": (kd.training.loop, "all_reduce_sum", end_at_once),
     "killed in checkpoint": (kd.engine.checkpoint, "save_file", end_at_once),
-    "exception": (kd.train, "distill_batch", run_out_of_memory),
-    "hang": (kd.train, "distill_batch", hang),
+    "exception": (kd.training.loop, "distill_batch", run_out_of_memory),
+    "hang": (kd.training.loop, "distill_batch", hang),
 }
-AFTER = {"nan": (kd.train, "distill_batch", make_nan)}
+AFTER = {"nan": (kd.training.loop, "distill_batch", make_nan)}
 
 
 def main() -> None:
     fault, fault_step, time_file = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     sys.argv = ["launch/train.py", *sys.argv[4:]]
     steps: list[int] = []
-    wrap(kd.train, "learning_rate", before=lambda step, *_: steps.append(step + 1))  # called first in each step
+    wrap(kd.training.loop, "learning_rate", before=lambda step, *_: steps.append(step + 1))  # called first in each step
 
     def once(act: Callable[..., Any]) -> Callable[..., Any]:
         def maybe(*arguments: Any) -> Any:

@@ -19,7 +19,7 @@ from tiny import ROOT, launcher_command, wait_until, write_tiny_recipe
 
 from kd.constants import EXIT_HANG, EXIT_USER_ERROR
 from kd.engine.checkpoint import step_folders
-from kd.metrics import read_metrics
+from kd.runs.records import read_metrics
 
 pytestmark = pytest.mark.fault
 EVERY = 4

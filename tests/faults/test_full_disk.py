@@ -11,7 +11,7 @@ import pytest
 from fault_messages import message_of
 from tiny import disk_of_its_own, write_tiny_recipe
 
-from kd.metrics import read_metrics
+from kd.runs.records import read_metrics
 
 pytestmark = pytest.mark.fault
 

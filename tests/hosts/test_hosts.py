@@ -15,7 +15,7 @@ from tiny import ROOT, wait_until, write_tiny_recipe
 from two_hosts import VARIABLES, Host, child_of
 
 from kd.constants import EXIT_INTERRUPTED
-from kd.metrics import read_metrics
+from kd.runs.records import read_metrics
 
 pytestmark = pytest.mark.hosts
 FIELDS = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "val_loss")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, write_tiny_recipe
 
-from kd.metrics import read_metrics
+from kd.runs.records import read_metrics
 
 TRAIN = "launch/train.py"
 

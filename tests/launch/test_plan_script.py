@@ -121,7 +121,7 @@ def test_what_cannot_be_known_is_not_guessed(monkeypatch, recipe: str, capsys):
     assert "the data were not read: data.path = 'missing.jsonl': no such file" in report["lengths"]
     for plan in report["plans"]:
         assert plan["num_steps"] is plan["num_tokens"] is plan["hours"] is plan["fits"] is None
-    from kd.plan.table import print_report
+    from kd.plan.plan_table import print_report
 
     print_report(report)
     output = capsys.readouterr().out

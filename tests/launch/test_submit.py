@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, write_tiny_recipe
 
+from kd.cluster.sbatch import Job, JobRequest, seconds_of, train_script
+from kd.cluster.submit import read_recipes
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.recipe import load_recipe
-from kd.sbatch import Job, Request, seconds_of, train_script
-from kd.submit import read_recipes
 
 ON_CPUS = ("--gpus-per-node=0", "--tasks-per-node=2")
 
@@ -169,7 +169,7 @@ def test_a_container_sees_the_current_directory_and_the_runs(recipe, tmp_path):
 
 def begin(job: Job, setup: Path, then: str) -> subprocess.CompletedProcess[str]:
     """The script of the second task of an array as far as job.sh, and something after it."""
-    script = train_script(job, Request(1, 0, 2, 60, setup=setup))
+    script = train_script(job, JobRequest(1, 0, 2, 60, setup=setup))
     beginning = script[: script.index("\nnewest_step()")]
     variables = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "PATH": os.environ["PATH"]}
     return subprocess.run(
@@ -225,7 +225,7 @@ def test_an_array_gives_each_value_a_run_of_its_own(recipe):
 
 
 def test_options_of_sbatch_are_quoted_as_sbatch_reads_them():
-    request = Request(1, 0, 2, 60, constraint='[a&b] "c" \\d', more_options=("--exclusive", "--comment=it's #1"))
+    request = JobRequest(1, 0, 2, 60, constraint='[a&b] "c" \\d', more_options=("--exclusive", "--comment=it's #1"))
     job = Job("a name/'$x", Path("/runs/a name"), (Path("/runs/a"),), (Path("/runs/a/recipe.json"),), "abc")
     script = train_script(job, request)
     for line in ('--constraint="[a&b] \\"c\\" \\\\d"', "--exclusive", '--comment="it\'s #1"', '--job-name="a-name-x"'):

@@ -16,7 +16,7 @@ from kd.losses.chunk_plan import ChunkPlan
 from kd.losses.chunked import RowValues, chunked_loss, fill_from_teacher
 from kd.losses.heads import Projection
 from kd.losses.inputs import supervised_inputs
-from kd.losses.rows import torch_rows
+from kd.losses.row_functions import torch_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,7 +87,7 @@ def test_peak_memory_grows_by_hidden_states_alone(make_problem):
 
 
 def test_logits_of_both_chunks_and_blocks_of_intermediates_are_all_that_lives(make_problem, monkeypatch):
-    monkeypatch.setattr("kd.losses.rows.CPU_BLOCK_ELEMENTS", 400)
+    monkeypatch.setattr("kd.losses.row_functions.CPU_BLOCK_ELEMENTS", 400)
     num_rows, vocab_size, chunk_size = 512, 400, 128
     problem = make_problem((num_rows,), (4, 4), (vocab_size, vocab_size), dtype=torch.float32)
     meter = forward_and_backward(problem, MemoryMeter(), chunk_size=chunk_size, divergence="jsd")

@@ -8,9 +8,9 @@ from architectures import ARCHITECTURES, NEVER_TIED, SCALED_OR_CAPPED, build
 from kd.data.collate import Batch
 from kd.engine.zero3 import set_moe_leaf_modules
 from kd.errors import UserError
-from kd.models.distiller import Distiller
 from kd.models.head import backbone, head_of
 from kd.models.probe import reference_states
+from kd.models.student import Distiller
 from kd.recipe import LossSection
 
 LOSS = LossSection(temperature=2.0, kd_weight=0.7, ce_weight=0.3, chunk_size=7)

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd.build import build_student, build_teacher
 from kd.data.dataset import load_data
 from kd.data.loader import Loader
 from kd.data.tokenizers import load_tokenizers
-from kd.engine.distributed import init_distributed
+from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import student_ds_config
+from kd.plan.cost import pair_of
 from kd.plan.lengths import step_lengths
-from kd.plan.run import pair_of
 from kd.recipe import Recipe, load_recipe
-from kd.train import train_step
+from kd.training.build import build_student, build_teacher
+from kd.training.loop import train_step
 
 # (truncation.keep_fraction, student.gradient_checkpointing)
 SETTINGS = [(0.5, False), (1.0, False), (0.5, True), (1.0, True)]

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from kd.losses import distillation_loss
-from kd.plan.flops import Pair, StepFlops, forward_flops, loss_flops
+from kd.plan.flops import PairShapes, StepFlops, forward_flops, loss_flops
 from kd.plan.shapes import ModelShapes, config_shapes, shapes_of
 
 SIZES = {
@@ -79,7 +79,7 @@ def test_a_backward_pass_has_the_flops_that_torch_counts(name: str, checkpointin
     with set_checkpoint_early_stop(False):  # as it is under ZeRO-3, whose linear layers save their inputs last
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     lengths_N = np.array([LENGTH])
-    flops = Pair(shapes_of(model), None, checkpointing).step_flops(lengths_N, np.array([0]), global_batch_size=1)
+    flops = PairShapes(shapes_of(model), None, checkpointing).step_flops(lengths_N, np.array([0]), global_batch_size=1)
     backward = flops.student - forward_flops(shapes_of(model), lengths_N) + flops.recomputed
     assert backward == pytest.approx(counted(hidden.sum().backward), rel=RELATIVE)
     assert (flops.recomputed > 0) == checkpointing
@@ -121,7 +121,7 @@ def test_optimizer_steps_have_the_flops_that_torch_counts(steps: Any, index: int
 
 
 def test_flops_of_several_batches_are_their_mean():
-    pair = Pair(*reversed(pair_of_two()), checkpointing=True)
+    pair = PairShapes(*reversed(pair_of_two()), checkpointing=True)
     lengths_N = np.array([10, 10, 90, 90])
     batches = [pair.step_flops(lengths_N[part], lengths_N[part] - 1, 2) for part in (slice(0, 2), slice(2, 4))]
     mean = StepFlops(*np.mean([astuple(batch) for batch in batches], axis=0))
@@ -130,6 +130,6 @@ def test_flops_of_several_batches_are_their_mean():
 
 def test_half_of_the_tokens_are_less_than_half_of_the_flops():
     teacher, student = pair_of_two()
-    half, whole = (Pair(student, teacher, False).step_flops(np.array([n]), np.array([n]), 1) for n in (48, 96))
+    half, whole = (PairShapes(student, teacher, False).step_flops(np.array([n]), np.array([n]), 1) for n in (48, 96))
     assert half.model < whole.model / 2
     assert half.loss == whole.loss / 2

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from kd.plan import MemoryPlan, memory_plan
-from kd.plan.plan import RESERVED_GIB
+from kd.plan.memory import RESERVED_GIB
 from kd.recipe import RECIPES_DIR, load_recipe
 
 GIB = 2**30

@@ -15,9 +15,9 @@ pytest.importorskip("reasoning_gym", reason="needs the extra: pip install -e '.[
 
 from kd.data.sections import render, tokenise
 from kd.data.sources import SOURCES, read_row
+from kd.demo import gsm_symbolic
+from kd.demo.gsm_symbolic import NUM_ROWS, TEMPLATES, draw_rows, split_of, write_problem_sets
 from kd.recipe import load_recipe
-from kd.tasks import gsm_symbolic
-from kd.tasks.gsm_symbolic import NUM_ROWS, TEMPLATES, draw_rows, split_of, write_problem_sets
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 

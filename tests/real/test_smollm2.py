@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("reasoning_gym", reason="needs the extra: pip install -e '.[real]'")
 
+from kd.demo.smollm2 import build, evenly_spaced
 from kd.recipe import ROOT, load_recipe
-from kd.tasks.smollm2 import build, evenly_spaced
 
 RECIPE = "smollm2_gsm_trunc50"
 ASSETS = ROOT / "build" / "smollm2"

@@ -6,7 +6,7 @@ import pytest
 from run_folders import TEACHER, step_record, write_evaluation, write_run
 
 from kd.report.compare import Family, compare
-from kd.report.runs import read_runs
+from kd.report.read_runs import read_runs
 
 TASK = "problems/report.jsonl"
 

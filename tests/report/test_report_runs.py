@@ -10,7 +10,7 @@ from run_folders import step_record, write_evaluation, write_run, write_study
 
 from kd.errors import UserError
 from kd.files import write_json
-from kd.report.runs import Run, read_runs
+from kd.report.read_runs import Run, read_runs
 
 
 def read_one(folder: Path) -> Run:

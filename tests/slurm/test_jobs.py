@@ -12,7 +12,7 @@ import pytest
 from slurm_cluster import Cluster
 from tiny import ROOT, wait_until, write_tiny_recipe
 
-from kd.metrics import read_metrics
+from kd.runs.records import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 

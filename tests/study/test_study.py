@@ -12,7 +12,7 @@ import pytest
 from tiny import ROOT, wait_until, write_tiny_recipe
 
 from kd.constants import EXIT_INTERRUPTED
-from kd.metrics import read_metrics
+from kd.runs.records import read_metrics
 
 pytestmark = pytest.mark.dist
 COMPARED = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "val_loss")

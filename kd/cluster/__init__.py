@@ -1,0 +1,1 @@
+"""Where ranks run: this machine, the hosts of a hostfile, or a SLURM cluster."""

@@ -1,0 +1,32 @@
+"""DeepSpeed's launcher on this machine, for the commands that start a run themselves."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from kd.distributed.ports import free_port
+from kd.recipe import Recipe
+
+LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
+
+
+def local_launch(recipe: Recipe, script: Path) -> tuple[list[str], dict[str, str]]:
+    """The command of a script on the GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, and its environment.
+
+    Without a GPU, or with DS_ACCELERATOR=cpu: two ranks on the CPU where the recipe's batch has two halves, or one.
+    Raises UserError when the GPUs cannot divide the batch.
+    """
+    environment, options = dict(os.environ), ["--master_port", os.environ.get("MASTER_PORT") or str(free_port())]
+    num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    if num_gpus:
+        recipe.gradient_accumulation_steps(num_gpus)  # --num_gpus would make the launcher take the first ones
+    else:
+        num_ranks = 1 if recipe.training.global_batch_size // recipe.training.micro_batch_size % 2 else 2
+        threads = max(1, (os.cpu_count() or 1) // num_ranks)
+        # PASSIVE: ranks that wait leave their cores to the others.
+        defaults = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**defaults, **environment, "DS_ACCELERATOR": "cpu"}
+        options += ["--num_gpus", str(num_ranks)]
+    return [*LAUNCHER, *options, str(script)], environment

@@ -1,0 +1,155 @@
+"""The text of a job: #SBATCH lines, quoted variables, and then a script of launch/slurm as it stands there."""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.errors import UserError
+from kd.recipe import ROOT
+
+EARLY_SECONDS = 60  # SLURM may send a signal up to so much too soon
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What is asked of the scheduler; None leaves it to the cluster.
+
+    Raises UserError for numbers and options that no cluster could serve.
+    """
+
+    num_nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    signal_seconds: int
+    gpu: str | None = None  # as kd.plan.gpus names it
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    constraint: str | None = None
+    more_options: tuple[str, ...] = ()
+    setup: Path | None = None
+    container: str | None = None
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "nodes": self.num_nodes,
+            "tasks-per-node": self.tasks_per_node,
+            "signal-seconds": self.signal_seconds,
+        }
+        for flag, number in numbers.items():
+            if number < 1:
+                raise UserError(f"--{flag} {number}: at least 1 is needed")
+        if self.time is not None and seconds_of(self.time) <= self.signal_seconds + EARLY_SECONDS:
+            raise UserError(
+                f"--time {self.time} is over when the signal comes, {self.signal_seconds} s (--signal-seconds) and at "
+                f"times {EARLY_SECONDS} s more ahead of it: ask for more time, or for a later signal"
+            )
+        for option in self.more_options:
+            if not option.startswith("--"):
+                raise UserError(f"{option!r}, after --, is no option of sbatch: write --name=value, as in --mem=0")
+
+    @property
+    def num_tasks(self) -> int:
+        return self.num_nodes * self.tasks_per_node
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the scripts of launch/slurm are told: absolute paths, and a run and its recipe per task of an array."""
+
+    name: str
+    folder: Path  # of the submission: code, recipes, scripts, logs
+    runs: tuple[Path, ...]
+    recipes: tuple[Path, ...]
+    commit: str
+
+
+def train_script(job: Job, request: JobRequest) -> str:
+    options: dict[str, object] = {
+        "nodes": request.num_nodes,
+        "ntasks-per-node": request.tasks_per_node,
+        "gpus-per-node": request.gpus_per_node or None,
+        "signal": f"B:USR1@{request.signal_seconds}",  # to the batch script alone, which tells srun
+    }
+    return _script("train", job, request, options)
+
+
+def evaluate_script(job: Job, request: JobRequest) -> str:
+    options: dict[str, object] = {
+        "nodes": 1,
+        "ntasks": 1,
+        "gpus-per-node": min(request.gpus_per_node, 1) or None,
+        "signal": f"B:USR1@{EARLY_SECONDS}",
+    }
+    return _script("evaluate", job, request, options)
+
+
+def seconds_of(time: str) -> int:
+    """Of a time limit as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError for others."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if match is None:
+        raise UserError(f"--time {time}: write minutes, hours:minutes:seconds or days-hours, as in 90 or 24:00:00")
+    days, *parts = (None if part is None else int(part) for part in match.groups())
+    numbers = [part for part in parts if part is not None]
+    units = (3600, 60, 1) if days is not None or len(numbers) == 3 else (60, 1)
+    return (days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+
+
+def _script(kind: str, job: Job, request: JobRequest, options: Mapping[str, object]) -> str:
+    is_array = len(job.runs) > 1
+    log = f"{job.folder}/{kind}-".replace("%", "%%") + ("%A_%a.out" if is_array else "%j.out")
+    options = {
+        # squeue shows it; a name is no path, and the cluster's own tools may not quote it.
+        "job-name": re.sub(r"[^\w.=-]+", "-", job.name) + ("" if kind == "train" else f"-{kind}"),
+        **options,
+        "array": f"0-{len(job.runs) - 1}" if is_array else None,
+        "output": log,
+        "open-mode": "append",
+        "requeue": "",
+        "time": request.time,
+        "partition": request.partition,
+        "account": request.account,
+        "constraint": request.constraint,
+    }
+    lines = [_option(name, value) for name, value in options.items() if value is not None]
+    lines += [_option(*option.removeprefix("--").partition("=")[::2]) for option in request.more_options]
+    _, body = (ROOT / "launch" / "slurm" / f"{kind}.sbatch").read_text(encoding="utf-8").split("\n", 1)
+    return "\n".join(["#!/usr/bin/env bash", *lines, "", *_variables(job, request), "", body])
+
+
+def _option(name: str, value: object) -> str:
+    r"""sbatch reads "..." with \ as its escape, and expands nothing."""
+    text = str(value)
+    if "\n" in name + text:
+        raise UserError(f"--{name}={text!r}: an option of sbatch is one line")
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'#SBATCH --{name}="{quoted}"' if text else f"#SBATCH --{name}"
+
+
+def _variables(job: Job, request: JobRequest) -> list[str]:
+    container: list[object] = []
+    if request.container:
+        folders = [Path.cwd(), *sorted({run.parent for run in job.runs})]
+        container = ["apptainer", "exec", *(["--nv"] if request.gpus_per_node else [])]
+        container += [word for folder in folders for word in ("--bind", folder)] + [request.container]
+    return [
+        f"work_dir={_quote(Path.cwd())} # relative paths of the recipe mean here what they meant there",
+        f"code={_quote(job.folder / 'code')}",
+        f"commit={_quote(job.commit)}",
+        f"python_dir={_quote(Path(sys.executable).parent)}",
+        f"setup={_quote(request.setup or '')}",
+        f"container={_array(container)}",
+        f"runs={_array(job.runs)}",
+        f"recipes={_array(job.recipes)}",
+    ]
+
+
+def _quote(value: object) -> str:
+    return shlex.quote(str(value))
+
+
+def _array(values: Iterable[object]) -> str:
+    return f"({' '.join(map(_quote, values))})"

@@ -1,0 +1,126 @@
+"""One model on one set of problems: responses, verdicts, and the two files that keep them."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd.evaluate.problems import Problem, load_problems, render_prompts
+from kd.evaluate.results import read_responses, response_rows, results, write_evaluation
+from kd.evaluate.score import score
+from kd.evaluate.tasks import TASKS, load_task, parse_tasks
+from kd.generation.backends import Request, Subject, batch_size_of, version_of
+from kd.generation.generator import weights_sha256
+from kd.generation.responses import fingerprint, open_progress, respond
+from kd.generation.sampling import sampling_of
+from kd.recipe import EvaluationSection, Recipe
+from kd.runs.lock import hold
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """task: its name, or None for the local file. source: that file or the hub dataset. num_samples: per problem."""
+
+    task: str | None
+    source: str
+    problems: list[Problem]
+    num_samples: int
+
+
+def local_problems(evaluation: EvaluationSection, num_samples: int | None, limit: int | None) -> ProblemSet:
+    """The problems of evaluation.path, each answered once unless num_samples says otherwise."""
+    assert evaluation.path is not None
+    problems = load_problems("evaluation.path", evaluation.path, limit)
+    return ProblemSet(None, evaluation.path, problems, num_samples or 1)
+
+
+def task_problems(
+    tasks: Iterable[str], evaluation: EvaluationSection, num_samples: int | None, limit: int | None
+) -> list[ProblemSet]:
+    """tasks: names from TASKS. num_samples: the task's own when None, and 1 where all is greedy."""
+    sets = []
+    for name in parse_tasks(tasks):
+        usual = TASKS[name].num_samples if evaluation.temperature else 1
+        sets.append(ProblemSet(name, TASKS[name].hub_id, load_task(name, limit), num_samples or usual))
+    return sets
+
+
+def result_files(recipe: Recipe, folder: Path, label: str) -> list[Path]:
+    """Where launch/evaluate.py leaves a model's results on all that the recipe names."""
+    local = [folder] if recipe.evaluation.path is not None else []
+    tasks = parse_tasks(recipe.evaluation.tasks) if recipe.evaluation.tasks else []
+    return [place / f"{label}.json" for place in (*local, *(folder / task for task in tasks))]
+
+
+def is_scored(recipe: Recipe, files: Sequence[Path]) -> bool:
+    """Whether these results are there, and were made under the recipe's present [evaluation], seed 0."""
+    expected = {"judge": recipe.evaluation.judge, "sampling": vars(sampling_of(recipe.evaluation, seed=0))}
+    for file in files:
+        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        source = TASKS[results["task"]].hub_id if results.get("task") else recipe.evaluation.path
+        if {name: results.get(name) for name in (*expected, "problems")} != {**expected, "problems": source}:
+            return False
+    return True
+
+
+def evaluate(recipe: Recipe, subject: Subject, problem_set: ProblemSet, output: Path) -> dict[str, Any]:
+    """Generate what is missing, judge and write LABEL.json and LABEL.responses.jsonl. Returns the results.
+
+    They are written to output, and those of a task to output/TASK.
+    """
+    problems, folder = problem_set.problems, output / (problem_set.task or "")
+    requests = _requests(subject, problem_set, recipe)
+    batch_size = batch_size_of(subject.backend, recipe.evaluation)
+    settings = settings_of(subject, requests, batch_size)
+    hold(folder, f".{subject.label}.lock")
+    responses = read_responses(folder, subject.label, fingerprint(settings))
+    progress = None
+    if responses is None:
+        progress = open_progress(folder, subject.label, settings)
+        responses = respond(requests, batch_size, subject.load, progress)
+    answers = [problem.answer for problem in problems]
+    verdicts, summary = score(responses, answers, recipe.evaluation, recipe.data.think_close)
+    content = results(
+        recipe,
+        subject,
+        summary,
+        task=problem_set.task,
+        problems=problem_set.source,
+        judge=recipe.evaluation.judge,
+        backend=settings["backend"],
+        fingerprint=fingerprint(settings),
+    )
+    write_evaluation(folder, content, response_rows(problems, responses, verdicts))
+    if progress is not None:
+        progress.discard()
+    return content
+
+
+def _requests(subject: Subject, problem_set: ProblemSet, recipe: Recipe) -> list[Request]:
+    """num_samples of each problem, one problem after another."""
+    prompts = render_prompts(subject.tokenizer, problem_set.problems, recipe.data)
+    return [
+        Request(f"{problem.id}/{sample}", prompt)
+        for problem, prompt in zip(problem_set.problems, prompts, strict=True)
+        for sample in range(problem_set.num_samples)
+    ]
+
+
+def settings_of(subject: Subject, requests: Sequence[Request], batch_size: int) -> dict[str, Any]:
+    """All that responses depend on: template, system prompt and instruction are in the requests, as rendered."""
+    digest = hashlib.sha256()
+    for request in requests:
+        digest.update(f"{request.key}\t{request.prompt}\n".encode())
+    return {
+        "model": subject.section.model,
+        "revision": subject.section.revision,
+        "weights_sha256": weights_sha256(subject.section.model),
+        "end_token": subject.tokenizer.eos_token,
+        "num_requests": len(requests),
+        "requests_sha256": digest.hexdigest(),
+        **vars(subject.sampling),
+        "backend": version_of(subject.backend),
+        "batch_size": batch_size,
+    }

@@ -1,0 +1,139 @@
+"""What an evaluation leaves: one JSON of results per model, every response beside it, and a table of all models."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kd.evaluate.problems import Problem
+from kd.evaluate.score import Summary, Verdict
+from kd.files import write_json, write_jsonl
+from kd.generation.backends import Subject
+from kd.generation.sampling import Response
+from kd.recipe import Recipe
+from kd.runs.environment import environment
+
+HEADER = ("model", "accuracy", "95 % interval", "problems", "tokens", "unclosed")
+REPLACED = "replaced"
+
+
+def results(
+    recipe: Recipe,
+    subject: Subject,
+    summary: Summary,
+    *,
+    task: str | None,
+    problems: str,
+    judge: str,
+    backend: str,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """The content of results JSON: the summary's fields at top level, and all that is needed to repeat it.
+
+    task: None for the problems of evaluation.path. problems: that path or a hub id. backend: with its version.
+    fingerprint: of all that the responses depend on.
+    """
+    return {
+        "label": subject.label,
+        "model": subject.section.model,
+        "recipe": recipe.run.name,
+        "task": task,
+        "problems": problems,
+        "judge": judge,
+        **asdict(summary),
+        "sampling": asdict(subject.sampling),
+        "backend": backend,
+        "fingerprint": fingerprint,
+        "command": " ".join(sys.argv),
+        "environment": environment(),
+    }
+
+
+def response_rows(
+    problems: Sequence[Problem], responses: Sequence[Response], verdicts: Sequence[Verdict]
+) -> list[dict[str, Any]]:
+    """One row per response, the samples of a problem one after another."""
+    num_samples = len(responses) // len(problems)
+    return [
+        {
+            "id": problems[index // num_samples].id,
+            "sample": index % num_samples,
+            "prompt": problems[index // num_samples].prompt,
+            "expected": problems[index // num_samples].answer,
+            **vars(verdict),
+            "ended": response.ended,
+            "num_tokens": response.num_tokens,
+            "response": response.text,
+        }
+        for index, (response, verdict) in enumerate(zip(responses, verdicts, strict=True))
+    ]
+
+
+def write_evaluation(folder: Path, content: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """folder/LABEL.responses.jsonl, then folder/LABEL.json; what another evaluation wrote there goes to replaced/."""
+    label = content["label"]
+    _set_aside(folder, label, content["fingerprint"])
+    write_jsonl(folder / f"{label}.responses.jsonl", rows)
+    write_json(folder / f"{label}.json", content)
+
+
+def read_responses(folder: Path, label: str, fingerprint: str) -> list[Response] | None:
+    """The responses of a finished evaluation, also of one that was set aside; None when none has this fingerprint."""
+    for place in (folder, folder / REPLACED / fingerprint):
+        path = place / f"{label}.responses.jsonl"
+        if _fingerprint_of(place / f"{label}.json") == fingerprint and path.exists():
+            with path.open(encoding="utf-8") as lines:
+                return [Response(row["response"], row["num_tokens"], row["ended"]) for row in map(json.loads, lines)]
+    return None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A plain table, one line per results JSON: shares as fractions, tokens as the mean of a response.
+
+    With a task or several samples of a problem there are columns for them: samples, and pass@samples.
+    """
+    sampled = any(row["task"] is not None or row["num_samples"] > 1 for row in rows)
+    header = (*HEADER, "task", "samples", "pass@") if sampled else HEADER
+    cells = [header, *((*_cells(row), *_sample_cells(row)) if sampled else _cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    low, high = row["ci95"]
+    return (
+        row["label"],
+        f"{row['accuracy']:.3f}",
+        f"{low:.3f}-{high:.3f}",
+        str(row["num_problems"]),
+        f"{row['mean_response_tokens']:.1f}",
+        f"{row['unclosed_fraction']:.3f}",
+    )
+
+
+def _sample_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    num_samples = str(row["num_samples"])
+    return row["task"] or "-", num_samples, f"{row['pass_at_k'][num_samples]:.3f}"
+
+
+def _set_aside(folder: Path, label: str, fingerprint: str) -> None:
+    found = _fingerprint_of(folder / f"{label}.json")
+    if found in (None, fingerprint):
+        return
+    replaced = folder / REPLACED / found
+    replaced.mkdir(parents=True, exist_ok=True)
+    for name in (f"{label}.json", f"{label}.responses.jsonl"):
+        if (folder / name).exists():
+            os.replace(folder / name, replaced / name)
+    print(f"{label}: the results of an earlier evaluation with other settings are now in {replaced}")
+
+
+def _fingerprint_of(path: Path) -> str | None:
+    """None when there is no such file; "unknown" where results have none."""
+    if not path.exists():
+        return None
+    return str(json.loads(path.read_text(encoding="utf-8")).get("fingerprint", "unknown"))

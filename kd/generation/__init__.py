@@ -1,0 +1,1 @@
+"""Text from a model: prompts in, responses out, and the journal that survives a crash."""

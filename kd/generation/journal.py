@@ -1,0 +1,118 @@
+"""A file of traces that grows batch by batch: after a crash it goes on as if it had never stopped.
+
+Rows are appended to OUTPUT.partial, which becomes OUTPUT when all batches are done: a file that exists is whole.
+OUTPUT.progress is the journal: its first line holds the settings, each further line one finished batch and the size
+of the rows file after it. What a crash left behind the last journal line is cut, so no row is torn or written twice.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kd.errors import UserError
+from kd.generation.sampling import Response
+from kd.recipe import DataSection
+
+
+class TraceFile:
+    """num_batches: finished ones. counts: responses by fate ("kept" or why it was dropped). complete: nothing to do.
+
+    Raises UserError when the file exists without a journal, or the journal holds other settings.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any]) -> None:
+        self.output = output
+        self.partial = output.with_name(output.name + ".partial")
+        self.journal = output.with_name(output.name + ".progress")
+        entries = self._read_journal()
+        if len(entries) < 2:  # no batch was finished: whatever was begun, begin anew
+            if output.exists():
+                raise UserError(f"--output {output} exists already; choose another file, or remove it")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.write_bytes(b"")
+            self.journal.write_bytes(b"")
+            _append(self.journal, [settings])
+        else:
+            self._check_settings(entries[0], settings)
+        self.complete = output.exists()
+        self.num_batches = len(entries[1:])
+        self.counts = sum((Counter(entry["counts"]) for entry in entries[1:]), Counter[str]())
+        if self.num_batches and not self.complete:
+            self._cut_rows(entries[-1]["num_bytes"])
+
+    def append(self, rows: Iterable[dict[str, Any]], counts: Counter[str]) -> None:
+        """Add one batch; it is on disk when this returns."""
+        num_bytes = _append(self.partial, rows)
+        _append(self.journal, [{"num_bytes": num_bytes, "counts": counts}])
+        self.num_batches += 1
+        self.counts.update(counts)
+
+    def finish(self) -> None:
+        os.replace(self.partial, self.output)
+        self.complete = True
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the finished batches of a file that is not complete yet."""
+        with self.partial.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+    def discard(self) -> None:
+        """Remove the rows and the journal: all that they hold stands elsewhere."""
+        self.partial.unlink()
+        self.journal.unlink()
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """The whole lines of the journal; a torn last line is cut from the file."""
+        if not self.journal.exists():
+            return []
+        content = self.journal.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(self.journal, len(whole))
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def _check_settings(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
+        changed = [key for key in settings if found.get(key) != settings[key]]
+        if changed:
+            details = "\n".join(f"  {key}: {found.get(key)!r} before, {settings[key]!r} now" for key in changed)
+            raise UserError(
+                f"--output {self.output} was begun with other settings:\n{details}\n"
+                f"Use those again, choose another --output, or remove {self.journal}, {self.partial} and {self.output}"
+            )
+
+    def _cut_rows(self, num_bytes: int) -> None:
+        if not self.partial.exists() or self.partial.stat().st_size < num_bytes:
+            raise UserError(
+                f"{self.partial} is shorter than {self.journal} says; remove the journal and the rows to begin anew"
+            )
+        os.truncate(self.partial, num_bytes)
+
+
+def split_response(response: Response, data: DataSection, keep: str) -> tuple[str, str] | str:
+    """(reasoning, answer) of a response, or why it is dropped: "unclosed", "reopened", "no answer" or "unended".
+
+    A response may begin with the marker that opens the thought or, when the chat template wrote it, behind it. keep:
+    "ended" drops an answer that max_new_tokens cut off, "closed" keeps it.
+    """
+    opening, closing = data.think_open.strip(), data.think_close.strip()
+    if closing not in response.text:
+        return "unclosed"
+    reasoning, _, answer = response.text.partition(closing)
+    reasoning, answer = reasoning.strip().removeprefix(opening).strip(), answer.strip()
+    if closing in answer or (opening and opening in reasoning + answer):
+        return "reopened"
+    answer = answer.removeprefix(data.answer_open.strip()).removesuffix(data.answer_close.strip()).strip()
+    if not answer or not reasoning:
+        return "no answer"
+    return "unended" if keep == "ended" and not response.ended else (reasoning, answer)
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Append rows as JSON lines, through to the disk. Returns the size of the file in bytes."""
+    with path.open("ab") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()

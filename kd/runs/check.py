@@ -1,0 +1,27 @@
+"""All that can be known of a recipe without a GPU, a network or a process group: what --check and a submission ask."""
+
+from kd.engine.ds_config import read_ds_config
+from kd.hub import find_file, resolve
+from kd.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises UserError naming the field and its value when a model, a file or a DeepSpeed JSON cannot be what it is."""
+    for field, value in inputs(recipe).items():
+        find = find_file if field in ("data.chat_template", "evaluation.path") else resolve
+        find(field, value)
+    for role in ("student", "teacher") if recipe.teacher else ("student",):
+        read_ds_config(recipe, role)
+
+
+def inputs(recipe: Recipe) -> dict[str, str]:
+    """{section.key: value} of all that a run reads by path or hub id, JSON of DeepSpeed apart."""
+    found = {
+        "student.model": recipe.student.model,
+        "teacher.model": recipe.teacher.model if recipe.teacher else None,
+        "data.path": recipe.data.path,
+        "data.validation_path": recipe.data.validation_path,
+        "data.chat_template": recipe.data.chat_template,
+        "evaluation.path": recipe.evaluation.path,
+    }
+    return {field: value for field, value in found.items() if value is not None}

@@ -1,0 +1,131 @@
+"""A run's folder: whose run it is, whether it may be continued, and where everything lands.
+
+recipe.json        the resolved recipe          metrics.jsonl     one line per optimizer step
+ds_config.json     the JSON of both engines     checkpoints/      step_N, whole or absent
+environment.json   versions, commit, hardware   export/last, best the student, as from_pretrained loads it
+data.json          what the data filters did    SUCCESS           written last
+plan.json          planned cost, and measured   INTERRUPTED       in its place when a signal stopped the run
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kd.engine.checkpoint import remove_partial, step_folders
+from kd.engine.ds_config import read_ds_config
+from kd.errors import UserError
+from kd.files import write_json
+from kd.recipe import Recipe
+from kd.runs.environment import environment
+from kd.runs.lock import hold
+
+SUCCESS, INTERRUPTED = "SUCCESS", "INTERRUPTED"
+
+# What may differ between a run and its continuation: nothing that changes the weights of a step that is taken.
+FREE_TO_CHANGE = {
+    ("run", "name"),
+    ("run", "output_dir"),
+    ("run", "watchdog_minutes"),
+    ("run", "collective_timeout_minutes"),
+    ("teacher", "shard"),
+    ("training", "micro_batch_size"),
+    ("training", "checkpoint_every"),
+    ("training", "keep_last"),
+    ("training", "skip_nonfinite"),
+    ("data", "num_proc"),
+    ("data", "cache_dir"),
+}
+FREE_SECTIONS = {"evaluation", "monitor"}
+
+
+def open_run(recipe: Recipe, resume: str | None) -> None:
+    """Make the run's folder, or check that it may be continued. Rank 0 calls it, before anything is allocated.
+
+    Holds the folder for the life of this process. Raises UserError when another process does, when the folder holds a
+    run and --resume is absent, or another recipe's run. A folder whose run never took a step, for an error in the
+    recipe say, is taken over.
+    """
+    folder = recipe.run_dir
+    _check_may_begin(recipe, resume)
+    try:
+        hold(folder)
+    except OSError as error:
+        raise _cannot_write(recipe, error) from error
+    _check_may_begin(recipe, resume)  # another process may have begun it in the meantime
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        remove_partial(folder / "checkpoints")
+        for marker in (SUCCESS, INTERRUPTED):
+            (folder / marker).unlink(missing_ok=True)
+        for name, content in _facts(recipe).items():
+            write_json(folder / name, content)
+        write_json(folder / "environment.json", environment())
+    except OSError as error:
+        raise _cannot_write(recipe, error) from error
+
+
+def _check_may_begin(recipe: Recipe, resume: str | None) -> None:
+    if resume is None and _has_begun(recipe.run_dir):
+        raise UserError(
+            f"{recipe.run_dir} already holds a run: continue it with --resume auto, "
+            "or choose another folder with --set run.name=NAME"
+        )
+    check_same_run(recipe)
+
+
+def _cannot_write(recipe: Recipe, error: OSError) -> UserError:
+    return UserError(f"run.output_dir = {recipe.run.output_dir!r}: cannot write to {recipe.run_dir}: {error}")
+
+
+def check_same_run(recipe: Recipe) -> None:
+    """Raise UserError when the recipe's folder holds a run that was begun with another recipe."""
+    folder = recipe.run_dir
+    if not _has_begun(folder):
+        return
+    changed = [c for name, new in _facts(recipe).items() for c in _differences(_read(folder / name), new)]
+    if changed:
+        listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
+        raise UserError(
+            f"{folder} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set run.name=NAME; "
+            "to train a finished student further, begin a new run with student.model = its export"
+        )
+
+
+def record_data(folder: Path, report: str, fingerprint: str) -> None:
+    """Write data.json, or check that a run that is continued has the data that it began with. Rank 0 calls it."""
+    path = folder / "data.json"
+    if _has_begun(folder) and path.exists() and _read(path)["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{folder} began with other data: its rows or their tokens have changed since. "
+            f"Restore them, or --set run.name=NAME\nthere:\n{_read(path)['report']}\nhere:\n{report}"
+        )
+    write_json(path, {"fingerprint": fingerprint, "report": report})
+
+
+def _has_begun(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return bool(step_folders(folder / "checkpoints")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    return {"recipe.json": recipe.model_dump(mode="json"), "ds_config.json": _ds_configs(recipe)}
+
+
+def _ds_configs(recipe: Recipe) -> dict[str, Any]:
+    teacher = {"teacher": read_ds_config(recipe, "teacher")} if recipe.teacher else {}
+    return {"student": read_ds_config(recipe, "student"), **teacher}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(section.key, old, new) of what differs and matters."""
+    found = []
+    for section in new.keys() - FREE_SECTIONS:
+        before, after = old.get(section) or {}, new[section] or {}
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key) and (section, key) not in FREE_TO_CHANGE:
+                found.append((f"{section}.{key}", before.get(key), after.get(key)))
+    return sorted(found, key=lambda difference: difference[0])

@@ -1,0 +1,1 @@
+"""What a student learns from: one interface, several kinds of teacher."""

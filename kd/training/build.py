@@ -1,0 +1,81 @@
+"""Teacher and student from a recipe: loaded, in their engines, their weights proven to have arrived."""
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from kd.distributed.nodes import group_of_node, ranks_of_nodes
+from kd.distributed.process_group import on_rank_zero
+from kd.engine.ds_config import teacher_ds_config
+from kd.engine.initialize import initialize
+from kd.engine.zero3 import num_parameters, num_shards, repartition, set_moe_leaf_modules, shard_bytes
+from kd.models.loading import load_partitioned, load_whole, random_model
+from kd.models.probe import reference_states, verify_weights
+from kd.models.student import Distiller
+from kd.plan import check_shapes
+from kd.recipe import ModelSection, Recipe
+from kd.teachers.live import TeacherModule, ZeroTeacher
+
+log = logging.getLogger(__name__)
+
+
+def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
+    """The recipe's teacher in its own ZeRO-3 engine, its weights proven to have arrived."""
+    if recipe.teacher is None:
+        return None
+    ds_config = teacher_ds_config(recipe)
+    reference = _reference_states(recipe.teacher, ds_config, role="teacher")
+    model = load_partitioned(recipe.teacher, ds_config, role="teacher")
+    if recipe.teacher.shard == "node":
+        group = group_of_node(ranks_of_nodes(), recipe.run.collective_timeout_minutes)
+        repartition(model, group, ds_config)
+    check_shapes(recipe.teacher, model, role="teacher")
+    set_moe_leaf_modules(model)
+    teacher = ZeroTeacher(initialize(TeacherModule(model), ds_config))
+    verify_weights(model, reference, role="teacher", device=device, hidden_states=teacher.hidden_states)
+    _log_size("teacher", model)
+    return teacher
+
+
+def build_student(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> tuple[PreTrainedModel, Any]:
+    """The recipe's student and its engine around student and loss, its weights proven to have arrived."""
+    section = recipe.student
+    if section.init == "random":
+        model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
+        reference = reference_states(model, role="student")
+    else:
+        reference = _reference_states(section, ds_config, role="student")
+        model = load_partitioned(section, ds_config, role="student")
+    check_shapes(section, model, role="student")
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_moe_leaf_modules(model)
+    engine = initialize(Distiller(model, recipe.loss), ds_config)
+    verify_weights(model, reference, role="student", device=device)
+    _log_size("student", model)
+    return model.train(), engine
+
+
+def _reference_states(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> torch.Tensor:
+    """From a whole copy on rank 0, for every rank to compare with: a node without rank 0 has shards of its own."""
+    return on_rank_zero(lambda: reference_states(load_whole(section, ds_config, role=role), role=role))
+
+
+def _log_size(role: str, model: PreTrainedModel) -> None:
+    """What was measured on all ranks, after a first forward pass."""
+    parameters = list(model.parameters())
+    measured: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(measured, (num_shards(parameters), shard_bytes(parameters) / 2**20))
+    shards, mebibytes = zip(*measured, strict=True)
+    log.info(
+        "%s: %.2f M parameters over %s of %d ranks, %.1f to %.1f MiB on each",
+        role,
+        num_parameters(parameters) / 1e6,
+        " or ".join(str(number) for number in sorted(set(shards))),
+        len(measured),
+        min(mebibytes),
+        max(mebibytes),
+    )

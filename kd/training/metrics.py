@@ -1,0 +1,74 @@
+"""What a run measures: one JSON line per optimizer step, a progress bar, and peak memory."""
+
+import contextlib
+import json
+import logging
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kd.files import write_jsonl
+from kd.runs.records import read_metrics
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Rank 0's view of a run: appends records to metrics.jsonl and moves the progress bar.
+
+    Steps are counted from 1, as checkpoints are. A run interrupted after its last checkpoint, `start_step`, repeats
+    steps: their records from before move to metrics.abandoned.jsonl. A full disk does not end a run here, on one rank
+    of many: what could not be written is kept and tried again, and the next checkpoint says what is wrong on all ranks.
+    """
+
+    def __init__(self, path: Path, *, start_step: int, total_steps: int) -> None:
+        records = read_metrics(path) if path.exists() else []
+        repeated = [record for record in records if record["step"] > start_step]
+        if repeated:
+            write_jsonl(path.with_name("metrics.abandoned.jsonl"), repeated)
+        write_jsonl(path, [record for record in records if record["step"] <= start_step])
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
+        # In a log file each refresh is a line: one in half a minute is enough there.
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", mininterval=interval, dynamic_ncols=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._unwritten += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+        self._write_what_fits()
+        with contextlib.suppress(OSError):  # whoever watched may have gone, and ssh with it
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False)
+            self._bar.update(1)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._write_what_fits()
+        self._file.close()
+
+    def _write_what_fits(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            log.warning("%s: %s; its last lines are kept and tried again", self._file.name, error.strerror)
+
+
+def _finite(value: Any) -> Any:
+    """The record with null for what is not finite, at any depth: NaN is not JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this rank has held so far: of its GPU, or of its process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

@@ -1,0 +1,203 @@
+"""Run by the launcher on every rank: teachers divided over all ranks or within a node, students with and without hpZ.
+
+shard_worker.py MODELS OUTPUT      writes OUTPUT/rank{rank}_of_{number of ranks}.json
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+import kd.training.build
+from kd.data.collate import Batch, collate
+from kd.data.dataset import Example
+from kd.distributed.nodes import ranks_of_nodes
+from kd.distributed.process_group import init_distributed
+from kd.engine.checkpoint import load_checkpoint, save_checkpoint
+from kd.engine.ds_config import check_hpz, student_ds_config
+from kd.engine.zero3 import num_shards, shard_bytes
+from kd.errors import UserError
+from kd.logs import configure_logging
+from kd.recipe import Recipe
+from kd.training.build import build_student, build_teacher
+from kd.training.loop import distill_batch, train_step
+
+NUM_STEPS = 3
+UNEQUAL_NODES = [[0, 2, 3], [1]]
+
+
+class Collectives(TorchDispatchMode):
+    """Inside, the ranks of each collective's group are noted, whoever starts it."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.kind = kind  # part of its name in PyTorch
+        self.groups: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace == "c10d" and self.kind in function.name():
+            (group,) = (a for a in arguments if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            self.groups.add(tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))))
+        return function(*arguments, **(keywords or {}))
+
+
+def main() -> None:
+    models, output = Path(sys.argv[1]), Path(sys.argv[2])
+    device = init_distributed()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    configure_logging(rank)
+    results: dict[str, Any] = {"nodes": ranks_of_nodes(), "world": run_case(models, output, device, shard="world")}
+    if world_size == 4:
+        results["node"] = run_case(models, output, device, shard="node")
+        results["hpz"] = run_case(models, output, device, shard="node", student_json=str(models / "hpz2.json"))
+        results["hpZ across nodes"] = across_nodes(
+            make_recipe(models, shard="node", student_json=str(models / "hpz4.json"))
+        )
+        results["damaged node"] = find_damage(make_recipe(models, shard="node"), device)
+        results["unequal nodes"] = unequal_nodes(make_recipe(models, shard="node", teacher="experts_teacher"), device)
+    (output / f"rank{rank}_of_{world_size}.json").write_text(json.dumps(results))
+    dist.barrier()
+
+
+def make_recipe(models: Path, *, shard: str, teacher: str = "teacher", student_json: str = "zero3_cpu.json") -> Recipe:
+    return Recipe.model_validate(
+        {
+            "teacher": {"model": str(models / teacher), "shard": shard},
+            "student": {"model": str(models / "student")},
+            "data": {"path": "unused.jsonl"},
+            "training": {"global_batch_size": 8, "micro_batch_size": 1, "learning_rate": 1e-2},
+            "deepspeed": {"student": student_json, "teacher": "zero3_cpu.json"},
+        }
+    )
+
+
+def run_case(models: Path, output: Path, device: torch.device, **fields: str) -> dict[str, Any]:
+    recipe, world_size = make_recipe(models, **fields), dist.get_world_size()
+    teacher = build_teacher(recipe, device)
+    _, student = build_student(recipe, student_ds_config(recipe, world_size, "cpu"), device)
+    batches = [make_batch(dist.get_rank(), index) for index in range(8 // world_size)]
+    digest = digest_gradients(student)
+    losses = [train_step(student, teacher, batches, 1e-2, device).loss for _ in range(NUM_STEPS)]
+    result = {
+        "losses": losses,
+        "gradients": digest.hexdigest(),
+        "teacher bytes": shard_bytes(teacher.model.parameters()),
+        "teacher shards": num_shards(teacher.model.parameters()),
+        "teacher is untouched by hpZ": all(p.ds_zero_param_process_group is None for p in teacher.model.parameters()),
+        "student groups": groups_of(student),
+        "hpZ group": hpz_group(student),
+    }
+    if "student_json" in fields:
+        result["resumed"] = resume(student, teacher, output, batches, device)
+    with Collectives() as forward:
+        teacher.hidden_states(batches[0].input_ids)
+    with Collectives() as head, teacher.head():
+        pass
+    loss, _ = distill_batch(student, teacher, batches[0])
+    with Collectives("allgather") as backward:
+        student.backward(loss)
+    result |= {"teacher": sorted(forward.groups), "teacher head": sorted(head.groups)}
+    return result | {"student's gathers in backward": sorted(backward.groups)}
+
+
+def resume(student: Any, teacher: Any, output: Path, batches: list[Batch], device: torch.device) -> list[list[float]]:
+    """Losses after a checkpoint, and again after going back to it."""
+
+    def losses() -> list[float]:
+        return [train_step(student, teacher, batches, 1e-2, device).loss for _ in range(2)]
+
+    save_checkpoint(student, output / "checkpoints", NUM_STEPS, {})
+    first = losses()
+    load_checkpoint(student, output / "checkpoints" / f"step_{NUM_STEPS}")
+    return [first, losses()]
+
+
+def across_nodes(recipe: Recipe) -> str:
+    with pytest.raises(UserError) as error:
+        check_hpz(recipe, student_ds_config(recipe, dist.get_world_size(), "cpu"), ranks_of_nodes())
+    return str(error.value)
+
+
+def find_damage(recipe: Recipe, device: torch.device) -> str | None:
+    """What building says when weights do not arrive on the node without rank 0."""
+    repartition, log_size = kd.training.build.repartition, kd.training.build._log_size
+
+    def damage(model: Any, *arguments: Any) -> None:
+        repartition(model, *arguments)
+        if dist.get_rank() in ranks_of_nodes()[1]:
+            for parameter in model.parameters():
+                parameter.ds_tensor.add_(1.0)
+
+    kd.training.build.repartition, kd.training.build._log_size = (
+        damage,
+        lambda *_: None,
+    )  # the latter waits for every rank
+    try:
+        build_teacher(recipe, device)
+    except UserError as error:
+        return str(error)
+    finally:
+        kd.training.build.repartition, kd.training.build._log_size = repartition, log_size
+    return None
+
+
+def unequal_nodes(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """A mixture of experts divided over three ranks and, whole, on one, each rank with tokens of its own."""
+    kd.training.build.ranks_of_nodes = lambda: UNEQUAL_NODES
+    teacher, batch = build_teacher(recipe, device), make_batch(dist.get_rank(), 0)
+    whole = AutoModelForCausalLM.from_pretrained(recipe.teacher.model).eval()
+    expected = whole.model(batch.input_ids).last_hidden_state.detach()
+    teacher.hidden_states(batch.input_ids)  # once, all ranks compare their order of modules
+    with Collectives() as forward:
+        actual = teacher.hidden_states(batch.input_ids)
+    return {
+        "error": float((actual - expected).norm() / expected.norm()),
+        "tied": teacher.model.lm_head.weight is teacher.model.get_input_embeddings().weight,
+        "shards": num_shards(teacher.model.parameters()),
+        "teacher": sorted(forward.groups),
+    }
+
+
+def make_batch(rank: int, index: int) -> Batch:
+    input_ids = np.random.default_rng([rank, index]).integers(0, 150, 6 + 5 * rank)
+    example = Example(input_ids, input_ids, 0, num_tokens_3=np.array([len(input_ids), 0, 0]), read_start=0)
+    return collate([example], pad_token_id=0)
+
+
+def groups_of(student: Any) -> list[list[int]]:
+    """The groups that a student's parameters and its engine use, each once."""
+    groups = {id(p.ds_process_group): p.ds_process_group for p in student.module.parameters()}
+    groups[0] = student.optimizer.dp_process_group
+    return sorted({tuple(dist.get_process_group_ranks(group)) for group in groups.values()})
+
+
+def hpz_group(student: Any) -> list[int] | None:
+    group = next(student.module.parameters()).ds_zero_param_process_group
+    return group and dist.get_process_group_ranks(group)
+
+
+def digest_gradients(student: Any) -> Any:
+    """A digest that is updated with every gradient before each optimizer step."""
+    digest, step = hashlib.sha256(), student.step
+
+    def digest_and_step() -> None:
+        if student.is_gradient_accumulation_boundary():
+            for parameter in student.module.parameters():
+                digest.update(safe_get_full_grad(parameter).numpy().tobytes())
+        step()
+
+    student.step = digest_and_step
+    return digest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""A folder is held by one process, for as long as it lives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd.errors import UserError
+from kd.runs.lock import hold, is_free
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    """Another process that holds the folder until it is killed."""
+    lines = ["import sys, time", "from pathlib import Path", "from kd.runs.lock import hold", "hold(Path(sys.argv[1]))"]
+    code = "\n".join([*lines, "print('held', flush=True)", "time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_that_another_process_holds_is_refused_with_its_name(tmp_path: Path, holder):
+    assert not is_free(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"is in use by process {holder.pid} on .*: wait until that ends, or end it; if its node"
+    ):
+        hold(tmp_path, patience_seconds=0)
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path, holder):
+    holder.kill()
+    holder.wait()
+    assert is_free(tmp_path)
+    hold(tmp_path, patience_seconds=0)
+    hold(tmp_path, patience_seconds=0)  # it is this process's own

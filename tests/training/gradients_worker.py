@@ -1,0 +1,118 @@
+"""Run by the launcher on every rank: what train_step() gives in many cases, against one process and full logits.
+
+gradients_worker.py MODELS OUTPUT      writes {case: {"gradients": {parameter: [error, norm of the reference]}, ...}}
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from full_logits import full_diagnostics, full_loss
+from transformers import AutoModelForCausalLM
+
+from kd.data.collate import Batch, collate
+from kd.data.dataset import Example
+from kd.distributed.process_group import init_distributed
+from kd.engine.ds_config import student_ds_config
+from kd.recipe import Recipe
+from kd.training.build import build_student, build_teacher
+from kd.training.loop import train_step
+
+TIED, ACCUMULATION, CHECKPOINTING = ("tied", "untied"), (1, 4), (False, True)
+LAYOUTS = ("equal", "unequal", "empty")  # how supervised tokens are spread over the two ranks
+
+
+def main() -> None:
+    models, output = Path(sys.argv[1]), Path(sys.argv[2])
+    device = init_distributed()
+    results: dict[str, Any] = {}
+    for head, accumulation, checkpointing in itertools.product(TIED, ACCUMULATION, CHECKPOINTING):
+        recipe = _recipe(models, head, accumulation, checkpointing)
+        teacher = build_teacher(recipe, device)
+        _, student = build_student(recipe, student_ds_config(recipe, dist.get_world_size(), "cpu"), device)
+        assert all(p.ds_tensor.numel() < p.ds_numel for p in student.module.parameters()), "not partitioned"
+        captured = _capture_gradients_at_boundary(student)
+        for layout in LAYOUTS:
+            batches = [[_batch(layout, rank, i) for i in range(accumulation)] for rank in range(2)]
+            # rate 0: the weights stay those of the checkpoint for the next layout
+            result = train_step(student, teacher, batches[dist.get_rank()], 0.0, device)
+            name = f"{head}-accumulation{accumulation}-checkpointing{int(checkpointing)}-{layout}"
+            if dist.get_rank() == 0:
+                loss, diagnostics, reference = _reference(recipe, [batch for rank in batches for batch in rank])
+                errors = {key: _error(captured[key], reference[key]) for key in reference}
+                results[name] = {"loss": [result.loss, loss], "gradients": errors}
+                results[name]["diagnostics"] = [result.diagnostics, diagnostics]
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    dist.barrier()
+
+
+def _recipe(models: Path, head: str, accumulation: int, checkpointing: bool) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "teacher": {"model": str(models / "teacher")},
+            "student": {"model": str(models / head), "gradient_checkpointing": checkpointing},
+            "data": {"path": "unused.jsonl"},
+            "loss": {"temperature": 2.0, "kd_weight": 0.7, "ce_weight": 0.3},
+            "training": {"global_batch_size": 2 * 2 * accumulation, "micro_batch_size": 2, "max_grad_norm": 1e9},
+            "deepspeed": {"student": "zero3_cpu.json", "teacher": "zero3_cpu.json"},
+        }
+    )
+
+
+def _batch(layout: str, rank: int, index: int) -> Batch:
+    """Two examples whose supervised tokens depend on the rank, as truncation and filters make it happen."""
+    random = np.random.default_rng([rank, index])
+    examples = []
+    for row in range(2):
+        length = int(random.integers(5, 9)) if layout == "equal" or rank == 0 else int(random.integers(12, 30))
+        input_ids = random.integers(0, 150, length)
+        labels = input_ids.copy()
+        labels[: length // 2] = -100
+        if layout == "empty" and (rank == 1 or index == 1):
+            labels[:] = -100
+        num_tokens, read_start = np.array([6, length, 10]), int(random.integers(0, 16))
+        examples.append(Example(input_ids, labels, row, num_tokens, read_start))
+    return collate(examples, pad_token_id=0)
+
+
+def _capture_gradients_at_boundary(student: Any) -> dict[str, torch.Tensor]:
+    captured: dict[str, torch.Tensor] = {}
+    step = student.step
+
+    def capture_and_step() -> None:
+        if student.is_gradient_accumulation_boundary():
+            for name, parameter in student.module.model.named_parameters():
+                captured[name] = safe_get_full_grad(parameter).clone()
+        step()
+
+    student.step = capture_and_step
+    return captured
+
+
+def _reference(recipe: Recipe, batches: list[Batch]) -> tuple[float, dict[str, Any], dict[str, torch.Tensor]]:
+    """Loss, diagnostics and gradients of the whole global batch in one process, full logits and plain autograd."""
+    student = AutoModelForCausalLM.from_pretrained(recipe.student.model, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32)
+    num_tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
+    total = torch.zeros(())
+    for batch in batches:
+        total = total + full_loss(recipe, student, teacher, batch)
+    loss = total / num_tokens
+    loss.backward()
+    diagnostics = full_diagnostics(recipe, student, teacher, batches)
+    return float(loss), diagnostics, {name: p.grad for name, p in student.named_parameters()}
+
+
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> list[float]:
+    return [float((actual - expected).norm()), float(expected.norm())]
+
+
+if __name__ == "__main__":
+    main()

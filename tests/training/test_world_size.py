@@ -1,0 +1,66 @@
+"""A run that goes on with fewer or more ranks than wrote its checkpoint, by --resume auto alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny_recipe
+
+from kd.engine.checkpoint import step_folders
+from kd.runs.records import read_metrics
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return write_tiny_recipe(tmp_path_factory.mktemp("world_size"))
+
+
+def arguments(recipe: Path, name: str, student: str, teacher: str) -> list[str]:
+    pairs = [f"run.name={name}", f"deepspeed.student={student}.json", f"deepspeed.teacher={teacher}.json"]
+    pairs += ["training.max_steps=20", "training.checkpoint_every=5", "training.keep_last=9"]
+    settings = [word for pair in pairs for word in ("--set", pair)]
+    return ["launch/train.py", "--recipe", str(recipe), *settings, "--resume", "auto"]
+
+
+def copy_until_step_10(run: Path, name: str) -> Path:
+    folder = run.with_name(name)
+    shutil.copytree(run, folder)
+    for late in step_folders(folder / "checkpoints")[2:]:
+        shutil.rmtree(late)
+    resolved = json.loads((folder / "recipe.json").read_text())
+    resolved["run"]["name"] = name
+    (folder / "recipe.json").write_text(json.dumps(resolved))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "num_ranks", "tolerance"),
+    [
+        ("zero3_cpu", "zero3_cpu", 4, 1e-6),  # fp32: the order of sums over ranks
+        ("zero3_bf16", "zero3_teacher", 1, 1e-3),  # bf16 keeps three digits of a weight
+        ("zero2_bf16", "zero3_teacher", 1, 1e-3),
+    ],
+)
+def test_the_loss_goes_on_within_rounding(launch, recipe, student, teacher, num_ranks, tolerance):
+    whole = launch(*arguments(recipe, student, student, teacher))
+    assert whole.returncode == 0, whole.stderr[-4000:]
+    folder = copy_until_step_10(recipe.parent / "runs" / student, f"{student}_on_{num_ranks}")
+    if student == "zero3_cpu":
+        refused = launch(*arguments(recipe, folder.name, student, teacher), num_ranks=3)
+        assert refused.returncode == 2
+        assert refused.stderr.count("cannot be divided over 3 ranks: run on 1, 2 or 4 ranks") == 1
+    done = launch(*arguments(recipe, folder.name, student, teacher), num_ranks=num_ranks)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"step_10 was written by 2 ranks, and is converted for {num_ranks}" in done.stderr
+    records = read_metrics(folder / "metrics.jsonl")
+    expected = read_metrics(folder.with_name(student) / "metrics.jsonl")
+    assert len(records) == len(expected) == 20
+    for key, factor in (("loss", 1), ("grad_norm", 10)):
+        values = [record[key] for record in expected]
+        assert [record[key] for record in records] == pytest.approx(values, rel=tolerance * factor)
+    assert (folder / "SUCCESS").exists()
+    left = {path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()}
+    assert left == {"step_5", "step_10", "step_15", "step_20"}
