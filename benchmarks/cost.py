@@ -1,10 +1,13 @@
-"""What half of every trace costs beside the whole of it: the same steps at several lengths, by the real launcher.
+"""What half of every trace costs beside the whole of it: the same steps at several lengths, by the
+real launcher.
 
-    python benchmarks/cost.py [--recipe tiny] [--keep 1.0,0.5] [--steps 24] [--set ...] [--output DIR]
+    python benchmarks/cost.py [--recipe tiny] [--keep 1.0,0.5] [--steps 24] [--set ...] [--output
+    DIR]
 
-Runs on all GPUs of this machine, or on two ranks of its CPU, the lengths in turn, twice, so that other load on the
-machine hits all alike. One more length, of two tokens, shows the fixed part of a step: gathers, optimizer and Python,
-which no truncation saves. Writes DIR/cost.json and cost.md: each figure, and its ratio to that of the first length.
+Runs on all GPUs of this machine, or on two ranks of its CPU, the lengths in turn, twice, so that
+other load on the machine hits all alike. One more length, of two tokens, shows the fixed part of a
+step: gathers, optimizer and Python, which no truncation saves. Writes DIR/cost.json and cost.md:
+each figure, and its ratio to that of the first length.
 """
 
 import argparse
@@ -27,7 +30,8 @@ from kd.runs.records import read_metrics
 WARMUP_STEPS = 4
 NUM_ROUNDS = 2
 FIXED = "fixed"  # the name of the run of two tokens
-# Of the embedded pair, so large that its step is more than its fixed part; per rank half of it at a time.
+# Of the embedded pair, so large that its step is more than its fixed part; per rank half of it at a
+# time.
 BATCH = ("training.global_batch_size=256", "training.micro_batch_size=128")
 HEADER = """\
 | keep | tokens | FLOPs | step ms | above the fixed part | peak GiB of a rank | above the fixed part |
@@ -41,7 +45,10 @@ def main() -> None:
     names = [*arguments.keep, FIXED]
     with tempfile.TemporaryDirectory() as folder:
         rounds = [
-            {name: train(arguments, name, [*overrides, f"run.output_dir={folder}/{i}"]) for name in names}
+            {
+                name: train(arguments, name, [*overrides, f"run.output_dir={folder}/{i}"])
+                for name in names
+            }
             for i in range(NUM_ROUNDS)
         ]
     rows = [summarise(name, [done[name] for done in rounds]) for name in names]
@@ -56,35 +63,55 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what a step costs at several lengths.")
     parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--keep", default="1.0,0.5", help="values of keep_fraction; the first is what others relate to")
+    parser.add_argument(
+        "--keep",
+        default="1.0,0.5",
+        help="values of keep_fraction; the first is what others relate to",
+    )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     arguments.keep = arguments.keep.split(",")
     if arguments.steps <= WARMUP_STEPS:
-        raise UserError(f"--steps {arguments.steps}: the first {WARMUP_STEPS} are not counted: give more")
+        raise UserError(
+            f"--steps {arguments.steps}: the first {WARMUP_STEPS} are not counted: give more"
+        )
     return arguments
 
 
 def train(arguments: argparse.Namespace, name: str, overrides: list[str]) -> list[dict[str, Any]]:
     """The metrics of one run, its first steps left out."""
     length = "truncation.max_tokens=2" if name == FIXED else f"truncation.keep_fraction={name}"
-    settings = [*overrides, length, f"run.name=keep_{name}", f"training.max_steps={arguments.steps}"]
+    settings = [
+        *overrides,
+        length,
+        f"run.name=keep_{name}",
+        f"training.max_steps={arguments.steps}",
+    ]
     settings += [f"training.checkpoint_every={arguments.steps}", "data.num_validation=0"]
     recipe = load_recipe(arguments.recipe, settings)
     command, variables = local_launch(recipe, ROOT / "launch" / "train.py")
     words = [word for setting in settings for word in ("--set", setting)]
     done = subprocess.run(
-        [*command, "--recipe", arguments.recipe, *words], env=variables, stdout=subprocess.DEVNULL, check=False
+        [*command, "--recipe", arguments.recipe, *words],
+        env=variables,
+        stdout=subprocess.DEVNULL,
+        check=False,
     )
     if done.returncode:
-        raise UserError(f"the run of {name} ended with status {done.returncode}: what it printed stands above")
+        raise UserError(
+            f"the run of {name} ended with status {done.returncode}: what it printed stands above"
+        )
     return read_metrics(recipe.run_dir / "metrics.jsonl")[WARMUP_STEPS:]
 
 
 def summarise(name: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means of what is counted, the median of what is timed over all rounds, and the largest peak."""
+    """Means of what is counted, the median of what is timed over all rounds, and the largest
+    peak.
+    """
     steps = [step for done in rounds for step in done]
     return {
         "keep": name,
@@ -92,7 +119,9 @@ def summarise(name: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
         "tokens_per_step": statistics.fmean(step["num_input_tokens"] for step in steps),
         "flops_per_step": statistics.fmean(step["flops"] for step in steps),
         "step_ms": statistics.median(step["step_ms"] for step in steps),
-        "step_ms_of_rounds": [statistics.median(step["step_ms"] for step in done) for done in rounds],
+        "step_ms_of_rounds": [
+            statistics.median(step["step_ms"] for step in done) for done in rounds
+        ],
         "peak_memory_gib": max(step["peak_memory_gib"] for step in steps),
     }
 
@@ -102,7 +131,11 @@ def markdown(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
     def cell(key: str, form: str, less: float = 0.0) -> str:
         value, reference = row[key] - less, whole[key] - less
-        return f"{value:{form}}" if row in (whole, fixed) else f"{value:{form}} ({value / reference:.2f})"
+        return (
+            f"{value:{form}}"
+            if row in (whole, fixed)
+            else f"{value:{form}} ({value / reference:.2f})"
+        )
 
     cells = ["two tokens: the fixed part" if row is fixed else row["keep"]]
     cells += [cell("tokens_per_step", ",.0f"), cell("flops_per_step", ".3g")]

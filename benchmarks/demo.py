@@ -1,8 +1,10 @@
-"""The embedded demo at several lengths: what each keeps of the accuracy, and what it costs, as JSON and Markdown.
+"""The embedded demo at several lengths: what each keeps of the accuracy, and what it costs, as JSON
+and Markdown.
 
     python benchmarks/demo.py [--recipes tiny_trunc25 tiny_trunc50 tiny_trunc75 tiny_trunc100]
 
-Runs launch/demo.sh for each and writes benchmarks/results/demo.json and demo.md, with hardware, versions, commit.
+Runs launch/demo.sh for each and writes benchmarks/results/demo.json and demo.md, with hardware,
+versions, commit.
 """
 
 import argparse
@@ -34,7 +36,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=lengths)
     rows = [measure(recipe) for recipe in parser.parse_args().recipes]
     command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
-    write_json(RESULTS / "demo.json", {"command": command, "environment": environment(), "rows": rows})
+    write_json(
+        RESULTS / "demo.json", {"command": command, "environment": environment(), "rows": rows}
+    )
     table = HEADER + "".join(map(markdown, rows))
     write_text(RESULTS / "demo.md", table)
     print(table)
@@ -42,11 +46,15 @@ def main() -> None:
 
 def measure(recipe: str) -> dict[str, Any]:
     started = time.monotonic()
-    subprocess.run(["bash", "launch/demo.sh"], cwd=ROOT, env={**os.environ, "DEMO_RECIPE": recipe}, check=True)
+    subprocess.run(
+        ["bash", "launch/demo.sh"], cwd=ROOT, env={**os.environ, "DEMO_RECIPE": recipe}, check=True
+    )
     seconds = time.monotonic() - started
     run = ROOT / "runs" / "demo" / recipe
     steps = read_metrics(run / "metrics.jsonl")
-    scores = {name: json.loads((run / "evaluation" / f"{name}.json").read_text()) for name in MODELS}
+    scores = {
+        name: json.loads((run / "evaluation" / f"{name}.json").read_text()) for name in MODELS
+    }
     keep = ("accuracy", "ci95", "num_problems", "mean_response_tokens", "unclosed_fraction")
     return {
         "recipe": recipe,
@@ -63,8 +71,10 @@ def markdown(row: dict[str, Any]) -> str:
     teacher, before, after = (row["scores"][name] for name in MODELS)
     low, high = after["ci95"]
     return (
-        f"| {row['recipe']} | {row['num_input_tokens']:,} | {teacher['accuracy']:.3f} | {before['accuracy']:.3f} "
-        f"| {after['accuracy']:.3f} ({low:.3f}-{high:.3f}) | {row['training_s']:.0f} | {row['median_step_ms']:.0f} "
+        f"| {row['recipe']} | {row['num_input_tokens']:,} | {teacher['accuracy']:.3f} | "
+        f"{before['accuracy']:.3f} "
+        f"| {after['accuracy']:.3f} ({low:.3f}-{high:.3f}) | {row['training_s']:.0f} | "
+        f"{row['median_step_ms']:.0f} "
         f"| {row['demo_s']:.0f} |\n"
     )
 

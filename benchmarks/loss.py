@@ -1,12 +1,15 @@
-"""The fused loss against its peers: time against two floors, peak memory and error, as JSON and Markdown.
+"""The fused loss against its peers: time against two floors, peak memory and error, as JSON and
+Markdown.
 
-    python benchmarks/loss.py --device cpu|cuda [--peers all] [--shapes 1536,3584,151936 ...] [--num-tokens 8192 ...]
-                              [--divergences forward_kl ...] [--seconds 1500] [--output DIR]
+    python benchmarks/loss.py --device cpu|cuda [--peers all] [--shapes 1536,3584,151936 ...]
+                              [--num-tokens 8192 ...] [--divergences forward_kl ...] [--seconds
+                              1500] [--output DIR]
     python benchmarks/loss.py --render benchmarks/results/loss_cpu.json
 
-A cell is one peer on one shape, and a process of its own; cells are measured in order of importance and written one by
-one. Cells that the output has for the same commit, hardware, versions and settings are skipped, so that a second call
-continues where `--seconds` ended the first; of the others the output keeps the latest. A peer that fails is a row.
+A cell is one peer on one shape, and a process of its own; cells are measured in order of importance
+and written one by one. Cells that the output has for the same commit, hardware, versions and
+settings are skipped, so that a second call continues where `--seconds` ended the first; of the
+others the output keeps the latest. A peer that fails is a row.
 """
 
 import argparse
@@ -43,7 +46,8 @@ SHAPES = {
 }
 NUM_TOKENS = {"cuda": [8192, 32768, 4096, 65536, 1024], "cpu": [512]}
 DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
-# Of the first shape and divergence these peers, at the first two numbers of tokens, come before all others.
+# Of the first shape and divergence these peers, at the first two numbers of tokens, come before all
+# others.
 FIRST_PEERS = ("ours", "ours_bf16_logits", "liger_compiled", "trl", "eager")
 PACKAGES = ("torch", "triton", "liger-kernel", "trl")
 # A process that has not answered by then hangs.
@@ -82,24 +86,47 @@ def main() -> None:
     if args.cell:
         print(json.dumps(measure(args.cell)))
     elif args.render:
-        write_text(args.render.with_suffix(".md"), markdown(json.loads(args.render.read_text(encoding="utf-8"))))
+        write_text(
+            args.render.with_suffix(".md"),
+            markdown(json.loads(args.render.read_text(encoding="utf-8"))),
+        )
     else:
         benchmark(args)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the fused loss and its peers.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--peers", nargs="+", choices=("all", *PEERS), default=["all"], metavar="PEER")
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="HS,HT,V", help="hidden sizes and vocabulary")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--peers", nargs="+", choices=("all", *PEERS), default=["all"], metavar="PEER"
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="HS,HT,V", help="hidden sizes and vocabulary"
+    )
     parser.add_argument("--num-tokens", nargs="+", type=_positive, metavar="N")
-    parser.add_argument("--divergences", nargs="+", choices=tuple(BETA), default=list(BETA), metavar="NAME")
-    parser.add_argument("--seconds", type=_positive, help="stop after this long; without it, measure every cell")
-    parser.add_argument("--measure-seconds", type=_seconds, help="timed part of a cell; default 20 on the CPU, else 3")
-    parser.add_argument("--threads", type=_positive, help="torch's threads; default 1 on the CPU, else torch's own")
-    parser.add_argument("--commit", help="of the code, in a plain copy of a checkout; default KD_COMMIT")
+    parser.add_argument(
+        "--divergences", nargs="+", choices=tuple(BETA), default=list(BETA), metavar="NAME"
+    )
+    parser.add_argument(
+        "--seconds", type=_positive, help="stop after this long; without it, measure every cell"
+    )
+    parser.add_argument(
+        "--measure-seconds",
+        type=_seconds,
+        help="timed part of a cell; default 20 on the CPU, else 3",
+    )
+    parser.add_argument(
+        "--threads", type=_positive, help="torch's threads; default 1 on the CPU, else torch's own"
+    )
+    parser.add_argument(
+        "--commit", help="of the code, in a plain copy of a checkout; default KD_COMMIT"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--render", type=_file, metavar="FILE", help="write the table of a JSON file beside it")
+    parser.add_argument(
+        "--render", type=_file, metavar="FILE", help="write the table of a JSON file beside it"
+    )
     parser.add_argument("--cell", type=_cell, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -122,18 +149,30 @@ def benchmark(args: argparse.Namespace) -> None:
             continue
         result = run_cell(cell, deadline)
         if result is None:
-            print(f"{args.seconds} s are over: {len(cells) - number + 1} of {len(cells)} cells not reached", flush=True)
+            print(
+                f"{args.seconds} s are over: {len(cells) - number + 1} of {len(cells)} cells not "
+                f"reached",
+                flush=True,
+            )
             break
         rows = [row for row in rows if not _has(row, asdict(cell))] + [identity | result]
         write_json(path, header | {"rows": rows})
         write_text(path.with_suffix(".md"), markdown(header | {"rows": rows}))
-        print(f"[{number}/{len(cells)}] {_title(identity)}: {cell.peer}: {_outcome(result)}", flush=True)
+        print(
+            f"[{number}/{len(cells)}] {_title(identity)}: {cell.peer}: {_outcome(result)}",
+            flush=True,
+        )
 
 
 def ordered_cells(args: argparse.Namespace) -> list[Cell]:
-    """All cells that the arguments ask for, most important first; arguments are in order of importance as given."""
+    """All cells that the arguments ask for, most important first; arguments are in order of
+    importance as given.
+    """
     peers = list(PEERS) if "all" in args.peers else args.peers
-    shapes, num_tokens = args.shapes or SHAPES[args.device], args.num_tokens or NUM_TOKENS[args.device]
+    shapes, num_tokens = (
+        args.shapes or SHAPES[args.device],
+        args.num_tokens or NUM_TOKENS[args.device],
+    )
     num_threads = args.threads or (1 if args.device == "cpu" else None)
     seconds = args.measure_seconds or (20.0 if args.device == "cpu" else 3.0)
     cells = [
@@ -175,7 +214,11 @@ def run_cell(cell: Cell, deadline: float | None) -> dict[str, Any] | None:
     try:
         stdout, stderr = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return {"status": f"failed: no result after {CELL_LIMIT_S} s"} if limit_s == CELL_LIMIT_S else None
+        return (
+            {"status": f"failed: no result after {CELL_LIMIT_S} s"}
+            if limit_s == CELL_LIMIT_S
+            else None
+        )
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -199,13 +242,17 @@ def inapplicable(peer: Peer, device: str) -> str | None:
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """The row of a cell, measured in this process: memory alone first, then time beside the floors, then error."""
+    """The row of a cell, measured in this process: memory alone first, then time beside the floors,
+    then error.
+    """
     if cell.num_threads:
         torch.set_num_threads(cell.num_threads)
     peer, device, dtype = PEERS[cell.peer], torch.device(cell.device), getattr(torch, cell.dtype)
     row: dict[str, Any] = {"status": "measured"}
     try:
-        problem = make_problem(cell.shape, cell.num_tokens, cell.divergence, dtype=dtype, device=device)
+        problem = make_problem(
+            cell.shape, cell.num_tokens, cell.divergence, dtype=dtype, device=device
+        )
         call = partial(forward_backward, peer.loss, problem)
         peak = peak_of_call(call, problem)
     except torch.OutOfMemoryError:
@@ -213,17 +260,26 @@ def measure(cell: Cell) -> dict[str, Any]:
     row["peak_gib"] = peak / 2**30
     try:
         row |= times_and_floors(
-            call, problem, cell.shape, peer.logits_dtype, reserved_bytes=peak, seconds=cell.measure_seconds
+            call,
+            problem,
+            cell.shape,
+            peer.logits_dtype,
+            reserved_bytes=peak,
+            seconds=cell.measure_seconds,
         )
     except torch.OutOfMemoryError:
         return row | {"status": "out of memory beside the buffers of the floors"}
     del problem, call  # room for the next ones
-    row["errors"] = errors(peer.loss, cell.shape, cell.num_tokens, cell.divergence, dtype=dtype, device=device)
+    row["errors"] = errors(
+        peer.loss, cell.shape, cell.num_tokens, cell.divergence, dtype=dtype, device=device
+    )
     return row
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table of a results file: a section for each shape and divergence; made from `results` alone."""
+    """The table of a results file: a section for each shape and divergence; made from `results`
+    alone.
+    """
     rows = results["rows"]
     lines = [f"Made from the JSON file beside this one by `{RENDER_COMMAND}`.", ""]
     for hardware, versions in dict.fromkeys((row["hardware"], _versions(row)) for row in rows):
@@ -259,7 +315,9 @@ def _error_cell(case: dict[str, float | None]) -> str:
 
 
 def _notes(section: list[dict[str, Any]]) -> Iterator[str]:
-    """How far apart teacher and student were, which rows have a bare floor in slices, and which were not measured."""
+    """How far apart teacher and student were, which rows have a bare floor in slices, and which
+    were not measured.
+    """
     yield from dict.fromkeys(_pairs(row["errors"]) for row in section if "errors" in row)
     for row in section:
         if row.get("bare_floor_rows", row["num_tokens"]) < row["num_tokens"]:
@@ -276,12 +334,16 @@ def _pairs(case_errors: dict[str, dict[str, Any]]) -> str:
 
 def _title(row: dict[str, Any]) -> str:
     threads = "" if row["num_threads"] is None else f", torch threads: {row['num_threads']}"
-    sizes = "Hs {student_hidden_size}, Ht {teacher_hidden_size}, V {vocab_size}".format(**row["shape"])
+    sizes = "Hs {student_hidden_size}, Ht {teacher_hidden_size}, V {vocab_size}".format(
+        **row["shape"]
+    )
     return f"{row['divergence']}, {sizes}, {row['dtype']}{threads}"
 
 
 def _versions(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {version or 'not installed'}" for name, version in row["versions"].items())
+    return ", ".join(
+        f"{name} {version or 'not installed'}" for name, version in row["versions"].items()
+    )
 
 
 def _outcome(result: dict[str, Any]) -> str:
@@ -303,7 +365,8 @@ def provenance(device: str, commit: str | None = None) -> dict[str, Any]:
 
 
 def code_commit() -> str | None:
-    """The checkout's commit, with "+" and a digest of the changes when code differs from it; results are no code.
+    """The checkout's commit, with "+" and a digest of the changes when code differs from it;
+    results are no code.
 
     KD_COMMIT names it in a plain copy of a checkout, which has no git to ask.
     """
@@ -318,7 +381,11 @@ def code_commit() -> str | None:
 def _failure(returncode: int, stderr: str) -> str:
     """One line for a process that failed: its last line on stderr, or that memory ran out."""
     last = (stderr.strip().splitlines() or ["no message"])[-1]
-    if returncode == -signal.SIGKILL or "can't allocate memory" in last or last.startswith("MemoryError"):
+    if (
+        returncode == -signal.SIGKILL
+        or "can't allocate memory" in last
+        or last.startswith("MemoryError")
+    ):
         return "out of memory"
     return f"failed with exit status {returncode}: {last[:200]}"
 
@@ -346,7 +413,9 @@ def _slug(name: str) -> str:
 def _shape(text: str) -> Shape:
     sizes = text.split(",")
     if len(sizes) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} must be three sizes HS,HT,V, such as 1536,3584,151936")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be three sizes HS,HT,V, such as 1536,3584,151936"
+        )
     return Shape(*map(_positive, sizes))
 
 
@@ -368,7 +437,9 @@ def _seconds(text: str) -> float:
 
 def _file(text: str) -> Path:
     if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is no file; give the JSON that a measurement wrote")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no file; give the JSON that a measurement wrote"
+        )
     return Path(text)
 
 

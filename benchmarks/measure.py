@@ -1,9 +1,11 @@
-"""Measures of a loss: time in turn with two floors of matrix products, peak memory, and error against float64.
+"""Measures of a loss: time in turn with two floors of matrix products, peak memory, and error
+against float64.
 
-The floors are the four products that no design can leave out, 2 * N * V * (3 * Hs + Ht) FLOP: student logits, teacher
-logits, gradient of the student's hidden states, gradient of its head.
+The floors are the four products that no design can leave out, 2 * N * V * (3 * Hs + Ht) FLOP:
+student logits, teacher logits, gradient of the student's hidden states, gradient of its head.
 
-Shapes: N rows, C rows of a chunk of the student, D of the teacher, V vocabulary, H hidden size (Hs student, Ht
+Shapes: N rows, C rows of a chunk of the student, D of the teacher, V vocabulary, H hidden size (Hs
+    student, Ht
 teacher).
 """
 
@@ -26,7 +28,8 @@ from kd.losses.chunk_plan import ChunkPlan, plan_chunks
 Call = Callable[[], None]
 Loss = Callable[[Problem], Tensor]
 
-# Rows and columns of the problem on which errors are measured: its float64 logits fit, and take seconds on a CPU.
+# Rows and columns of the problem on which errors are measured: its float64 logits fit, and take
+# seconds on a CPU.
 ERROR_ROWS = {"cpu": 256, "cuda": 2048}
 ERROR_VOCAB_SIZE = 8192
 # Left free when the bare floor takes the largest slices that fit.
@@ -36,7 +39,8 @@ SPARE_BYTES = 2**30
 def forward_backward(loss: Loss, problem: Problem) -> Tensor:
     """One call for the loss and both gradients; the loss, detached.
 
-    The incoming gradient is 1 / (2 * N), as where the global batch holds twice the rows: no peer may assume 1.
+    The incoming gradient is 1 / (2 * N), as where the global batch holds twice the rows: no peer
+    may assume 1.
     """
     clear_gradients(problem)
     value = loss(problem)
@@ -50,15 +54,27 @@ def clear_gradients(problem: Problem) -> None:
 
 def num_flop(shape: Shape, num_tokens: int) -> int:
     """Of the four products: what every design is credited with, whatever it recomputes."""
-    return 2 * num_tokens * shape.vocab_size * (3 * shape.student_hidden_size + shape.teacher_hidden_size)
+    return (
+        2
+        * num_tokens
+        * shape.vocab_size
+        * (3 * shape.student_hidden_size + shape.teacher_hidden_size)
+    )
 
 
 def time_in_turn(
-    calls: dict[str, Call], device: torch.device, *, seconds: float, min_rounds: int = 5, max_rounds: int = 100
+    calls: dict[str, Call],
+    device: torch.device,
+    *,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 100,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call. A round calls each once, so that other load on the machine hits all alike.
+    """Milliseconds of each call. A round calls each once, so that other load on the machine hits
+    all alike.
 
-    One round warms up, one estimates how many fit in `seconds`. On CUDA nothing waits until the last round is queued.
+    One round warms up, one estimates how many fit in `seconds`. On CUDA nothing waits until the
+    last round is queued.
     """
     for _ in range(2):
         start = time.perf_counter()
@@ -78,9 +94,17 @@ def time_in_turn(
 
 
 def times_and_floors(
-    call: Call, problem: Problem, shape: Shape, logits_dtype: torch.dtype, *, reserved_bytes: int, seconds: float
+    call: Call,
+    problem: Problem,
+    shape: Shape,
+    logits_dtype: torch.dtype,
+    *,
+    reserved_bytes: int,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Time a call in turn with both floors, whose buffers leave `reserved_bytes` to it; `tflops` counts `num_flop`."""
+    """Time a call in turn with both floors, whose buffers leave `reserved_bytes` to it; `tflops`
+    counts `num_flop`.
+    """
     num_tokens, device = problem.labels_N.numel(), problem.labels_N.device
     plan = plan_chunks(shape.vocab_size, logits_dtype)
     planned = planned_floor(problem, plan, logits_dtype)
@@ -109,14 +133,18 @@ def spread(samples: list[float]) -> dict[str, float]:
 
 def floor_fraction(floor_ms: list[float], measured_ms: list[float]) -> float:
     """Median over rounds of floor / measured: 1 is a loss as fast as its products alone."""
-    return statistics.median(floor / measured for floor, measured in zip(floor_ms, measured_ms, strict=True))
+    return statistics.median(
+        floor / measured for floor, measured in zip(floor_ms, measured_ms, strict=True)
+    )
 
 
 def bare_floor(problem: Problem, slice_rows: int) -> Call:
-    """The four products, each once over slices of `slice_rows`, which are all N rows wherever (N, V) fits.
+    """The four products, each once over slices of `slice_rows`, which are all N rows wherever (N,
+    V) fits.
 
-    Inputs and outputs have the dtype of the problem, but float32 on a CPU: that has no fast bf16 product. Each call
-    takes new memory for both logits and both gradients, as every loss must: on a CPU the first touch of a page costs.
+    Inputs and outputs have the dtype of the problem, but float32 on a CPU: that has no fast bf16
+    product. Each call takes new memory for both logits and both gradients, as every loss must: on a
+    CPU the first touch of a page costs.
     """
     student_hidden_NH, student_head_VH, teacher_hidden_NH, teacher_head_VH = _operands(problem)
     num_rows = student_hidden_NH.shape[0]
@@ -124,14 +152,20 @@ def bare_floor(problem: Problem, slice_rows: int) -> Call:
 
     def products() -> None:
         student_CV, teacher_CV = (
-            student_hidden_NH.new_empty(slice_rows, student_head_VH.shape[0]) for _ in ("student", "teacher")
+            student_hidden_NH.new_empty(slice_rows, student_head_VH.shape[0])
+            for _ in ("student", "teacher")
         )
-        grad_hidden_NH, grad_head_VH = torch.empty_like(student_hidden_NH), torch.empty_like(student_head_VH)
+        grad_hidden_NH, grad_head_VH = (
+            torch.empty_like(student_hidden_NH),
+            torch.empty_like(student_head_VH),
+        )
         for start in range(0, num_rows, slice_rows):
             rows = slice(start, start + slice_rows)
             hidden_CH = student_hidden_NH[rows]
             dlogits_CV = student_CV[: hidden_CH.shape[0]]
-            torch.mm(teacher_hidden_NH[rows], teacher_head_VH.T, out=teacher_CV[: hidden_CH.shape[0]])
+            torch.mm(
+                teacher_hidden_NH[rows], teacher_head_VH.T, out=teacher_CV[: hidden_CH.shape[0]]
+            )
             torch.mm(hidden_CH, student_head_VH.T, out=dlogits_CV)
             torch.mm(dlogits_CV, student_head_VH, out=grad_hidden_NH[rows])
             _accumulate(grad_head_VH, dlogits_CV.T, hidden_CH, is_first=start == 0)
@@ -140,10 +174,12 @@ def bare_floor(problem: Problem, slice_rows: int) -> Call:
 
 
 def planned_floor(problem: Problem, plan: ChunkPlan, logits_dtype: torch.dtype) -> Call:
-    """The four products at the plan's chunks: logits in `logits_dtype`, the head's gradient accumulated in fp32.
+    """The four products at the plan's chunks: logits in `logits_dtype`, the head's gradient
+    accumulated in fp32.
 
-    The gradient of the logits is read in the inputs' dtype from rows that are as long as the logits' storage, where
-    a row kernel leaves it; the hidden states' gradient is written in the inputs' dtype.
+    The gradient of the logits is read in the inputs' dtype from rows that are as long as the
+    logits' storage, where a row kernel leaves it; the hidden states' gradient is written in the
+    inputs' dtype.
     """
     student_hidden_NH, student_head_VH, teacher_hidden_NH, teacher_head_VH = _operands(problem)
     num_rows, vocab_size = student_hidden_NH.shape[0], student_head_VH.shape[0]
@@ -171,9 +207,13 @@ def planned_floor(problem: Problem, plan: ChunkPlan, logits_dtype: torch.dtype) 
 
 
 def rows_that_fit(problem: Problem, reserved_bytes: int) -> int:
-    """N if so many rows of logits fit beside `reserved_bytes` of the measured call, else N / 2, N / 4, and so on."""
+    """N if so many rows of logits fit beside `reserved_bytes` of the measured call, else N / 2, N /
+    4, and so on.
+    """
     device, dtype = problem.student_hidden_NH.device, _operand_dtype(problem)
-    gradient_bytes = dtype.itemsize * (problem.student_hidden_NH.numel() + problem.student_head_VH.numel())
+    gradient_bytes = dtype.itemsize * (
+        problem.student_hidden_NH.numel() + problem.student_head_VH.numel()
+    )
     free_bytes = _free_bytes(device) - reserved_bytes - gradient_bytes - SPARE_BYTES
     rows = problem.labels_N.numel()
     while rows > 1 and rows * problem.student_head_VH.shape[0] * dtype.itemsize > free_bytes:
@@ -182,7 +222,9 @@ def rows_that_fit(problem: Problem, reserved_bytes: int) -> int:
 
 
 def peak_of_call(call: Call, problem: Problem) -> int:
-    """Bytes that a loss and its gradients take at most, after two calls that compile and make what libraries keep."""
+    """Bytes that a loss and its gradients take at most, after two calls that compile and make what
+    libraries keep.
+    """
     for _ in range(2):
         call()
     clear_gradients(problem)  # or those of the last call would count as resident
@@ -190,7 +232,8 @@ def peak_of_call(call: Call, problem: Problem) -> int:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most memory that one call held beyond what was resident before: all of it, with gradients and selected rows.
+    """Most memory that one call held beyond what was resident before: all of it, with gradients and
+    selected rows.
 
     CUDA: what torch's allocator handed out. CPU: pages of this process, VmHWM of Linux.
     """
@@ -201,7 +244,9 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - resident
-    ctypes.CDLL(None).malloc_trim(0)  # or the call could reuse freed pages that still count as resident
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # or the call could reuse freed pages that still count as resident
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     resident = _proc_bytes("/proc/self/status", "VmRSS")
     call()
@@ -209,31 +254,56 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def errors(
-    loss: Loss, shape: Shape, num_tokens: int, divergence: str, *, dtype: torch.dtype, device: torch.device
+    loss: Loss,
+    shape: Shape,
+    num_tokens: int,
+    divergence: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, dict[str, float | None]]:
-    """Relative L2 errors of loss and gradients against float64 on the CPU, for a random and a nearly matched pair.
+    """Relative L2 errors of loss and gradients against float64 on the CPU, for a random and a
+    nearly matched pair.
 
-    On at most ERROR_ROWS rows and ERROR_VOCAB_SIZE columns. `kl` is KL(teacher || student) per row; None is not finite.
+    On at most ERROR_ROWS rows and ERROR_VOCAB_SIZE columns. `kl` is KL(teacher || student) per row;
+    None is not finite.
     """
-    shape = Shape(shape.student_hidden_size, shape.teacher_hidden_size, min(shape.vocab_size, ERROR_VOCAB_SIZE))
+    shape = Shape(
+        shape.student_hidden_size,
+        shape.teacher_hidden_size,
+        min(shape.vocab_size, ERROR_VOCAB_SIZE),
+    )
     num_tokens = min(num_tokens, ERROR_ROWS[device.type])
     results = {}
     for case in ("random", "matched"):
         problem = make_problem(
-            shape, num_tokens, divergence, dtype=dtype, device=device, is_matched=case == "matched", seed=1
+            shape,
+            num_tokens,
+            divergence,
+            dtype=dtype,
+            device=device,
+            is_matched=case == "matched",
+            seed=1,
         )
         value = forward_backward(loss, problem)
         expected = reference(problem)
         measured = (value, problem.student_hidden_NH.grad, problem.student_head_VH.grad)
         names = ("loss", "grad_hidden", "grad_head")
-        results[case] = {"kl": reference_kl(problem), "num_tokens": num_tokens, "vocab_size": shape.vocab_size} | {
-            name: relative_error(got, want) for name, got, want in zip(names, measured, expected, strict=True)
+        results[case] = {
+            "kl": reference_kl(problem),
+            "num_tokens": num_tokens,
+            "vocab_size": shape.vocab_size,
+        } | {
+            name: relative_error(got, want)
+            for name, got, want in zip(names, measured, expected, strict=True)
         }
     return results
 
 
 def reference(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients of `kd.losses.reference` in float64 on the CPU, for the incoming gradient of the others."""
+    """Loss and gradients of `kd.losses.reference` in float64 on the CPU, for the incoming gradient
+    of the others.
+    """
     double = _double(problem)
     value = forward_backward(lambda p: _reference_loss(p, p.divergence), double)
     return value, double.student_hidden_NH.grad, double.student_head_VH.grad

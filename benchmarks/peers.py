@@ -1,9 +1,11 @@
-"""The losses that are compared, each as `(problem) -> scalar`: the sum over rows of one divergence, in nats.
+"""The losses that are compared, each as `(problem) -> scalar`: the sum over rows of one divergence,
+in nats.
 
-Same work for all: T = 1, no cross-entropy, equal vocabularies, every row supervised, gradients of the student's hidden
-states and head. Each peer is called as its own trainer calls it; what is done to its result is written in its function.
-The three divergences are the beta of 0, 0.5 and 1 of Liger and TRL, whose beta is the weight of the teacher in the
-mixture, as here, and which all include the teacher's entropy; at 0 and 1 both switch to a KL.
+Same work for all: T = 1, no cross-entropy, equal vocabularies, every row supervised, gradients of
+the student's hidden states and head. Each peer is called as its own trainer calls it; what is done
+to its result is written in its function. The three divergences are the beta of 0, 0.5 and 1 of
+Liger and TRL, whose beta is the weight of the teacher in the mixture, as here, and which all
+include the teacher's entropy; at 0 and 1 both switch to a KL.
 
 Shapes: N rows, V vocabulary, H hidden size (Hs student, Ht teacher).
 """
@@ -22,9 +24,11 @@ from kd.losses import distillation_loss, distillation_loss_with_diagnostics
 
 BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 
-# Random logits have this standard deviation: an entropy of 3 to 8 nats, as the vocabulary grows to 150k.
+# Random logits have this standard deviation: an entropy of 3 to 8 nats, as the vocabulary grows to
+# 150k.
 LOGITS_STD = 3.0
-# Share of the variance of the logits that a matched teacher and student do not share: a KL of about 0.05.
+# Share of the variance of the logits that a matched teacher and student do not share: a KL of about
+# 0.05.
 MATCHED_OWN_SHARE = 0.006
 
 
@@ -50,7 +54,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Peer:
-    """A loss, the package it comes from (None: this one), where it runs, and the dtype in which it stores logits."""
+    """A loss, the package it comes from (None: this one), where it runs, and the dtype in which it
+    stores logits.
+    """
 
     loss: Callable[[Problem], Tensor]
     package: str | None = None
@@ -68,8 +74,9 @@ def make_problem(
     is_matched: bool = False,
     seed: int = 0,
 ) -> Problem:
-    """Random hidden states and heads; a matched student shares half its columns, and nearly all variance, with the
-    teacher, so that their logits nearly agree in the way that any dtype can represent."""
+    """Random hidden states and heads; a matched student shares half its columns, and nearly all
+    variance, with the teacher, so that their logits nearly agree in the way that any dtype can
+    represent."""
     generator = torch.Generator(device).manual_seed(seed)
     sizes = (shape.student_hidden_size, shape.teacher_hidden_size)
     num_shared = min(sizes) // 2 if is_matched else 0
@@ -77,15 +84,22 @@ def make_problem(
     def normal(num_rows: int, num_columns: int) -> Tensor:
         return torch.randn(num_rows, num_columns, generator=generator, device=device, dtype=dtype)
 
-    shared_hidden, shared_head = normal(num_tokens, num_shared), normal(shape.vocab_size, num_shared)
+    shared_hidden, shared_head = (
+        normal(num_tokens, num_shared),
+        normal(shape.vocab_size, num_shared),
+    )
     hidden, heads = [], []
     for size in sizes:
         own_size = size - num_shared
         hidden.append(torch.cat([shared_hidden, normal(num_tokens, own_size)], dim=1))
         own_share = MATCHED_OWN_SHARE if is_matched else 1.0
-        scales = torch.full((size,), LOGITS_STD * math.sqrt(own_share / own_size), device=device, dtype=dtype)
+        scales = torch.full(
+            (size,), LOGITS_STD * math.sqrt(own_share / own_size), device=device, dtype=dtype
+        )
         scales[:num_shared] = LOGITS_STD * math.sqrt((1 - own_share) / max(1, num_shared))
-        heads.append(torch.cat([shared_head, normal(shape.vocab_size, own_size)], dim=1).mul_(scales))
+        heads.append(
+            torch.cat([shared_head, normal(shape.vocab_size, own_size)], dim=1).mul_(scales)
+        )
     labels_N = torch.randint(shape.vocab_size, (num_tokens,), generator=generator, device=device)
     return Problem(
         student_hidden_NH=hidden[0].requires_grad_(),
@@ -98,9 +112,13 @@ def make_problem(
     )
 
 
-def ours(problem: Problem, backend: str = "auto", logits_dtype: torch.dtype | None = None) -> Tensor:
+def ours(
+    problem: Problem, backend: str = "auto", logits_dtype: torch.dtype | None = None
+) -> Tensor:
     """This project's loss; the rows are known, so the host never waits."""
-    return distillation_loss(*_tensors(problem), **_options(problem), logits_dtype=logits_dtype, backend=backend).loss
+    return distillation_loss(
+        *_tensors(problem), **_options(problem), logits_dtype=logits_dtype, backend=backend
+    ).loss
 
 
 def ours_diagnostics(problem: Problem) -> Tensor:
@@ -156,11 +174,16 @@ def _compiled_full_logits_loss() -> Callable[..., Tensor]:
 
 
 def liger_jsd(problem: Problem, is_compiled: bool) -> Tensor:
-    """LigerFusedLinearJSDLoss; it returns the mean over rows, here multiplied by N. Logits in the inputs' dtype."""
+    """LigerFusedLinearJSDLoss; it returns the mean over rows, here multiplied by N. Logits in the
+    inputs' dtype.
+    """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # optional: extra "bench"
 
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA[problem.divergence], compiled=is_compiled
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=BETA[problem.divergence],
+        compiled=is_compiled,
     )
     mean = loss(
         problem.student_hidden_NH,
@@ -173,9 +196,11 @@ def liger_jsd(problem: Problem, is_compiled: bool) -> Tensor:
 
 
 def liger_triton(problem: Problem, accum_dtype: torch.dtype | None = None) -> Tensor:
-    """liger_fused_linear_jsd; it returns the mean over rows, here multiplied by N. `accum_dtype` is the dtype of the
-    head's gradient between chunks, by its default that of the head."""
-    from liger_kernel.transformers.functional import liger_fused_linear_jsd  # optional: extra "bench"
+    """liger_fused_linear_jsd; it returns the mean over rows, here multiplied by N. `accum_dtype` is
+    the dtype of the head's gradient between chunks, by its default that of the head."""
+    from liger_kernel.transformers.functional import (
+        liger_fused_linear_jsd,
+    )  # optional: extra "bench"
 
     mean = liger_fused_linear_jsd(
         problem.student_hidden_NH,
@@ -190,8 +215,9 @@ def liger_triton(problem: Problem, accum_dtype: torch.dtype | None = None) -> Te
 
 
 def trl(problem: Problem) -> Tensor:
-    """The chunked loss of TRL's DistillationTrainer; num_items_in_batch=1 makes it a sum. It recomputes both models'
-    logits in backward, in tiles of 4096 rows by 32768 columns, and always computes the student's entropy."""
+    """The chunked loss of TRL's DistillationTrainer; num_items_in_batch=1 makes it a sum. It
+    recomputes both models' logits in backward, in tiles of 4096 rows by 32768 columns, and always
+    computes the student's entropy."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss  # optional: extra "bench"
 
     loss, _, _ = _chunked_divergence_loss(

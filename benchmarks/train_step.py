@@ -1,10 +1,12 @@
-"""A training step of Qwen2.5-7B into 1.5B at several lengths: time by phase, memory and FLOPs, as JSON and Markdown.
+"""A training step of Qwen2.5-7B into 1.5B at several lengths: time by phase, memory and FLOPs, as
+JSON and Markdown.
 
     python benchmarks/train_step.py --output DIR [--keep 4096,2048] [--device cuda|cpu] [--small]
 
-Both models have the real shapes and random weights, made on the device. They stand in the recipe's ZeRO-3 engines, and
-what is timed is kd.training.loop.train_step() itself, on one rank: nothing is communicated. DIR/train_step.json and .md are
-written after each length; lengths that they hold for the same commit, hardware and settings are not repeated.
+Both models have the real shapes and random weights, made on the device. They stand in the recipe's
+ZeRO-3 engines, and what is timed is kd.training.loop.train_step() itself, on one rank: nothing is
+communicated. DIR/train_step.json and .md are written after each length; lengths that they hold for
+the same commit, hardware and settings are not repeated.
 """
 
 import argparse
@@ -49,7 +51,8 @@ from kd.training.loop import train_step
 from kd.training.metrics import peak_memory_gib
 
 RECIPE = "qwen7b_to_1p5b"
-# One rank's share of the recipe's 32 sequences on 8 GPUs: the optimizer's part of a step is what it is there.
+# One rank's share of the recipe's 32 sequences on 8 GPUs: the optimizer's part of a step is what it
+# is there.
 GLOBAL_BATCH_SIZE = 4
 # role -> shapes, as in the two models' config.json
 SHAPES: dict[str, dict[str, Any]] = {
@@ -74,14 +77,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 FEW = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL_SHAPES: dict[str, dict[str, Any]] = {
-    "teacher": SHAPES["teacher"] | FEW | {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 1188},
-    "student": SHAPES["student"] | FEW | {"hidden_size": 32, "intermediate_size": 80, "vocab_size": 1187},
+    "teacher": SHAPES["teacher"]
+    | FEW
+    | {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 1188},
+    "student": SHAPES["student"]
+    | FEW
+    | {"hidden_size": 32, "intermediate_size": 80, "vocab_size": 1187},
 }
 PHASES = ("teacher_forward", "student_forward", "loss", "backward", "optimizer")
 WARMUP_STEPS = 2
 MATMUL_SIZE = {"cuda": 8192, "cpu": 128}
-COLUMNS = ("tokens", "step ms (p20-p80)", *(f"{name.replace('_', ' ')} ms" for name in PHASES), "sum / step")
-COLUMNS += ("tokens/s", "peak GiB", "resident GiB", "model TFLOP", "MFU, measured peak", "MFU, nominal peak")
+COLUMNS = (
+    "tokens",
+    "step ms (p20-p80)",
+    *(f"{name.replace('_', ' ')} ms" for name in PHASES),
+    "sum / step",
+)
+COLUMNS += (
+    "tokens/s",
+    "peak GiB",
+    "resident GiB",
+    "model TFLOP",
+    "MFU, measured peak",
+    "MFU, nominal peak",
+)
 
 
 class Pair(NamedTuple):
@@ -97,16 +116,21 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.device != device_type():
         raise UserError(
-            f"--device {arguments.device}, but DeepSpeed finds {device_type()} here: name that one; a CPU beside a GPU "
+            f"--device {arguments.device}, but DeepSpeed finds {device_type()} here: name that "
+            f"one; a CPU beside a GPU "
             "is used with DS_ACCELERATOR=cpu in the environment"
         )
-    recipe = load_recipe(RECIPE, [f"training.global_batch_size={GLOBAL_BATCH_SIZE}", *arguments.overrides])
+    recipe = load_recipe(
+        RECIPE, [f"training.global_batch_size={GLOBAL_BATCH_SIZE}", *arguments.overrides]
+    )
     report = open_report(arguments, recipe)
     missing = [length for length in arguments.keep if str(length) not in report["lengths"]]
     if missing:
         device = init_distributed()
         if dist.get_world_size() != 1:
-            raise UserError(f"{dist.get_world_size()} ranks were started: start one, without a launcher")
+            raise UserError(
+                f"{dist.get_world_size()} ranks were started: start one, without a launcher"
+            )
         configure_logging(rank=0)
         torch.manual_seed(recipe.run.seed)
         pair = build_pair(recipe, arguments.small, device)
@@ -120,15 +144,28 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time a training step of Qwen2.5-7B into Qwen2.5-1.5B.")
-    parser.add_argument("--output", type=Path, required=True, help="folder of train_step.json and train_step.md")
-    parser.add_argument("--keep", type=_lengths, help="tokens of a sequence, of each length to measure; 4096,2048")
+    parser = argparse.ArgumentParser(
+        description="Time a training step of Qwen2.5-7B into Qwen2.5-1.5B."
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of train_step.json and train_step.md"
+    )
+    parser.add_argument(
+        "--keep", type=_lengths, help="tokens of a sequence, of each length to measure; 4096,2048"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--steps", type=_at_least_two, default=10, help="timed optimizer steps of each length")
-    parser.add_argument("--small", action="store_true", help="the same on tiny shapes: seconds on a CPU")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument(
+        "--steps", type=_at_least_two, default=10, help="timed optimizer steps of each length"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="the same on tiny shapes: seconds on a CPU"
+    )
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
+    )
     arguments = parser.parse_args()
-    # Shortest first: a length that does not fit leaves the others, and the peak of a process on a CPU only grows.
+    # Shortest first: a length that does not fit leaves the others, and the peak of a process on a
+    # CPU only grows.
     arguments.keep = sorted(arguments.keep or ((128, 64) if arguments.small else (4096, 2048)))
     return arguments
 
@@ -145,7 +182,9 @@ def _at_least_two(text: str) -> int:
 
 
 def open_report(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
-    """The report in --output when it was measured with the same code, hardware and settings, else one of no length."""
+    """The report in --output when it was measured with the same code, hardware and settings, else
+    one of no length.
+    """
     settings = {
         "device": arguments.device,
         "small": arguments.small,
@@ -164,28 +203,40 @@ def open_report(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, Any]
 
 
 def is_same(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
-    """Whether both are of one commit, hardware and settings; uncommitted changes ("+") have no name to compare."""
+    """Whether both are of one commit, hardware and settings; uncommitted changes ("+") have no name
+    to compare.
+    """
     commit = fresh["environment"]["commit"]
     named = commit is not None and not commit.endswith("+")
     return named and all(found.get(key) == fresh[key] for key in ("environment", "settings"))
 
 
 def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
-    """Both models with random weights, in engines as kd.training.build makes them. Raises UserError when they do not fit."""
+    """Both models with random weights, in engines as kd.training.build makes them. Raises UserError
+    when they do not fit.
+    """
     started = time.perf_counter()
     assert recipe.teacher is not None
     configs = model_configs(small)
-    ds_configs = {"teacher": teacher_ds_config(recipe), "student": student_ds_config(recipe, 1, device.type)}
+    ds_configs = {
+        "teacher": teacher_ds_config(recipe),
+        "student": student_ds_config(recipe, 1, device.type),
+    }
     try:
-        model = random_model(recipe.teacher, configs["teacher"], ds_configs["teacher"], "teacher", device)
+        model = random_model(
+            recipe.teacher, configs["teacher"], ds_configs["teacher"], "teacher", device
+        )
         teacher = ZeroTeacher(initialize(TeacherModule(model), ds_configs["teacher"]))
-        model = random_model(recipe.student, configs["student"], ds_configs["student"], "student", device)
+        model = random_model(
+            recipe.student, configs["student"], ds_configs["student"], "student", device
+        )
         if recipe.student.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         student = initialize(Distiller(model.train(), recipe.loss), ds_configs["student"])
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the two models and the optimizer's state do not fit in the device's memory: {_first_line(error)}. "
+            f"the two models and the optimizer's state do not fit in the device's memory: "
+            f"{_first_line(error)}. "
             "--set deepspeed.student=zero3_bf16_offload.json keeps that state on the host"
         ) from error
     optimizer = student.optimizer.optimizer
@@ -200,11 +251,17 @@ def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
 
 
 def model_configs(small: bool) -> dict[str, Qwen2Config]:
-    return {role: Qwen2Config(**shapes) for role, shapes in (SMALL_SHAPES if small else SHAPES).items()}
+    return {
+        role: Qwen2Config(**shapes) for role, shapes in (SMALL_SHAPES if small else SHAPES).items()
+    }
 
 
 def random_model(
-    section: ModelSection, config: Qwen2Config, ds_config: dict[str, Any], role: str, device: torch.device
+    section: ModelSection,
+    config: Qwen2Config,
+    ds_config: dict[str, Any],
+    role: str,
+    device: torch.device,
 ) -> PreTrainedModel:
     """The architecture with random weights, made on the device in the precision of ds_config."""
     attention = choose_attention(section, config, ds_config, role=role)
@@ -225,7 +282,9 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 
 class Clock:
-    """Milliseconds of named phases: by CUDA events in the stream of the work, by the host's clock on a CPU."""
+    """Milliseconds of named phases: by CUDA events in the stream of the work, by the host's clock
+    on a CPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -248,10 +307,14 @@ class Clock:
         return call
 
     def take_ms(self) -> dict[str, float]:
-        """Sums over all spans of each phase that ran since the last call. The device must be idle."""
+        """Sums over all spans of each phase that ran since the last call. The device must be
+        idle.
+        """
         sums: dict[str, float] = {}
         for name, start, stop in self._spans:
-            elapsed = start.elapsed_time(stop) if self._device.type == "cuda" else (stop - start) * 1000
+            elapsed = (
+                start.elapsed_time(stop) if self._device.type == "cuda" else (stop - start) * 1000
+            )
             sums[name] = sums.get(name, 0.0) + elapsed
         self._spans.clear()
         return sums
@@ -265,14 +328,19 @@ class Clock:
 
 
 def watch_phases(pair: Pair, clock: Clock) -> None:
-    """Have the clock run in each phase of train_step(); forward phases include the gathering of their weights."""
+    """Have the clock run in each phase of train_step(); forward phases include the gathering of
+    their weights.
+    """
     teacher, student = pair.teacher, pair.student
     teacher.hidden_states = clock.timed("teacher_forward", teacher.hidden_states)  # type: ignore[method-assign]
     student.backward = clock.timed("backward", student.backward)
     student.step = clock.timed("optimizer", student.step)
     model = student.module.model
     # The loss runs as lm_head's forward.
-    modules: dict[str, nn.Module] = {"student_forward": backbone(model), "loss": model.get_output_embeddings()}
+    modules: dict[str, nn.Module] = {
+        "student_forward": backbone(model),
+        "loss": model.get_output_embeddings(),
+    }
     for name, module in modules.items():
         module.register_forward_pre_hook(lambda *_, name=name: clock.start(name), prepend=True)
         module.register_forward_hook(lambda *_, name=name: clock.stop(name))
@@ -281,9 +349,13 @@ def watch_phases(pair: Pair, clock: Clock) -> None:
 def measure(
     pair: Pair, recipe: Recipe, length: int, num_steps: int, clock: Clock, device: torch.device
 ) -> dict[str, Any]:
-    """Everything about steps on sequences of `length` tokens. Raises UserError when they do not fit."""
+    """Everything about steps on sequences of `length` tokens. Raises UserError when they do not
+    fit.
+    """
     batches = random_batches(pair, recipe, length)
-    step = partial(train_step, pair.student, pair.teacher, batches, recipe.training.learning_rate, device)
+    step = partial(
+        train_step, pair.student, pair.teacher, batches, recipe.training.learning_rate, device
+    )
     try:
         for _ in range(WARMUP_STEPS):
             step()
@@ -292,7 +364,8 @@ def measure(
         steps = [timed_step(step, clock, device) for _ in range(num_steps)]
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"a step on {length} tokens does not fit in the device's memory, beside what was resident: "
+            f"a step on {length} tokens does not fit in the device's memory, beside what was "
+            f"resident: "
             f"{_first_line(error)}. Lengths measured before it are in the report"
         ) from error
     peak_gib, rate = peak_memory_gib(device), matmul_flops(device)
@@ -308,14 +381,18 @@ def measure(
         "step_ms": spread(step_ms),
         "phases_ms": phases_ms,
         "phases_sum_ms": spread(sums_ms),
-        "sum_over_step": statistics.median(total / ms for total, ms in zip(sums_ms, step_ms, strict=True)),
+        "sum_over_step": statistics.median(
+            total / ms for total, ms in zip(sums_ms, step_ms, strict=True)
+        ),
         "num_input_tokens": num_tokens,
         "num_supervised_tokens": sum(batch.num_supervised for batch in batches),
         "tokens_per_second": num_tokens / (statistics.median(step_ms) / 1000),
         "last_loss": steps[-1][2],
         "memory_gib": {"peak": peak_gib, "resident": resident_gib, **resident_parts(pair)},
         "flops": num_flops,
-        "phases_tflops": {name: done[name] / phases_ms[name]["median"] / 1e9 for name in PHASES if name in done},
+        "phases_tflops": {
+            name: done[name] / phases_ms[name]["median"] / 1e9 for name in PHASES if name in done
+        },
         "model_tflops": achieved / 1e12,
         "matmul_tflops": rate / 1e12,
         "mfu_of_measured_peak": achieved / rate,
@@ -331,13 +408,20 @@ def random_batches(pair: Pair, recipe: Recipe, length: int) -> list[Batch]:
     batches = []
     for _ in range(recipe.gradient_accumulation_steps(world_size=1)):
         rows = random.integers(0, vocab_size, (recipe.training.micro_batch_size, length))
-        examples = [Example(ids, ids, row=0, num_tokens_3=np.array([length, 0, 0]), read_start=0) for ids in rows]
+        examples = [
+            Example(ids, ids, row=0, num_tokens_3=np.array([length, 0, 0]), read_start=0)
+            for ids in rows
+        ]
         batches.append(collate(examples, pad_token_id=0))
     return batches
 
 
-def timed_step(step: Callable[[], Any], clock: Clock, device: torch.device) -> tuple[float, dict[str, float], float]:
-    """(milliseconds on the host's clock, of them in each phase, loss) of a step that begins and ends idle."""
+def timed_step(
+    step: Callable[[], Any], clock: Clock, device: torch.device
+) -> tuple[float, dict[str, float], float]:
+    """(milliseconds on the host's clock, of them in each phase, loss) of a step that begins and
+    ends idle.
+    """
     synchronize(device)
     started = time.perf_counter()
     result = step()
@@ -354,7 +438,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def settle(device: torch.device) -> float | None:
-    """GPU memory held between steps, in GiB, peaks counting from here; None on a CPU, where a process has no such."""
+    """GPU memory held between steps, in GiB, peaks counting from here; None on a CPU, where a
+    process has no such.
+    """
     if device.type == "cpu":
         return None
     gc.collect()
@@ -364,10 +450,14 @@ def settle(device: torch.device) -> float | None:
 
 
 def resident_parts(pair: Pair) -> dict[str, float]:
-    """Of the resident memory, in GiB: both models' weights, and the optimizer's fp32 weights and moments."""
+    """Of the resident memory, in GiB: both models' weights, and the optimizer's fp32 weights and
+    moments.
+    """
     state = pair.student.optimizer.optimizer.state
     held = [tensor for weight, moments in state.items() for tensor in (weight, *moments.values())]
-    optimizer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held if torch.is_tensor(tensor))
+    optimizer_bytes = sum(
+        tensor.numel() * tensor.element_size() for tensor in held if torch.is_tensor(tensor)
+    )
     return {
         "teacher_weights": shard_bytes(pair.teacher.model.parameters()) / 2**30,
         "student_weights": shard_bytes(pair.student.module.parameters()) / 2**30,
@@ -378,7 +468,9 @@ def resident_parts(pair: Pair) -> dict[str, float]:
 def count_flops(pair: Pair, recipe: Recipe, batches: list[Batch]) -> dict[str, float]:
     """FLOPs of one optimizer step by the formula of plans; "model" is without recomputation."""
     teacher, student = (config_shapes(pair.configs[role]) for role in ("teacher", "student"))
-    padded_N = np.repeat([batch.input_ids.shape[1] for batch in batches], [len(batch.input_ids) for batch in batches])
+    padded_N = np.repeat(
+        [batch.input_ids.shape[1] for batch in batches], [len(batch.input_ids) for batch in batches]
+    )
     supervised_N = np.array([batch.num_supervised for batch in batches])
     shapes = flops.PairShapes(student, teacher, recipe.student.gradient_checkpointing)
     step = shapes.step_flops(padded_N, supervised_N, len(padded_N))
@@ -395,7 +487,9 @@ def count_flops(pair: Pair, recipe: Recipe, batches: list[Batch]) -> dict[str, f
 
 
 def matmul_flops(device: torch.device) -> float:
-    """FLOP/s of a large square bf16 product of random matrices: the median of 20, just after the steps."""
+    """FLOP/s of a large square bf16 product of random matrices: the median of 20, just after the
+    steps.
+    """
     size = MATMUL_SIZE[device.type]
     one, two = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     product, clock, times_ms = torch.empty_like(one), Clock(device), []
@@ -446,13 +540,23 @@ def ratios(lengths: dict[str, Any]) -> dict[str, Any]:
 def above_resident(row: dict[str, Any], whole: dict[str, Any]) -> float | None:
     """The part of the peak that steps come and go with: activations, the loss, gathered weights."""
     one, two = (measured["memory_gib"] for measured in (row, whole))
-    return None if one["resident"] is None else (one["peak"] - one["resident"]) / (two["peak"] - two["resident"])
+    return (
+        None
+        if one["resident"] is None
+        else (one["peak"] - one["resident"]) / (two["peak"] - two["resident"])
+    )
 
 
 def markdown(report: dict[str, Any]) -> str:
     here, settings, models = (report[key] for key in ("environment", "settings", "models"))
-    hardware = ", ".join(here["gpus"]) if settings["device"] == "cuda" else f"{here['num_cpus']} CPUs ({here['cpu']})"
-    versions = ", ".join(f"{name} {version}" for name, version in here["packages"].items() if version)
+    hardware = (
+        ", ".join(here["gpus"])
+        if settings["device"] == "cuda"
+        else f"{here['num_cpus']} CPUs ({here['cpu']})"
+    )
+    versions = ", ".join(
+        f"{name} {version}" for name, version in here["packages"].items() if version
+    )
     names = " -> ".join(
         f"{models[role]['num_parameters'] / 1e6:,.1f} M parameters ({models[role]['attention']})"
         for role in ("teacher", "student")
@@ -473,7 +577,9 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]
     for name, ratio in report["ratios"].items():
-        lines.append(f"{name}: " + ", ".join(f"{key} {number(value, '.3f')}" for key, value in ratio.items()))
+        lines.append(
+            f"{name}: " + ", ".join(f"{key} {number(value, '.3f')}" for key, value in ratio.items())
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -489,7 +595,8 @@ def markdown_row(length: str, row: dict[str, Any]) -> str:
         number(memory["resident"], ".2f"),
         f"{row['flops']['model'] / 1e12:.3g}",
         f"{row['mfu_of_measured_peak']:.3f} of {row['matmul_tflops']:.3g} TFLOP/s",
-        f"{number(row['mfu_of_nominal_peak'], '.3f')} of {number(row['nominal_tflops'], '.0f')} TFLOP/s",
+        f"{number(row['mfu_of_nominal_peak'], '.3f')} of {number(row['nominal_tflops'], '.0f')} "
+        f"TFLOP/s",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -1,4 +1,6 @@
-"""Distil a large reasoning model into a small one, paying only for the part of each trace that teaches."""
+"""Distil a large reasoning model into a small one, paying only for the part of each trace that
+teaches.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,8 @@ __all__ = ["distillation_loss"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: a recipe is checked on login nodes, where importing torch takes longer than the check.
+    # Imported on first use: a recipe is checked on login nodes, where importing torch takes longer
+    # than the check.
     if name == "distillation_loss":
         from kd.losses import distillation_loss
 

@@ -1,4 +1,6 @@
-"""What every command in launch/ shares: the recipe arguments, and errors printed once, in one block."""
+"""What every command in launch/ shares: the recipe arguments, and errors printed once, in one
+block.
+"""
 
 import argparse
 import contextlib
@@ -19,7 +21,9 @@ WAIT_SECONDS = 3
 
 def recipe_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--recipe", required=True, help="a name from recipes/, or the path of a .toml file")
+    parser.add_argument(
+        "--recipe", required=True, help="a name from recipes/, or the path of a .toml file"
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -33,21 +37,39 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
 
 def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the axes of a study, for kd.study.cells.parse_axes."""
-    axes = parser.add_argument_group("axes of a study", "one is varied at a time around the recipe's own values")
-    axes.add_argument("--keep", metavar="F,F", help="values of truncation.keep_fraction: 0.25,0.5,0.75,1.0")
-    axes.add_argument("--sections", metavar="A+B,C", help="values of data.loss_sections: prompt+cot+answer,cot")
-    axes.add_argument("--windows", metavar="W,W", help="values of truncation.window: head,middle,tail")
-    axes.add_argument("--seeds", type=int, default=1, metavar="N", help="the recipe's run.seed, and the N - 1 after it")
-    axes.add_argument("--cross", action="store_true", help="every combination instead of one axis at a time")
+    axes = parser.add_argument_group(
+        "axes of a study", "one is varied at a time around the recipe's own values"
+    )
+    axes.add_argument(
+        "--keep", metavar="F,F", help="values of truncation.keep_fraction: 0.25,0.5,0.75,1.0"
+    )
+    axes.add_argument(
+        "--sections", metavar="A+B,C", help="values of data.loss_sections: prompt+cot+answer,cot"
+    )
+    axes.add_argument(
+        "--windows", metavar="W,W", help="values of truncation.window: head,middle,tail"
+    )
+    axes.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="the recipe's run.seed, and the N - 1 after it",
+    )
+    axes.add_argument(
+        "--cross", action="store_true", help="every combination instead of one axis at a time"
+    )
     return parser
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main(), and end the process as main ended: an error is one block on stderr, and a status from kd.constants.
+    """Call main(), and end the process as main ended: an error is one block on stderr, and a status
+    from kd.constants.
 
-    Most UserErrors are the same on every rank, and rank 0 speaks for all: it exits at once, upon which the launcher
-    ends the others. A rank that is still alive after three seconds met an error of its own, and speaks for itself. So
-    does one that lost a peer: by then the peer has told the first cause.
+    Most UserErrors are the same on every rank, and rank 0 speaks for all: it exits at once, upon
+    which the launcher ends the others. A rank that is still alive after three seconds met an error
+    of its own, and speaks for itself. So does one that lost a peer: by then the peer has told the
+    first cause.
     """
     try:
         main()
@@ -66,7 +88,11 @@ def run(main: Callable[[], None]) -> None:
     except Exception:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
-        _leave(1, f"rank {os.environ['RANK']} on {socket.gethostname()} failed:\n{traceback.format_exc()}")
+        _leave(
+            1,
+            f"rank {os.environ['RANK']} on {socket.gethostname()} "
+            f"failed:\n{traceback.format_exc()}",
+        )
 
 
 def _leave(status: int, message: str = "") -> NoReturn:

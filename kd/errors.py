@@ -1,4 +1,6 @@
-"""How a run ends before its last step: the entry points print each of these as one block, without a stack."""
+"""How a run ends before its last step: the entry points print each of these as one block, without a
+stack.
+"""
 
 
 class UserError(ValueError):

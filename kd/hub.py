@@ -1,4 +1,6 @@
-"""Names of models and datasets: a local path or a hub id, and what the hub answers in the user's words."""
+"""Names of models and datasets: a local path or a hub id, and what the hub answers in the user's
+words.
+"""
 
 import os
 from collections.abc import Iterator
@@ -22,7 +24,8 @@ def resolve(field: str, value: str) -> str:
     if is_hub_id(value):
         return value
     raise UserError(
-        f"{field} = {value!r}: no such file or folder (relative paths are looked up in the current directory, "
+        f"{field} = {value!r}: no such file or folder (relative paths are looked up in the current "
+        f"directory, "
         "then in the repository), and it has not the form owner/name of a hub id"
     )
 
@@ -32,7 +35,8 @@ def find_file(field: str, value: str) -> Path:
     path = find_input(value)
     if path is None or not path.is_file():
         raise UserError(
-            f"{field} = {value!r}: no such file (relative paths are looked up in the current directory, then in the "
+            f"{field} = {value!r}: no such file (relative paths are looked up in the current "
+            f"directory, then in the "
             "repository)"
         )
     return path
@@ -40,34 +44,49 @@ def find_file(field: str, value: str) -> Path:
 
 @contextmanager
 def hub_errors(field: str, value: str) -> Iterator[None]:
-    """Translate what loading `value` by path or hub id may raise to a UserError with field, value and remedy."""
+    """Translate what loading `value` by path or hub id may raise to a UserError with field, value
+    and remedy.
+    """
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        # Libraries wrap the hub's own error, or only quote it: the most telling one of the chain decides.
+        # Libraries wrap the hub's own error, or only quote it: the most telling one of the chain
+        # decides.
         chain = list(_chain(error))
-        remedy = next(text for name, text in _REMEDIES.items() if any(_is_named(e, name) for e in chain))
+        remedy = next(
+            text for name, text in _REMEDIES.items() if any(_is_named(e, name) for e in chain)
+        )
         first_line = str(error).strip().partition("\n")[0]
-        raise UserError(f"{field} = {value!r}: {remedy}\n({type(error).__name__}: {first_line})") from error
+        raise UserError(
+            f"{field} = {value!r}: {remedy}\n({type(error).__name__}: {first_line})"
+        ) from error
 
 
 def download_model(field: str, model: ModelSection, weights: bool) -> None:
-    """Fetch config, tokenizer and, if asked, the safetensors of a hub model to the hub cache. Local models: nothing."""
+    """Fetch config, tokenizer and, if asked, the safetensors of a hub model to the hub cache. Local
+    models: nothing.
+    """
     name = resolve(field, model.model)
     if os.path.exists(name):
         return
     from huggingface_hub import snapshot_download
 
-    patterns = _TEXT_FILES + (["*.safetensors"] if weights else []) + (["*.py"] if model.trust_remote_code else [])
+    patterns = (
+        _TEXT_FILES
+        + (["*.safetensors"] if weights else [])
+        + (["*.py"] if model.trust_remote_code else [])
+    )
     with hub_errors(field, name):
         snapshot_download(name, revision=model.revision, allow_patterns=patterns)
 
 
-# Names of exception classes, the most telling first: by name, so that no library is imported for an error's sake.
+# Names of exception classes, the most telling first: by name, so that no library is imported for an
+# error's sake.
 _OFFLINE = (
-    "the hub cannot be reached, and the local hub cache does not hold it: run launch/prepare.py with this recipe "
+    "the hub cannot be reached, and the local hub cache does not hold it: run launch/prepare.py "
+    "with this recipe "
     "where there is a network, or name a local path"
 )
 _MISSING = (
@@ -75,7 +94,8 @@ _MISSING = (
     "`hf auth login` or HF_TOKEN"
 )
 _REMEDIES = {
-    "GatedRepoError": "access is gated: accept its terms on its hub page, then `hf auth login` or set HF_TOKEN",
+    "GatedRepoError": "access is gated: accept its terms on its hub page, then `hf auth login` or "
+    "set HF_TOKEN",
     "RevisionNotFoundError": "the hub has no such revision: correct or remove `revision`",
     "OfflineModeIsEnabled": _OFFLINE,
     "LocalEntryNotFoundError": _OFFLINE,
@@ -84,8 +104,10 @@ _REMEDIES = {
     "RepositoryNotFoundError": _MISSING,
     "DatasetNotFoundError": _MISSING,
     "HFValidationError": _MISSING,
-    "EntryNotFoundError": "a file is missing there: a model needs config.json, tokenizer.json and safetensors",
-    "Exception": "it cannot be loaded: incomplete, or of a kind that the installed libraries do not know",
+    "EntryNotFoundError": "a file is missing there: a model needs config.json, tokenizer.json and "
+    "safetensors",
+    "Exception": "it cannot be loaded: incomplete, or of a kind that the installed libraries do "
+    "not know",
 }
 
 

@@ -1,11 +1,13 @@
-"""A recipe is one frozen value: every fact of a run, read from TOML, checked, and printed before anything starts.
+"""A recipe is one frozen value: every fact of a run, read from TOML, checked, and printed before
+anything starts.
 
-`recipes/NAME.toml` names a base (`recipes/bases/BASE.toml`) and overrides what differs; `--set section.key=value`
-overrides both. Loading a recipe touches no GPU, network or process group and imports no torch, so that it can be
-checked on a login node. Facts of ZeRO and of precision live in ds_configs/ and are not repeated here.
+`recipes/NAME.toml` names a base (`recipes/bases/BASE.toml`) and overrides what differs; `--set
+section.key=value` overrides both. Loading a recipe touches no GPU, network or process group and
+imports no torch, so that it can be checked on a login node. Facts of ZeRO and of precision live in
+ds_configs/ and are not repeated here.
 
-Relative paths of inputs (models, data, templates) are looked up in the current directory, then in the repository;
-run.output_dir is relative to the current directory.
+Relative paths of inputs (models, data, templates) are looked up in the current directory, then in
+the repository; run.output_dir is relative to the current directory.
 """
 
 import difflib
@@ -26,7 +28,9 @@ RECIPES_DIR = ROOT / "recipes"
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Attention = Literal["auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"]
+Attention = Literal[
+    "auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"
+]
 SectionName = Literal["prompt", "cot", "answer"]
 
 
@@ -35,27 +39,34 @@ class RecipeSection(BaseModel):
 
 
 class RunSection(RecipeSection):
-    name: str = Field("", description="folder of the run inside output_dir; the recipe's name when empty")
+    name: str = Field(
+        "", description="folder of the run inside output_dir; the recipe's name when empty"
+    )
     output_dir: str = "runs"
     seed: int = 0
     watchdog_minutes: Annotated[float, Field(gt=0.0)] = Field(
         30.0, description="without a step for so long, every rank prints its stack and the run ends"
     )
     collective_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
-        120.0, description="longer than any rank waits for another, also while one tokenises or reads a checkpoint"
+        120.0,
+        description="longer than any rank waits for another, also while one tokenises or reads a "
+        "checkpoint",
     )
 
 
 class ModelSection(RecipeSection):
     model: str = Field(description="a local folder or a hub id")
     revision: str | None = None
-    attention: Attention = Field("auto", description="auto: the best that transformers reports as available")
+    attention: Attention = Field(
+        "auto", description="auto: the best that transformers reports as available"
+    )
     trust_remote_code: bool = False
 
 
 class TeacherSection(ModelSection):
     shard: Literal["world", "node"] = Field(
-        "world", description="node: each node holds a whole teacher, and its gathers never cross nodes"
+        "world",
+        description="node: each node holds a whole teacher, and its gathers never cross nodes",
     )
 
 
@@ -67,11 +78,17 @@ class StudentSection(ModelSection):
 
 
 class DataSection(RecipeSection):
-    source: Literal["local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"] = "local"
-    path: str | None = Field(None, description="local JSONL or Parquet file, or a hub id; each hub source has its own")
+    source: Literal[
+        "local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"
+    ] = "local"
+    path: str | None = Field(
+        None, description="local JSONL or Parquet file, or a hub id; each hub source has its own"
+    )
     revision: str | None = None
     validation_path: str | None = Field(
-        None, description="local file, its first num_validation rows when set; otherwise rows of path are split off"
+        None,
+        description="local file, its first num_validation rows when set; otherwise rows of path "
+        "are split off",
     )
     num_train: Positive | None = Field(None, description="rows after filters; all when absent")
     num_validation: Annotated[int, Field(ge=0)] = 0
@@ -84,12 +101,22 @@ class DataSection(RecipeSection):
     )
     think_open: str = "<think>\n"
     think_close: str = "\n</think>\n\n"
-    answer_open: str = Field("", description="between think_close and the answer, where the teacher learned one")
+    answer_open: str = Field(
+        "", description="between think_close and the answer, where the teacher learned one"
+    )
     answer_close: str = Field("", description="between the answer and the end token")
-    end_token: str | None = Field(None, description="ends the answer; the student tokenizer's eos when absent")
-    loss_sections: Annotated[tuple[SectionName, ...], Field(min_length=1)] = ("prompt", "cot", "answer")
+    end_token: str | None = Field(
+        None, description="ends the answer; the student tokenizer's eos when absent"
+    )
+    loss_sections: Annotated[tuple[SectionName, ...], Field(min_length=1)] = (
+        "prompt",
+        "cot",
+        "answer",
+    )
     random_mask_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    on_bad_row: Literal["drop", "error"] = Field("drop", description="rows without markers, two thoughts, no answer")
+    on_bad_row: Literal["drop", "error"] = Field(
+        "drop", description="rows without markers, two thoughts, no answer"
+    )
     num_proc: Positive = 1
     cache_dir: str = "build/tokenized"
 
@@ -106,19 +133,23 @@ class TruncationSection(RecipeSection):
     keep_fraction: Annotated[
         float, Field(gt=0.0, le=1.0, description="of all tokens, prompt included, rounded down")
     ] = 1.0
-    max_tokens: Positive | None = Field(None, description="keep at most this many tokens, after keep_fraction")
+    max_tokens: Positive | None = Field(
+        None, description="keep at most this many tokens, after keep_fraction"
+    )
     window: Literal["head", "middle", "tail"] = "head"
     window_context: Literal["drop", "keep"] = Field(
         "drop", description="keep: tokens before the window are read, not supervised"
     )
     cut_after_think: bool = False
-    max_full_tokens: Positive | None = Field(None, description="examples longer than this, untruncated, are dropped")
+    max_full_tokens: Positive | None = Field(
+        None, description="examples longer than this, untruncated, are dropped"
+    )
 
 
 class LossSection(RecipeSection):
-    divergence: Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"] = (
-        "forward_kl"
-    )
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
+    ] = "forward_kl"
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     mix_weight: Fraction = 0.5
@@ -132,14 +163,20 @@ class LossSection(RecipeSection):
     @model_validator(mode="after")
     def _some_weight(self) -> "LossSection":
         if self.kd_weight == 0.0 and self.ce_weight == 0.0:
-            raise ValueError("kd_weight and ce_weight are both 0: nothing would be learned; set one of them")
+            raise ValueError(
+                "kd_weight and ce_weight are both 0: nothing would be learned; set one of them"
+            )
         return self
 
 
 class TrainingSection(RecipeSection):
     epochs: Positive = 1
-    max_steps: Positive | None = Field(None, description="optimizer steps; replaces epochs when set")
-    global_batch_size: Positive = Field(8, description="sequences per optimizer step, over all ranks")
+    max_steps: Positive | None = Field(
+        None, description="optimizer steps; replaces epochs when set"
+    )
+    global_batch_size: Positive = Field(
+        8, description="sequences per optimizer step, over all ranks"
+    )
     micro_batch_size: Positive = Field(1, description="sequences per rank and forward pass")
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
     schedule: Literal["one_cycle", "cosine", "constant"] = "cosine"
@@ -149,9 +186,13 @@ class TrainingSection(RecipeSection):
     adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     skip_nonfinite: Annotated[int, Field(ge=0)] = Field(
-        0, description="optimizer steps with a loss or gradient that is not finite to skip before stopping"
+        0,
+        description="optimizer steps with a loss or gradient that is not finite to skip before "
+        "stopping",
     )
-    checkpoint_every: Positive = Field(500, description="steps between checkpoints, each validated just before")
+    checkpoint_every: Positive = Field(
+        500, description="steps between checkpoints, each validated just before"
+    )
     keep_last: Positive = Field(2, description="checkpoints kept besides the best one")
 
 
@@ -178,7 +219,9 @@ class DeepSpeedSection(RecipeSection):
 
 class Recipe(RecipeSection):
     run: RunSection = RunSection()
-    teacher: TeacherSection | None = Field(None, description="absent: plain fine-tuning, loss.kd_weight must be 0")
+    teacher: TeacherSection | None = Field(
+        None, description="absent: plain fine-tuning, loss.kd_weight must be 0"
+    )
     student: StudentSection
     data: DataSection
     truncation: TruncationSection = TruncationSection()
@@ -191,9 +234,13 @@ class Recipe(RecipeSection):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Recipe":
         if self.teacher is None and self.loss.kd_weight > 0:
-            raise ValueError("loss.kd_weight > 0 needs a [teacher]; name one or set loss.kd_weight = 0")
+            raise ValueError(
+                "loss.kd_weight > 0 needs a [teacher]; name one or set loss.kd_weight = 0"
+            )
         if self.teacher is not None and self.loss.kd_weight == 0:
-            raise ValueError("loss.kd_weight = 0 never uses the [teacher]; remove it or give it weight")
+            raise ValueError(
+                "loss.kd_weight = 0 never uses the [teacher]; remove it or give it weight"
+            )
         training = self.training
         if training.global_batch_size % training.micro_batch_size:
             raise ValueError(
@@ -207,14 +254,21 @@ class Recipe(RecipeSection):
         return Path(self.run.output_dir) / self.run.name
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step: global / (micro * world_size). Raises when it does not divide."""
+        """Micro-batches per rank and optimizer step: global / (micro * world_size). Raises when it
+        does not divide.
+        """
         training = self.training
         num_micro_batches = training.global_batch_size // training.micro_batch_size
         if num_micro_batches % world_size:
-            sizes = [str(size) for size in range(1, num_micro_batches + 1) if num_micro_batches % size == 0]
+            sizes = [
+                str(size)
+                for size in range(1, num_micro_batches + 1)
+                if num_micro_batches % size == 0
+            ]
             raise UserError(
                 f"training.global_batch_size = {training.global_batch_size} in micro-batches of "
-                f"training.micro_batch_size = {training.micro_batch_size} cannot be divided over {world_size} ranks: "
+                f"training.micro_batch_size = {training.micro_batch_size} cannot be divided over "
+                f"{world_size} ranks: "
                 f"run on {' or '.join([', '.join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)} ranks, or "
                 "change the micro-batch"
             )
@@ -222,7 +276,8 @@ class Recipe(RecipeSection):
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Resolve a recipe by name (recipes/NAME.toml, a base among them) or by path, with `section.key=value` overrides.
+    """Resolve a recipe by name (recipes/NAME.toml, a base among them) or by path, with
+    `section.key=value` overrides.
 
     A path may also name the resolved recipe of a run, runs/NAME/recipe.json.
 
@@ -244,7 +299,9 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe's name or path. Raises UserError with the nearest names when there is none."""
+    """The file of a recipe's name or path. Raises UserError with the nearest names when there is
+    none.
+    """
     if name.endswith((".toml", ".json")):
         if Path(name).is_file():
             return Path(name)
@@ -253,11 +310,15 @@ def find_recipe(name: str) -> Path:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
     known = sorted(path.stem for path in RECIPES_DIR.glob("*.toml"))
-    raise UserError(f"recipe {name!r} is not in recipes/.{_nearest(name, known)}\nThere are: {', '.join(known)}")
+    raise UserError(
+        f"recipe {name!r} is not in recipes/.{_nearest(name, known)}\nThere are: {', '.join(known)}"
+    )
 
 
 def find_input(value: str) -> Path | None:
-    """The local file or folder that a recipe's value names, or None when there is none and it may be a hub id."""
+    """The local file or folder that a recipe's value names, or None when there is none and it may
+    be a hub id.
+    """
     for folder in (Path(), ROOT):
         path = folder / os.path.expanduser(value)
         if path.exists():
@@ -266,9 +327,13 @@ def find_input(value: str) -> Path | None:
 
 
 def is_hub_id(value: str) -> bool:
-    """Whether a value has the form `name` or `owner/name`, so that it may be looked up on the hub."""
+    """Whether a value has the form `name` or `owner/name`, so that it may be looked up on the
+    hub.
+    """
     return (
-        not value.startswith((".", "/", "~")) and value.count("/") <= 1 and not value.endswith((".jsonl", ".parquet"))
+        not value.startswith((".", "/", "~"))
+        and value.count("/") <= 1
+        and not value.endswith((".jsonl", ".parquet"))
     )
 
 
@@ -280,7 +345,9 @@ def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         base_path = RECIPES_DIR / "bases" / f"{base}.toml"
         if not base_path.is_file():
             known = sorted(p.stem for p in base_path.parent.glob("*.toml"))
-            raise UserError(f"{path}: base = {base!r} is not in recipes/bases/.{_nearest(str(base), known)}")
+            raise UserError(
+                f"{path}: base = {base!r} is not in recipes/bases/.{_nearest(str(base), known)}"
+            )
         yield str(base_path), _read_toml(base_path)
     yield str(path), member
 
@@ -300,8 +367,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        # tomllib points at the end of the offending line, but does not quote it: "duplicate key" needs the key.
-        lineno = getattr(error, "lineno", None) or int(str(error).rpartition("line ")[2].split(",")[0] or 0)
+        # tomllib points at the end of the offending line, but does not quote it: "duplicate key"
+        # needs the key.
+        lineno = getattr(error, "lineno", None) or int(
+            str(error).rpartition("line ")[2].split(",")[0] or 0
+        )
         line = text.splitlines()[lineno - 1].strip() if 0 < lineno <= len(text.splitlines()) else ""
         duplicate = "Cannot overwrite" in str(error) or "Cannot declare" in str(error)
         problem = "duplicate key" if duplicate else "not valid TOML"
@@ -326,7 +396,9 @@ def _check_keys(where: str, layer: dict[str, Any]) -> None:
         if section not in sections:
             raise UserError(f"{where}: unknown section [{section}].{_nearest(section, sections)}")
         if not isinstance(values, dict):
-            raise UserError(f"{where}: {section} is a section: write [{section}] and its keys below it")
+            raise UserError(
+                f"{where}: {section} is a section: write [{section}] and its keys below it"
+            )
         fields = _section_model(section).model_fields
         for key in values:
             if key not in fields:
@@ -343,7 +415,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _describe(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) -> str:
-    """One line per problem: the file that set the value, the key, the value, and what is expected."""
+    """One line per problem: the file that set the value, the key, the value, and what is
+    expected.
+    """
     lines = []
     for problem in error.errors():
         section, key = (*map(str, problem["loc"]), "", "")[:2]

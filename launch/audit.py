@@ -2,7 +2,8 @@
 
     python launch/audit.py --recipe NAME [--show 5] [--set section.key=value ...] [--json FILE]
 
-Needs no GPU, and no network when models and data are cached. The numbers also go to audit.json of the run's folder.
+Needs no GPU, and no network when models and data are cached. The numbers also go to audit.json of
+the run's folder.
 """
 
 from pathlib import Path
@@ -22,9 +23,18 @@ from kd.recipe import load_recipe
 
 
 def main() -> None:
-    parser = recipe_parser("Show what a recipe's truncation keeps and drops of its training examples.")
-    parser.add_argument("--show", type=int, default=5, metavar="N", help="examples to print, the first of the split")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="audit.json of the recipe's run folder when absent")
+    parser = recipe_parser(
+        "Show what a recipe's truncation keeps and drops of its training examples."
+    )
+    parser.add_argument(
+        "--show", type=int, default=5, metavar="N", help="examples to print, the first of the split"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="audit.json of the recipe's run folder when absent",
+    )
     args = parser.parse_args()
     if args.show < 0:
         raise UserError(f"--show = {args.show}: give the number of examples to print, 0 for none")
@@ -39,11 +49,16 @@ def main() -> None:
     try:
         write_json(path, audit.to_json())
     except OSError as error:
-        raise UserError(f"--json = {str(path)!r}: cannot be written ({error}); name another file") from None
+        raise UserError(
+            f"--json = {str(path)!r}: cannot be written ({error}); name another file"
+        ) from None
     console = Console(highlight=False)
     print_audit(console, audit)
     if args.show:
-        print_previews(console, [preview(data.train, i, tokenizer) for i in range(min(args.show, len(data.train)))])
+        print_previews(
+            console,
+            [preview(data.train, i, tokenizer) for i in range(min(args.show, len(data.train)))],
+        )
     console.print(f"\n{path}", markup=False, soft_wrap=True)
 
 

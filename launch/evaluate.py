@@ -1,12 +1,15 @@
-"""Accuracy of one or more models: on the recipe's problems and tasks, on other tasks, or as a harness measures it.
+"""Accuracy of one or more models: on the recipe's problems and tasks, on other tasks, or as a
+harness measures it.
 
-    python launch/evaluate.py --recipe NAME --model PATH [--model PATH ...] [--output DIR]
-    python launch/evaluate.py --recipe NAME --model PATH --tasks aime24,math500 [--num-samples K] [--backend vllm]
-    python launch/evaluate.py --recipe NAME --model PATH --tasks gsm8k --harness lm-eval [-- LM_EVAL_ARGUMENTS]
+    python launch/evaluate.py --recipe NAME --model PATH [--model PATH ...] [--output DIR] python
+    launch/evaluate.py --recipe NAME --model PATH --tasks aime24,math500 [--num-samples K]
+    [--backend vllm] python launch/evaluate.py --recipe NAME --model PATH --tasks gsm8k --harness
+    lm-eval [-- LM_EVAL_ARGUMENTS]
 
-Leaves LABEL.json and LABEL.responses.jsonl of each model in the folder evaluation/ of the recipe's run, in a folder
-TASK/ below it for a task, in lm-eval/TASK/ for a harness; and prints a table. May be killed at any time: the same
-command goes on after the last finished batch, and gives the same responses.
+Leaves LABEL.json and LABEL.responses.jsonl of each model in the folder evaluation/ of the recipe's
+run, in a folder TASK/ below it for a task, in lm-eval/TASK/ for a harness; and prints a table. May
+be killed at any time: the same command goes on after the last finished batch, and gives the same
+responses.
 """
 
 import argparse
@@ -44,7 +47,9 @@ def main() -> None:
         subject = subject_of(recipe, model, label, args)
         if args.harness:
             limit = ["--limit", str(args.limit)] if args.limit else []
-            rows += evaluate_with_harness(recipe, subject, args.tasks, [*limit, *args.harness_args], output)
+            rows += evaluate_with_harness(
+                recipe, subject, args.tasks, [*limit, *args.harness_args], output
+            )
         else:
             rows += [evaluate(recipe, subject, problems, output) for problems in sets]
     print(f"\n{table(rows)}\n\n{output}")
@@ -56,23 +61,36 @@ def parse_args() -> argparse.Namespace:
         "--model",
         required=True,
         action="append",
-        help="folder or hub id; may be repeated. Code that comes with a model runs only where the recipe trusts it: "
-        "student.model and teacher.model with their trust_remote_code, and this run's exports with the student's",
+        help="folder or hub id; may be repeated. Code that comes with a model runs only where the "
+        "recipe trusts it: "
+        "student.model and teacher.model with their trust_remote_code, and this run's exports with "
+        "the student's",
     )
-    parser.add_argument("--label", action="append", default=[], help="name in the table, one per --model")
+    parser.add_argument(
+        "--label", action="append", default=[], help="name in the table, one per --model"
+    )
     parser.add_argument(
         "--tasks",
-        help="comma-separated, of kd/evaluate/tasks.py or of the harness; the recipe's own when absent",
+        help="comma-separated, of kd/evaluate/tasks.py or of the harness; the recipe's own when "
+        "absent",
     )
     parser.add_argument(
-        "--num-samples", type=int, help="responses to each problem; the task's usual number, or 1, when absent"
+        "--num-samples",
+        type=int,
+        help="responses to each problem; the task's usual number, or 1, when absent",
     )
     parser.add_argument("--backend", choices=["auto", "vllm", "transformers"], default="auto")
-    parser.add_argument("--harness", choices=["lm-eval"], help="runs the tasks, its own, instead of this command")
+    parser.add_argument(
+        "--harness", choices=["lm-eval"], help="runs the tasks, its own, instead of this command"
+    )
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
-    parser.add_argument("--output", type=Path, help="folder; evaluation/ of the recipe's run when absent")
+    parser.add_argument(
+        "--output", type=Path, help="folder; evaluation/ of the recipe's run when absent"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampled responses")
-    parser.add_argument("harness_args", nargs="*", metavar="-- ARGUMENTS", help="further arguments of the harness")
+    parser.add_argument(
+        "harness_args", nargs="*", metavar="-- ARGUMENTS", help="further arguments of the harness"
+    )
     return parser.parse_args()
 
 
@@ -80,18 +98,26 @@ def check_arguments(args: argparse.Namespace, recipe: Recipe) -> None:
     """Raises UserError for arguments that do not go together."""
     num_samples, temperature = args.num_samples, recipe.evaluation.temperature
     if num_samples is not None and num_samples < 1:
-        raise UserError(f"--num-samples = {num_samples}: at least one response to each problem is needed")
+        raise UserError(
+            f"--num-samples = {num_samples}: at least one response to each problem is needed"
+        )
     if num_samples is not None and num_samples > 1 and temperature == 0:
         raise UserError(
-            f"--num-samples = {num_samples} with evaluation.temperature = 0: greedy responses are all alike; use "
+            f"--num-samples = {num_samples} with evaluation.temperature = 0: greedy responses are "
+            f"all alike; use "
             "--num-samples 1, or --set evaluation.temperature=0.6"
         )
     if args.harness and args.tasks is None:
         raise UserError(f"--harness {args.harness} needs --tasks: name tasks of the harness")
     if args.harness and num_samples is not None:
-        raise UserError(f"--num-samples = {num_samples}: the harness's tasks say how often they sample; leave it out")
+        raise UserError(
+            f"--num-samples = {num_samples}: the harness's tasks say how often they sample; leave "
+            f"it out"
+        )
     if args.harness_args and not args.harness:
-        raise UserError(f"unknown arguments {' '.join(args.harness_args)}: only a --harness takes further ones")
+        raise UserError(
+            f"unknown arguments {' '.join(args.harness_args)}: only a --harness takes further ones"
+        )
 
 
 def problem_sets(recipe: Recipe, args: argparse.Namespace) -> list[ProblemSet]:
@@ -100,31 +126,47 @@ def problem_sets(recipe: Recipe, args: argparse.Namespace) -> list[ProblemSet]:
         return task_problems(args.tasks.split(","), evaluation, *sizes)
     check_evaluation(recipe)
     local = [local_problems(evaluation, *sizes)] if evaluation.path is not None else []
-    return [*local, *(task_problems(evaluation.tasks, evaluation, *sizes) if evaluation.tasks else [])]
+    return [
+        *local,
+        *(task_problems(evaluation.tasks, evaluation, *sizes) if evaluation.tasks else []),
+    ]
 
 
 def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """One distinct label per model, fit for a file name: the last two parts of its path when none are given."""
+    """One distinct label per model, fit for a file name: the last two parts of its path when none
+    are given.
+    """
     if labels and len(labels) != len(models):
-        raise UserError(f"--label is given {len(labels)} times for {len(models)} --model: give one each, or none")
-    chosen = [re.sub(r"[^\w.=-]+", "-", text) for text in labels or ["/".join(Path(m).parts[-2:]) for m in models]]
+        raise UserError(
+            f"--label is given {len(labels)} times for {len(models)} --model: give one each, or "
+            f"none"
+        )
+    chosen = [
+        re.sub(r"[^\w.=-]+", "-", text)
+        for text in labels or ["/".join(Path(m).parts[-2:]) for m in models]
+    ]
     if len(set(chosen)) != len(chosen):
-        raise UserError(f"two models are labelled alike ({', '.join(chosen)}): give each a --label of its own")
+        raise UserError(
+            f"two models are labelled alike ({', '.join(chosen)}): give each a --label of its own"
+        )
     return chosen
 
 
 def subject_of(recipe: Recipe, name: str, label: str, args: argparse.Namespace) -> Subject:
-    """A model, not loaded yet. It is loaded once for all tasks, and not at all where all responses are there."""
+    """A model, not loaded yet. It is loaded once for all tasks, and not at all where all responses
+    are there.
+    """
     section = section_of(recipe, name)
-    # With the teacher left out the model's own tokenizer is checked, and its own template and end token are used,
-    # unless the recipe sets them.
+    # With the teacher left out the model's own tokenizer is checked, and its own template and end
+    # token are used, unless the recipe sets them.
     tokenizer = load_tokenizers(recipe.model_copy(update={"student": section, "teacher": None}))
     sampling = sampling_of(recipe.evaluation, args.seed)
     return make_subject(label, section, tokenizer, sampling, choose_backend(args.backend))
 
 
 def section_of(recipe: Recipe, name: str) -> ModelSection:
-    """How to load a model: as the recipe says when it names it, else as its student but without a revision.
+    """How to load a model: as the recipe says when it names it, else as its student but without a
+    revision.
 
     Trust in the student's code reaches what this run exported, and no other model.
     """
@@ -133,7 +175,9 @@ def section_of(recipe: Recipe, name: str) -> ModelSection:
             return section
     exported = Path(name).resolve().is_relative_to(recipe.run_dir.resolve())
     trusted = recipe.student.trust_remote_code and exported
-    return recipe.student.model_copy(update={"model": name, "revision": None, "trust_remote_code": trusted})
+    return recipe.student.model_copy(
+        update={"model": name, "revision": None, "trust_remote_code": trusted}
+    )
 
 
 if __name__ == "__main__":

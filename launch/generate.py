@@ -2,8 +2,8 @@
 
     python launch/generate.py --recipe NAME --problems FILE --output FILE [--temperature T]
 
-Samples as the recipe's [evaluation] says, unless a flag says otherwise. May be killed at any time: the same command
-goes on after the last finished batch, and gives the same file.
+Samples as the recipe's [evaluation] says, unless a flag says otherwise. May be killed at any time:
+the same command goes on after the last finished batch, and gives the same file.
 """
 
 import argparse
@@ -28,7 +28,11 @@ def main() -> None:
     args = parse_args()
     configure_logging(rank=0)
     flags = ("temperature", "top_p", "max_new_tokens", "batch_size")
-    given = [f"evaluation.{flag}={getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
+    given = [
+        f"evaluation.{flag}={getattr(args, flag)}"
+        for flag in flags
+        if getattr(args, flag) is not None
+    ]
     recipe = load_recipe(args.recipe, args.overrides + given)
     if recipe.teacher is None:
         raise UserError(f"recipe {args.recipe!r} has no [teacher] to generate with")
@@ -37,32 +41,47 @@ def main() -> None:
     traces = TraceFile(args.output, settings(recipe, recipe.teacher, problems, sampling, args.keep))
     if not traces.complete:
         write_traces(recipe, recipe.teacher, problems, sampling, args.keep, traces)
-    print(f"{args.output}: {', '.join(f'{count} {fate}' for fate, count in sorted(traces.counts.items()))}")
+    print(
+        f"{args.output}: {', '.join(f'{count} {fate}' for fate, count in sorted(traces.counts.items()))}"
+    )
 
 
 def parse_args() -> argparse.Namespace:
     parser = recipe_parser("Write reasoning traces of the recipe's teacher.")
-    parser.add_argument("--problems", required=True, help="JSONL file: prompt, and id when rows have one")
+    parser.add_argument(
+        "--problems", required=True, help="JSONL file: prompt, and id when rows have one"
+    )
     parser.add_argument("--output", required=True, type=Path, help="JSONL file of traces")
     parser.add_argument(
-        "--temperature", type=float, help="0 is greedy; the recipe's evaluation.temperature unless given"
+        "--temperature",
+        type=float,
+        help="0 is greedy; the recipe's evaluation.temperature unless given",
     )
     parser.add_argument("--top-p", type=float, help="the recipe's evaluation.top_p unless given")
-    parser.add_argument("--max-new-tokens", type=int, help="the recipe's evaluation.max_new_tokens unless given")
-    parser.add_argument("--batch-size", type=int, help="the recipe's evaluation.batch_size unless given")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="the recipe's evaluation.max_new_tokens unless given"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="the recipe's evaluation.batch_size unless given"
+    )
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--keep",
         choices=["ended", "closed"],
         default="ended",
-        help="ended: drop answers cut off by max-new-tokens; closed: keep them. Thoughts never closed are dropped",
+        help="ended: drop answers cut off by max-new-tokens; closed: keep them. Thoughts never "
+        "closed are dropped",
     )
     return parser.parse_args()
 
 
 def settings(
-    recipe: Recipe, teacher: TeacherSection, problems: Sequence[Problem], sampling: Sampling, keep: str
+    recipe: Recipe,
+    teacher: TeacherSection,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    keep: str,
 ) -> dict[str, Any]:
     """All that the rows depend on, so that a file is not continued under other settings."""
     texts = "\n".join(f"{problem.id}\t{problem.prompt}" for problem in problems)
@@ -89,7 +108,9 @@ def write_traces(
     keep: str,
     traces: TraceFile,
 ) -> None:
-    """Generate the batches that are missing; a batch is batch_size problems in the order of the file."""
+    """Generate the batches that are missing; a batch is batch_size problems in the order of the
+    file.
+    """
     tokenizer = load_tokenizers(recipe)
     model = load_generator("teacher.model", teacher)
     batch_size = recipe.evaluation.batch_size
@@ -113,7 +134,14 @@ def to_rows(
         parts = split_response(response, data, keep)
         counts[parts if isinstance(parts, str) else "kept"] += 1
         if not isinstance(parts, str):
-            rows.append({"id": problem.id, "prompt": problem.prompt, "reasoning": parts[0], "answer": parts[1]})
+            rows.append(
+                {
+                    "id": problem.id,
+                    "prompt": problem.prompt,
+                    "reasoning": parts[0],
+                    "answer": parts[1],
+                }
+            )
     return rows, counts
 
 

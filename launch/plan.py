@@ -1,9 +1,11 @@
-"""What a run costs at several truncation lengths: memory of each GPU, FLOPs, tokens and hours, and whether it fits.
+"""What a run costs at several truncation lengths: memory of each GPU, FLOPs, tokens and hours, and
+whether it fits.
 
-python launch/plan.py --recipe NAME --nodes 2 --gpus-per-node 8 --gpu h100 [--keep 0.25,0.5,1.0] [--json FILE]
+python launch/plan.py --recipe NAME --nodes 2 --gpus-per-node 8 --gpu h100 [--keep 0.25,0.5,1.0]
+[--json FILE]
 
-Needs no GPU, and nothing is fetched. Lengths are those of the data where they are here, else those of --mean-tokens and
---max-tokens, or the longest that the recipe lets pass.
+Needs no GPU, and nothing is fetched. Lengths are those of the data where they are here, else those
+of --mean-tokens and --max-tokens, or the longest that the recipe lets pass.
 """
 
 import argparse
@@ -24,7 +26,9 @@ from kd.study.cells import parse_fractions
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's library is imported
     arguments = parse_args()
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed says on stdout that a login node has no GPU
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # DeepSpeed says on stdout that a login node has no GPU
         report = make_report(arguments)
     if arguments.json:
         write_json(arguments.json, report)
@@ -39,18 +43,29 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, required=True, help="and as many ranks")
     parser.add_argument("--gpu", help="its kind, as in h100: for hours, and whether the run fits")
-    parser.add_argument("--keep", default="0.25,0.5,0.75,1.0", metavar="X,Y", help="truncation.keep_fraction of each")
-    parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="share of the GPUs' peak that is reached")
+    parser.add_argument(
+        "--keep",
+        default="0.25,0.5,0.75,1.0",
+        metavar="X,Y",
+        help="truncation.keep_fraction of each",
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=DEFAULT_MFU, help="share of the GPUs' peak that is reached"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there too")
     stated = parser.add_argument_group("lengths, in place of the data's")
-    stated.add_argument("--mean-tokens", type=int, metavar="N", help="of whole sequences, on average")
+    stated.add_argument(
+        "--mean-tokens", type=int, metavar="N", help="of whole sequences, on average"
+    )
     stated.add_argument("--max-tokens", type=int, metavar="N", help="of the longest one")
     stated.add_argument("--rows", type=int, metavar="N", help="for training")
     return parser.parse_args()
 
 
 def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The plans as JSON. Raises UserError for a bad argument, and for a recipe of which nothing can be planned."""
+    """The plans as JSON. Raises UserError for a bad argument, and for a recipe of which nothing can
+    be planned.
+    """
     keep_fractions = check_arguments(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from kd.plan.cost import plan_run
@@ -91,7 +106,9 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[float, ...]:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if not 0 < arguments.mfu <= 1:
-        raise UserError(f"--mfu {arguments.mfu}: write a share of the GPUs' peak above 0 and up to 1, as in 0.4")
+        raise UserError(
+            f"--mfu {arguments.mfu}: write a share of the GPUs' peak above 0 and up to 1, as in 0.4"
+        )
     return parse_fractions(arguments.keep)
 
 

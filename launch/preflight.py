@@ -14,10 +14,18 @@ from kd.recipe import load_recipe
 
 
 def main() -> None:
-    parser = recipe_parser("Check hosts, network, disk, models and memory before a run of this recipe.")
-    parser.add_argument("--hostfile", type=Path, help="start a rank for each slot of these hosts, over ssh")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="to wait for a missing rank")
-    parser.add_argument("--min-bandwidth", type=float, default=0.0, metavar="GB/S", help="fail below it")
+    parser = recipe_parser(
+        "Check hosts, network, disk, models and memory before a run of this recipe."
+    )
+    parser.add_argument(
+        "--hostfile", type=Path, help="start a rank for each slot of these hosts, over ssh"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="to wait for a missing rank"
+    )
+    parser.add_argument(
+        "--min-bandwidth", type=float, default=0.0, metavar="GB/S", help="fail below it"
+    )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from kd.distributed.process_group import is_rank  # imports torch and deepspeed
@@ -27,7 +35,9 @@ def main() -> None:
         from kd.preflight.ranks import check_ranks
 
         configure_logging(rank=1)  # warnings alone
-        passed = check_ranks(recipe, timeout_seconds=arguments.timeout, min_bandwidth=arguments.min_bandwidth)
+        passed = check_ranks(
+            recipe, timeout_seconds=arguments.timeout, min_bandwidth=arguments.min_bandwidth
+        )
         sys.stdout.flush()
         os._exit(0 if passed else 1)  # a process group that never came about would be waited for
     from kd.preflight.start import start_here, start_on_hosts

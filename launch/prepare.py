@@ -1,9 +1,11 @@
-"""Fetch and tokenise all that a recipe needs, where there is a network; run and evaluation then need none.
+"""Fetch and tokenise all that a recipe needs, where there is a network; run and evaluation then
+need none.
 
     python launch/prepare.py --recipe NAME [--set section.key=value ...] [--no-models]
 
-Models and hub datasets go to the hub cache (HF_HOME), tokens to data.cache_dir: both on a file system that the compute
-nodes see. There, HF_HUB_OFFLINE=1 makes a missing piece an error instead of a wait.
+Models and hub datasets go to the hub cache (HF_HOME), tokens to data.cache_dir: both on a file
+system that the compute nodes see. There, HF_HUB_OFFLINE=1 makes a missing piece an error instead of
+a wait.
 """
 
 from kd.cli import recipe_parser, run
@@ -16,7 +18,9 @@ from kd.recipe import load_recipe
 
 
 def main() -> None:
-    parser = recipe_parser("Fetch models and data of a recipe, tokenise the data, and report what became of each row.")
+    parser = recipe_parser(
+        "Fetch models and data of a recipe, tokenise the data, and report what became of each row."
+    )
     parser.add_argument("--no-models", action="store_true", help="do not fetch the models' weights")
     args = parser.parse_args()
     configure_logging(rank=0)

@@ -1,4 +1,5 @@
-"""How much quality a student keeps, and what it costs, by what of each trace it is trained on: one run per cell.
+"""How much quality a student keeps, and what it costs, by what of each trace it is trained on: one
+run per cell.
 
 python launch/study.py --recipe tiny --keep 0.25,0.5,0.75,1.0 --seeds 3
 python launch/report.py runs/studies/tiny -o report
@@ -16,12 +17,20 @@ from kd.study.cells import make_study, parse_axes
 
 def main() -> None:
     parser = axis_arguments(recipe_parser("Train and score one run for each cell of a study."))
-    parser.add_argument("--output", type=Path, help="folder of the study; run.output_dir/studies/RECIPE when absent")
-    parser.add_argument("--hostfile", type=Path, help="train by launch/hosts.sh on these hosts, not on this machine")
-    parser.add_argument("--dry-run", action="store_true", help="check and list the cells; train nothing")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the study; run.output_dir/studies/RECIPE when absent"
+    )
+    parser.add_argument(
+        "--hostfile", type=Path, help="train by launch/hosts.sh on these hosts, not on this machine"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and list the cells; train nothing"
+    )
     arguments = parser.parse_args()
     configure_logging(rank=0)
-    axes = parse_axes(arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross)
+    axes = parse_axes(
+        arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross
+    )
     study = make_study(arguments.recipe, arguments.overrides, axes, arguments.output)
     from kd.study.runner import Runner, check_study  # imports torch and transformers
 
@@ -37,7 +46,9 @@ def main() -> None:
         num_failed += outcome.status == "failed"
     print(f"\nreport: python launch/report.py {study.folder} -o {study.folder}/report")
     if num_failed:
-        sys.exit(f"{num_failed} of {len(study.cells)} cells failed; the same command tries them again")
+        sys.exit(
+            f"{num_failed} of {len(study.cells)} cells failed; the same command tries them again"
+        )
 
 
 if __name__ == "__main__":

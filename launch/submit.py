@@ -1,7 +1,8 @@
-"""Submit a recipe to SLURM: python launch/submit.py RECIPE --nodes 2 --gpus-per-node 8 [-- OPTIONS OF SBATCH]
+"""Submit a recipe to SLURM: python launch/submit.py RECIPE --nodes 2 --gpus-per-node 8 [-- OPTIONS
+OF SBATCH]
 
-Checks recipe and run, freezes code, resolved recipe and script in the run's folder, and submits. A job that nears its
-time limit saves a checkpoint, is requeued and goes on by itself.
+Checks recipe and run, freezes code, resolved recipe and script in the run's folder, and submits. A
+job that nears its time limit saves a checkpoint, is requeued and goes on by itself.
 """
 
 import argparse
@@ -20,11 +21,15 @@ from kd.study.cells import Axes, Study, make_study, parse_axes, write_study
 
 def main() -> None:
     arguments = parse_args(sys.argv[1:])
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed says on stdout that a login node has no GPU
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # DeepSpeed says on stdout that a login node has no GPU
         request = request_of(arguments)
         study = study_of(arguments)
         if study is None:
-            folder, recipes = read_recipes(arguments.recipe, arguments.overrides, arguments.array_over)
+            folder, recipes = read_recipes(
+                arguments.recipe, arguments.overrides, arguments.array_over
+            )
         else:
             folder, recipes = study.folder, unfinished(study)
         submission = prepare(folder, recipes, request, arguments.evaluate)
@@ -39,39 +44,65 @@ def main() -> None:
 
 def study_of(arguments: argparse.Namespace) -> Study | None:
     """The study whose cells are to be the tasks of an array; None when no axis was given."""
-    axes = parse_axes(arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross)
+    axes = parse_axes(
+        arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross
+    )
     if axes == Axes():
         return None
     if arguments.array_over is not None:
-        raise UserError(f"--array-over {arguments.array_over}: the axes of a study make an array of their own")
+        raise UserError(
+            f"--array-over {arguments.array_over}: the axes of a study make an array of their own"
+        )
     return make_study(arguments.recipe, arguments.overrides, axes)
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:
     options = words[words.index("--") + 1 :] if "--" in words else []
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="a name from recipes/, or the path of a .toml file")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
+    )
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, required=True, help="and as many ranks; 0: train on CPUs")
-    parser.add_argument("--gpu", help="its kind, as in h100: refuse what will not fit into its memory")
+    parser.add_argument(
+        "--gpus-per-node", type=int, required=True, help="and as many ranks; 0: train on CPUs"
+    )
+    parser.add_argument(
+        "--gpu", help="its kind, as in h100: refuse what will not fit into its memory"
+    )
     parser.add_argument("--tasks-per-node", type=int, help="ranks of a node without GPUs")
-    parser.add_argument("--time", help="limit of a job, as SLURM writes it: 24:00:00; the partition's when absent")
+    parser.add_argument(
+        "--time", help="limit of a job, as SLURM writes it: 24:00:00; the partition's when absent"
+    )
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--constraint")
-    # A checkpoint of 8 B parameters is some 110 GB, which take 5 minutes at 0.4 GB/s; a step may come before it.
+    # A checkpoint of 8 B parameters is some 110 GB, which take 5 minutes at 0.4 GB/s; a step may
+    # come before it.
     parser.add_argument(
-        "--signal-seconds", type=int, default=600, help="how long before the limit a job is told to save; default 600"
+        "--signal-seconds",
+        type=int,
+        default=600,
+        help="how long before the limit a job is told to save; default 600",
     )
-    parser.add_argument("--setup", type=Path, help="a file that the job sources first: modules, an environment")
-    parser.add_argument("--container", metavar="IMAGE", help="run in this image by apptainer")
-    parser.add_argument("--evaluate", action="store_true", help="a second job: launch/evaluate.py, after success")
     parser.add_argument(
-        "--array-over", metavar="FIELD=V1,V2", help="an array of runs, one per value: keep_fraction=0.25,0.5,0.75,1.0"
+        "--setup", type=Path, help="a file that the job sources first: modules, an environment"
+    )
+    parser.add_argument("--container", metavar="IMAGE", help="run in this image by apptainer")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="a second job: launch/evaluate.py, after success"
+    )
+    parser.add_argument(
+        "--array-over",
+        metavar="FIELD=V1,V2",
+        help="an array of runs, one per value: keep_fraction=0.25,0.5,0.75,1.0",
     )
     axis_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check, print the scripts, submit nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, print the scripts, submit nothing"
+    )
     arguments = parser.parse_args(words[: len(words) - len(options) - ("--" in words)])
     arguments.sbatch_options = options
     return arguments
@@ -79,16 +110,23 @@ def parse_args(words: list[str]) -> argparse.Namespace:
 
 def unfinished(study: Study) -> tuple[Recipe, ...]:
     """The recipes of the cells that are still to be trained. Raises UserError when none is."""
-    recipes = tuple(cell.recipe for cell in study.cells if not (cell.recipe.run_dir / "SUCCESS").exists())
+    recipes = tuple(
+        cell.recipe for cell in study.cells if not (cell.recipe.run_dir / "SUCCESS").exists()
+    )
     if not recipes:
-        raise UserError(f"{study.folder}: all {len(study.cells)} cells are trained: launch/report.py shows them")
+        raise UserError(
+            f"{study.folder}: all {len(study.cells)} cells are trained: launch/report.py shows them"
+        )
     return recipes
 
 
 def request_of(arguments: argparse.Namespace) -> JobRequest:
-    if arguments.gpus_per_node < 0 or (arguments.gpus_per_node == 0) != (arguments.tasks_per_node is not None):
+    if arguments.gpus_per_node < 0 or (arguments.gpus_per_node == 0) != (
+        arguments.tasks_per_node is not None
+    ):
         raise UserError(
-            f"--gpus-per-node {arguments.gpus_per_node}: a node has a rank per GPU; for 0, and for 0 alone, say how "
+            f"--gpus-per-node {arguments.gpus_per_node}: a node has a rank per GPU; for 0, and for "
+            f"0 alone, say how "
             "many ranks with --tasks-per-node"
         )
     if arguments.gpu is not None:
@@ -100,7 +138,10 @@ def request_of(arguments: argparse.Namespace) -> JobRequest:
         raise UserError(f"--setup {setup}: no such file")
     if container is not None and "://" not in container:
         if not Path(container).exists():
-            raise UserError(f"--container {container}: no such image; write a .sif file, a folder or docker://NAME")
+            raise UserError(
+                f"--container {container}: no such image; write a .sif file, a folder or "
+                f"docker://NAME"
+            )
         container = str(Path(container).absolute())
     return JobRequest(
         gpu=arguments.gpu,
@@ -124,10 +165,14 @@ def how_to_follow(submission: Submission, ids: list[str]) -> str:
     lines += [f"job {ids[0]} trains {', '.join(map(str, job.runs))}"]
     lines += [f"job {ids[1]} evaluates after its success"] if len(ids) > 1 else []
     lines += [f"  squeue --jobs={','.join(ids)}"]
-    logs = [f"train-{ids[0]}{f'_{i}' if len(job.runs) > 1 else ''}.out" for i in range(len(job.runs))]
+    logs = [
+        f"train-{ids[0]}{f'_{i}' if len(job.runs) > 1 else ''}.out" for i in range(len(job.runs))
+    ]
     lines += [f"  tail -F {shlex.quote(str(folder / log))}" for log in logs]
     # SLURM kills what is left KillWait after its TERM, 30 s unless the cluster says otherwise.
-    lines += [f"  scancel --batch --signal=TERM {ids[0]}    # the ranks save; submit again to go on"]
+    lines += [
+        f"  scancel --batch --signal=TERM {ids[0]}    # the ranks save; submit again to go on"
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,6 @@
-"""Train a recipe's student: `deepspeed launch/train.py --recipe NAME`, or with --check, look at it first."""
+"""Train a recipe's student: `deepspeed launch/train.py --recipe NAME`, or with --check, look at it
+first.
+"""
 
 import sys
 
@@ -11,10 +13,20 @@ from kd.recipe import load_recipe
 def main() -> None:
     interruption = Interruption()
     parser = recipe_parser(__doc__)
-    parser.add_argument("--resume", metavar="auto|PATH", help="continue from the newest whole checkpoint, or from PATH")
-    parser.add_argument("--check", action="store_true", help="resolve, validate and print the recipe; train nothing")
-    parser.add_argument("--print-run", action="store_true", help="print the run's folder and port; train nothing")
-    parser.add_argument("--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="continue from the newest whole checkpoint, or from PATH",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="resolve, validate and print the recipe; train nothing"
+    )
+    parser.add_argument(
+        "--print-run", action="store_true", help="print the run's folder and port; train nothing"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts"
+    )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.print_run:
@@ -27,7 +39,9 @@ def main() -> None:
         print(recipe.model_dump_json(indent=2))
         print(f"ok: results will be in {recipe.run_dir}", file=sys.stderr)
         return
-    from kd.training.loop import train  # after --check: it imports torch, transformers and deepspeed
+    from kd.training.loop import (
+        train,
+    )  # after --check: it imports torch, transformers and deepspeed
 
     train(recipe, interruption, resume=arguments.resume)
 

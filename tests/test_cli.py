@@ -39,7 +39,10 @@ def fail() -> None:
 
 @pytest.mark.parametrize("rank", [None, "0"])
 def test_rank_zero_prints_the_error_once_and_exits_with_status_2(
-    waits: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str | None
+    waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: str | None,
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
@@ -93,7 +96,9 @@ def test_a_lost_peer_is_told_in_one_line_after_the_peer_had_time_to_speak(
     assert len(waits) == 1
 
 
-def test_an_interrupted_run_has_a_status_of_its_own(waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_run_has_a_status_of_its_own(
+    waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     def stop() -> None:
         raise Interrupted
 
@@ -109,10 +114,25 @@ def test_overrides_are_collected_in_their_order() -> None:
 
 @pytest.mark.parametrize("field", ["data.chat_template", "evaluation.path"])
 def test_check_finds_a_missing_file_without_torch(field: str) -> None:
-    command = [sys.executable, "-X", "importtime", "launch/train.py", "--recipe", "qwen7b_to_1p5b_trunc50", "--check"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "launch/train.py",
+        "--recipe",
+        "qwen7b_to_1p5b_trunc50",
+        "--check",
+    ]
     done = subprocess.run(
-        [*command, "--set", f"{field}=nowhere"], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--set", f"{field}=nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert f"error: {field} = 'nowhere': no such file" in done.stderr
-    assert not {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()} & {"torch", "transformers"}
+    assert not {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()} & {
+        "torch",
+        "transformers",
+    }

@@ -1,4 +1,6 @@
-"""What the hub answers, in the user's words: the hub client's own errors, raised by hand without a network."""
+"""What the hub answers, in the user's words: the hub client's own errors, raised by hand without a
+network.
+"""
 
 import pytest
 from huggingface_hub import errors
@@ -16,7 +18,9 @@ REMEDIES = {
 
 
 def answer(error: type[Exception], *, wrapped: bool) -> None:
-    """Raise the hub's error as it is, or as transformers passes it on. Without its response, which needs a server."""
+    """Raise the hub's error as it is, or as transformers passes it on. Without its response, which
+    needs a server.
+    """
     cause = error.__new__(error, "no")
     if not wrapped:
         raise cause

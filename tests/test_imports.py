@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"constants", "errors", "files", "hub", "recipe"}
 
-# module or package of kd -> what of kd it may import, besides itself and, for a package, BASE. In order: each line
-# names only what stands above it.
+# module or package of kd -> what of kd it may import, besides itself and, for a package, BASE. In
+# order: each line names only what stands above it.
 ALLOWED = {
     "__init__": {"losses"},
     "constants": set(),
@@ -32,7 +32,17 @@ ALLOWED = {
     "plan": {"data", "distributed", "engine", "losses", "models"},
     "evaluate": {"data", "generation", "runs"},
     "audit": {"data", "evaluate", "generation"},
-    "training": {"data", "distributed", "engine", "logs", "losses", "models", "plan", "runs", "teachers"},
+    "training": {
+        "data",
+        "distributed",
+        "engine",
+        "logs",
+        "losses",
+        "models",
+        "plan",
+        "runs",
+        "teachers",
+    },
     "cluster": {"distributed", "evaluate", "plan", "runs"},
     "preflight": {"cluster", "distributed", "engine", "models", "plan", "runs"},
     "study": {"cluster", "data", "evaluate", "runs"},
@@ -90,7 +100,9 @@ def test_modules_and_public_classes_have_names_of_their_own():
     for path in files_of_kd():
         modules[path.stem] += path.stem != "__init__"
         body = ast.parse(path.read_text(encoding="utf-8")).body
-        classes.update(node.name for node in body if isinstance(node, ast.ClassDef) and node.name[0] != "_")
+        classes.update(
+            node.name for node in body if isinstance(node, ast.ClassDef) and node.name[0] != "_"
+        )
     assert [name for name, count in (modules + classes).items() if count > 1] == []
     assert len(modules) > 100
 

@@ -1,4 +1,6 @@
-"""Recipes: what ships resolves; a mistake is one error that names file, key, value and the nearest valid name."""
+"""Recipes: what ships resolves; a mistake is one error that names file, key, value and the nearest
+valid name.
+"""
 
 import subprocess
 import sys
@@ -46,10 +48,22 @@ def test_the_papers_pair_has_the_papers_hyper_parameters():
     recipe = load_recipe("qwen3_8b_to_4b_trunc50")
     training = recipe.training
     assert (recipe.teacher.model, recipe.student.model) == ("Qwen/Qwen3-8B", "Qwen/Qwen3-4B-Base")
-    assert (training.global_batch_size, training.learning_rate, training.weight_decay) == (8, 4e-6, 0.05)
+    assert (training.global_batch_size, training.learning_rate, training.weight_decay) == (
+        8,
+        4e-6,
+        0.05,
+    )
     assert (training.schedule, training.warmup_fraction, training.epochs) == ("one_cycle", 0.1, 2)
-    assert (recipe.loss.kd_weight, recipe.loss.ce_weight, recipe.truncation.max_full_tokens) == (0.5, 0.5, 4096)
-    assert (recipe.data.num_train, recipe.data.num_validation, recipe.data.split_seed) == (8000, 1000, 42)
+    assert (recipe.loss.kd_weight, recipe.loss.ce_weight, recipe.truncation.max_full_tokens) == (
+        0.5,
+        0.5,
+        4096,
+    )
+    assert (recipe.data.num_train, recipe.data.num_validation, recipe.data.split_seed) == (
+        8000,
+        1000,
+        42,
+    )
 
 
 def test_a_recipe_is_frozen():
@@ -61,14 +75,21 @@ def test_a_recipe_is_frozen():
 def test_overrides_are_typed_and_the_last_one_wins():
     recipe = load_recipe(
         "tiny_trunc50",
-        ["training.max_steps=7", "run.name=trial", "truncation.keep_fraction=0.3", 'data.loss_sections=["cot"]'],
+        [
+            "training.max_steps=7",
+            "run.name=trial",
+            "truncation.keep_fraction=0.3",
+            'data.loss_sections=["cot"]',
+        ],
     )
     assert (recipe.training.max_steps, recipe.run.name) == (7, "trial")
     assert (recipe.truncation.keep_fraction, recipe.data.loss_sections) == (0.3, ("cot",))
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(UserError, match="recipe 'tiny_trunc5' is not in recipes/. Did you mean .*tiny_trunc50"):
+    with pytest.raises(
+        UserError, match="recipe 'tiny_trunc5' is not in recipes/. Did you mean .*tiny_trunc50"
+    ):
         load_recipe("tiny_trunc5")
 
 
@@ -84,19 +105,34 @@ def test_an_unknown_base_names_the_nearest(tmp_path):
             "[truncation]\nkeep_fractoin = 0.5",
             r"mine\.toml: unknown key truncation.keep_fractoin. Did you mean keep_fraction",
         ),
-        ("[trainin]\nmax_steps = 5", r"mine\.toml: unknown section \[trainin\]. Did you mean training"),
+        (
+            "[trainin]\nmax_steps = 5",
+            r"mine\.toml: unknown section \[trainin\]. Did you mean training",
+        ),
         ("max_steps = 5", r"mine\.toml: unknown section \[max_steps\]"),
         ("training = 5", r"mine\.toml: training is a section: write \[training\]"),
-        ("[training]\nmax_steps = 5\nmax_steps = 6", r"mine\.toml: duplicate key in 'max_steps = 6'"),
+        (
+            "[training]\nmax_steps = 5\nmax_steps = 6",
+            r"mine\.toml: duplicate key in 'max_steps = 6'",
+        ),
         ("[training]\nmax_steps =", r"mine\.toml: not valid TOML in 'max_steps ='"),
         ('[training]\nmax_steps = "many"', r"mine\.toml: training.max_steps = 'many': .*integer"),
-        ("[truncation]\nkeep_fraction = 1.5", r"mine\.toml: truncation.keep_fraction = 1.5: .*less than or equal to 1"),
-        ('[truncation]\nwindow = "left"', r"mine\.toml: truncation.window = 'left': .*'head', 'middle' or 'tail'"),
+        (
+            "[truncation]\nkeep_fraction = 1.5",
+            r"mine\.toml: truncation.keep_fraction = 1.5: .*less than or equal to 1",
+        ),
+        (
+            '[truncation]\nwindow = "left"',
+            r"mine\.toml: truncation.window = 'left': .*'head', 'middle' or 'tail'",
+        ),
         ("[loss]\nbeta = 0.0", r"mine\.toml: loss.beta = 0.0: .*greater than 0"),
         ("[loss]\nkd_weight = 0.0\nce_weight = 0.0", "kd_weight and ce_weight are both 0"),
         ("[data]\nloss_sections = []", r"data.loss_sections = \[\]: .*at least 1"),
         ('[data]\nloss_sections = ["cot", "cot"]', "names a section twice"),
-        ("[training]\nglobal_batch_size = 10\nmicro_batch_size = 4", "10 is not a multiple of .*micro_batch_size = 4"),
+        (
+            "[training]\nglobal_batch_size = 10\nmicro_batch_size = 4",
+            "10 is not a multiple of .*micro_batch_size = 4",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_file_key_and_remedy(tmp_path, text, message):
@@ -107,10 +143,16 @@ def test_a_mistake_is_named_with_file_key_and_remedy(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.max_stepz=5", "--set training.max_stepz=5: unknown key training.max_stepz. Did you mean max_steps"),
+        (
+            "training.max_stepz=5",
+            "--set training.max_stepz=5: unknown key training.max_stepz. Did you mean max_steps",
+        ),
         ("max_steps=5", "write section.key=value"),
         ("training.max_steps", "write section.key=value"),
-        ("training.max_steps=-1", "--set training.max_steps=-1: training.max_steps = -1: .*greater than 0"),
+        (
+            "training.max_steps=-1",
+            "--set training.max_steps=-1: training.max_steps = -1: .*greater than 0",
+        ),
     ],
 )
 def test_overrides_are_checked_like_files(override, message):
@@ -120,7 +162,9 @@ def test_overrides_are_checked_like_files(override, message):
 
 def test_a_missing_field_is_named(tmp_path):
     with pytest.raises(UserError, match="student"):
-        load_recipe(write(tmp_path, '[data]\npath = "d.jsonl"\n[loss]\nkd_weight = 0.0\nce_weight = 1.0\n'))
+        load_recipe(
+            write(tmp_path, '[data]\npath = "d.jsonl"\n[loss]\nkd_weight = 0.0\nce_weight = 1.0\n')
+        )
     with pytest.raises(UserError, match=r"student.model: Field required"):
         load_recipe(write(tmp_path, MINIMAL.replace('model = "s"', "")))
 
@@ -137,13 +181,16 @@ def test_a_global_batch_that_ranks_cannot_share_is_an_error():
     recipe = load_recipe("tiny_trunc50")
     assert recipe.gradient_accumulation_steps(2) == 1
     with pytest.raises(
-        UserError, match="global_batch_size = 32 .* cannot be divided over 3 ranks: run on 1 or 2 ranks"
+        UserError,
+        match="global_batch_size = 32 .* cannot be divided over 3 ranks: run on 1 or 2 ranks",
     ):
         recipe.gradient_accumulation_steps(3)
 
 
 def test_a_run_can_be_named_by_its_resolved_recipe(tmp_path):
-    recipe = load_recipe("tiny_scratch_teacher_1", ["run.seed=5"])  # without a teacher: its section is null
+    recipe = load_recipe(
+        "tiny_scratch_teacher_1", ["run.seed=5"]
+    )  # without a teacher: its section is null
     resolved = tmp_path / "recipe.json"
     resolved.write_text(recipe.model_dump_json())
     assert load_recipe(str(resolved)) == recipe
@@ -159,7 +206,15 @@ def test_a_run_can_be_named_by_its_resolved_recipe(tmp_path):
 def test_check_prints_the_recipe_in_under_five_seconds_and_imports_no_engine():
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", ROOT / "launch/train.py", "--recipe", "qwen7b_to_1p5b_trunc50", "--check"],
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            ROOT / "launch/train.py",
+            "--recipe",
+            "qwen7b_to_1p5b_trunc50",
+            "--check",
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -1,4 +1,6 @@
-"""What tests run on: tiny random models, a tiny recipe on them, and the command line of the real launcher."""
+"""What tests run on: tiny random models, a tiny recipe on them, and the command line of the real
+launcher.
+"""
 
 import json
 import os
@@ -12,8 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-# Read when torch and transformers are imported, here and in the processes that tests start. Threads are counted per
-# process, and tests run two ranks on as few as two cores.
+# Read when torch and transformers are imported, here and in the processes that tests start. Threads
+# are counted per process, and tests run two ranks on as few as two cores.
 os.environ |= {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -36,7 +38,14 @@ T = TypeVar("T")
 def launcher_command(script: str, *arguments: str, num_ranks: int = 2) -> list[str]:
     """The deepspeed launcher as a user calls it, on a port of its own."""
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [str(deepspeed), "--num_gpus", str(num_ranks), "--no_local_rank", "--master_port", free_port()]
+    command = [
+        str(deepspeed),
+        "--num_gpus",
+        str(num_ranks),
+        "--no_local_rank",
+        "--master_port",
+        free_port(),
+    ]
     return [*command, str(ROOT / script), *arguments]
 
 
@@ -55,7 +64,9 @@ def free_ports(number: int) -> list[int]:
 
 
 def wait_until(condition: Callable[[], T], what: str, seconds: float = 10.0) -> T:
-    """Poll until the condition holds and return its value; an AssertionError says what did not come about."""
+    """Poll until the condition holds and return its value; an AssertionError says what did not come
+    about.
+    """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
@@ -100,11 +111,19 @@ def save_tiny_model(folder: Path, *, seed: int, kind: str = "qwen3", **changes: 
 
 
 def write_tiny_recipe(folder: Path, *, num_rows: int = 80) -> Path:
-    """A recipe on random models with the embedded task's tokenizer and traces; returns its TOML file."""
+    """A recipe on random models with the embedded task's tokenizer and traces; returns its TOML
+    file.
+    """
     from kd.demo.arithmetic import ArithmeticSet, draw_rows
 
     for seed, (role, layers) in enumerate({"teacher": 2, "student": 1}.items()):
-        assets = ROOT / "recipes" / "assets" / "tiny" / ("teacher" if role == "teacher" else "student_base")
+        assets = (
+            ROOT
+            / "recipes"
+            / "assets"
+            / "tiny"
+            / ("teacher" if role == "teacher" else "student_base")
+        )
         shutil.copytree(assets, folder / role, ignore=shutil.ignore_patterns("*.safetensors"))
         vocab_size = json.loads((assets / "config.json").read_text())["vocab_size"]
         save_tiny_model(folder / role, seed=seed, vocab_size=vocab_size, num_hidden_layers=layers)

@@ -27,7 +27,9 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, so large that greedy responses differ from prompt to prompt and markers occur in samples."""
+    """Random weights, so large that greedy responses differ from prompt to prompt and markers occur
+    in samples.
+    """
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = build_tokenizer()
     config = build_config("student_base", tokenizer)
@@ -42,9 +44,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a tokenizer of bytes, which takes any prompt."""
     folder = tmp_path_factory.mktemp("text") / "model"
-    backend = Tokenizer(BPE({byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    backend = Tokenizer(
+        BPE({byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
+    )
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
+    )
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = build_tokenizer().chat_template
     config = build_config("student_base", tokenizer)
@@ -107,11 +113,21 @@ def script(tmp_path: Path) -> Script:
 
 # Rows in the form of each hub dataset.
 ROWS: dict[str, list[dict[str, object]]] = {
-    "aime24": [{"id": 60, "problem": "1+2", "answer": "204", "year": "2024"}, {"problem": "2+2", "answer": "033"}],
-    "aime25": [{"id": "0", "problem": "Find the sum.", "answer": "70", "solution": "70", "year": "2025"}],
+    "aime24": [
+        {"id": 60, "problem": "1+2", "answer": "204", "year": "2024"},
+        {"problem": "2+2", "answer": "033"},
+    ],
+    "aime25": [
+        {"id": "0", "problem": "Find the sum.", "answer": "70", "solution": "70", "year": "2025"}
+    ],
     "amc23": [{"id": 0, "question": "How far?", "answer": 27.0, "url": "somewhere"}],
     "math500": [
-        {"problem": "Convert.", "solution": "...", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "level": 2}
+        {
+            "problem": "Convert.",
+            "solution": "...",
+            "answer": "\\left( 3, \\frac{\\pi}{2} \\right)",
+            "level": 2,
+        }
     ],
     "minerva_math": [{"question": "Find the diameter.", "answer": "1.6", "problem_type": "x"}],
     "olympiadbench": [{"question": "Find all.", "final_answer": ["$1$", "$2$"], "context": None}],
@@ -121,13 +137,17 @@ ROWS: dict[str, list[dict[str, object]]] = {
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """stand_in(TASK, rows): the task reads a local folder with the configuration and the split of its hub dataset."""
+    """stand_in(TASK, rows): the task reads a local folder with the configuration and the split of
+    its hub dataset.
+    """
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def write(name: str, rows: list[dict[str, object]] | None = None) -> None:
         task, folder = TASKS[name], tmp_path / "hub" / name
         folder.mkdir(parents=True)
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS[name]))
+        (folder / "rows.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows or ROWS[name])
+        )
         files = f"[{{split: {task.split}, path: rows.jsonl}}]"
         header = f"configs:\n- config_name: {task.config or 'default'}\n  data_files: {files}\n"
         (folder / "README.md").write_text(f"---\n{header}---\n")

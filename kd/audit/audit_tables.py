@@ -40,7 +40,9 @@ def print_audit(console: Console, audit: Audit) -> None:
 
 
 def print_previews(console: Console, previews: Sequence[Preview]) -> None:
-    """Each trace as a table of its spans: long texts and long lists without their middle, which is counted."""
+    """Each trace as a table of its spans: long texts and long lists without their middle, which is
+    counted.
+    """
     for fate, meaning in LEGEND.items():
         console.print(Text(f"{fate:10}  {meaning}", style=STYLES[fate]), soft_wrap=True)
     for preview in previews:
@@ -49,7 +51,9 @@ def print_previews(console: Console, previews: Sequence[Preview]) -> None:
 
 def _settings(recipe: Recipe) -> str:
     settings = recipe.truncation.model_dump(exclude_none=True)
-    settings |= recipe.data.model_dump(mode="json", include={"loss_sections", "random_mask_fraction"})
+    settings |= recipe.data.model_dump(
+        mode="json", include={"loss_sections", "random_mask_fraction"}
+    )
     return f"{recipe.run.name}: " + ", ".join(f"{key} = {value}" for key, value in settings.items())
 
 
@@ -72,9 +76,13 @@ def _example_table(audit: Audit) -> Table:
     table = _table("Training examples that", "", "examples", "share", "first rows")
     for name, found in audit.found.items():
         rows = ", ".join(map(str, found.first_rows))
-        table.add_row(FOUND_LABELS[name], *_with_share(found.num_examples, train.num_examples), rows)
+        table.add_row(
+            FOUND_LABELS[name], *_with_share(found.num_examples, train.num_examples), rows
+        )
     num_drawn = train.num_examples + train.num_without_label
-    table.add_row("were left out: no supervised token", *_with_share(train.num_without_label, num_drawn))
+    table.add_row(
+        "were left out: no supervised token", *_with_share(train.num_without_label, num_drawn)
+    )
     return table
 
 
@@ -85,7 +93,13 @@ def _with_share(count: int, of: int) -> tuple[str, str]:
 def _summary_table(lengths: TraceLengths) -> Table:
     table = _table("Tokens per trace", "", "mean", "median", "p95", "max")
     for name, summary in (("whole", lengths.whole), ("kept", lengths.kept)):
-        table.add_row(name, f"{summary.mean:.1f}", f"{summary.median:.1f}", f"{summary.p95:.1f}", str(summary.max))
+        table.add_row(
+            name,
+            f"{summary.mean:.1f}",
+            f"{summary.median:.1f}",
+            f"{summary.p95:.1f}",
+            str(summary.max),
+        )
     return table
 
 
@@ -93,9 +107,13 @@ def _histogram(lengths: TraceLengths) -> Table:
     table = _table("Traces by length", "tokens", "whole", "", "kept", "")
     table.columns[2].justify = table.columns[4].justify = "left"
     most = max(lengths.whole_histogram + lengths.kept_histogram)
-    bins = zip(pairwise(lengths.edges), lengths.whole_histogram, lengths.kept_histogram, strict=True)
+    bins = zip(
+        pairwise(lengths.edges), lengths.whole_histogram, lengths.kept_histogram, strict=True
+    )
     for (start, stop), whole, kept in bins:
-        table.add_row(f"{start}-{stop - 1}", str(whole), _bar(whole, most), str(kept), _bar(kept, most))
+        table.add_row(
+            f"{start}-{stop - 1}", str(whole), _bar(whole, most), str(kept), _bar(kept, most)
+        )
     return table
 
 
@@ -122,11 +140,18 @@ def _span_table(preview: Preview) -> Table:
 
 
 def _span_line(span: Span) -> tuple[str, str, str, Text]:
-    return span.section, str(span.num_tokens), span.fate, Text(_shorten(span.text), style=STYLES[span.fate])
+    return (
+        span.section,
+        str(span.num_tokens),
+        span.fate,
+        Text(_shorten(span.text), style=STYLES[span.fate]),
+    )
 
 
 def _shorten(text: str) -> str:
-    """One line that a terminal shows as it is: control characters escaped, the middle of a long text counted."""
+    """One line that a terminal shows as it is: control characters escaped, the middle of a long
+    text counted.
+    """
     half = MAX_CHARACTERS // 2
     if len(text) > MAX_CHARACTERS:
         text = f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"

@@ -1,4 +1,5 @@
-"""How many tokens of each section an Examples keeps and supervises, and how long its traces are: all exact.
+"""How many tokens of each section an Examples keeps and supervises, and how long its traces are:
+all exact.
 
 Shapes: N examples, 3 sections (prompt, chain of thought, answer), E edges of a histogram.
 """
@@ -52,9 +53,13 @@ def count_tokens(examples: Examples) -> dict[str, TokenCounts]:
     """By section, and "total"."""
     windows = examples.windows
     whole_3 = examples.num_tokens_N3.sum(axis=0)
-    kept_3 = count_in_sections(examples.num_tokens_N3, windows.read_start_N, windows.stop_N).sum(axis=0)
+    kept_3 = count_in_sections(examples.num_tokens_N3, windows.read_start_N, windows.stop_N).sum(
+        axis=0
+    )
     supervised_3 = _count_supervised(examples)
-    counts = [_token_counts(*map(int, of)) for of in zip(whole_3, kept_3, supervised_3, strict=True)]
+    counts = [
+        _token_counts(*map(int, of)) for of in zip(whole_3, kept_3, supervised_3, strict=True)
+    ]
     total = _token_counts(int(whole_3.sum()), int(kept_3.sum()), int(supervised_3.sum()))
     return dict(zip((*SECTIONS, "total"), (*counts, total), strict=True))
 
@@ -75,12 +80,16 @@ def _count_supervised(examples: Examples) -> IntArray:
     """Labels of each section: int64 (3,). The random mask has to be drawn, example by example."""
     data = examples.recipe.data
     if not data.random_mask_fraction:
-        return count_candidates(examples.num_tokens_N3, examples.windows, data.loss_sections).sum(axis=0)
+        return count_candidates(examples.num_tokens_N3, examples.windows, data.loss_sections).sum(
+            axis=0
+        )
     count_3 = np.zeros(len(SECTIONS), dtype=np.int64)
     for i in range(len(examples)):
         example = examples[i]
         supervised = example.read_start + np.flatnonzero(example.labels != IGNORE_INDEX)
-        count_3 += np.bincount(regions_of(supervised, example.num_tokens_3) // NUM_POSITIONS, minlength=len(SECTIONS))
+        count_3 += np.bincount(
+            regions_of(supervised, example.num_tokens_3) // NUM_POSITIONS, minlength=len(SECTIONS)
+        )
     return count_3
 
 
@@ -101,7 +110,9 @@ def _summarise(length_N: IntArray) -> LengthSummary:
 
 
 def _edges(longest: int) -> IntArray:
-    """Edges from 0 to beyond `longest`, for at most MAX_BINS bins whose width is 1, 2 or 5 times a power of ten."""
+    """Edges from 0 to beyond `longest`, for at most MAX_BINS bins whose width is 1, 2 or 5 times a
+    power of ten.
+    """
     widths = (factor * 10**power for power in range(19) for factor in (1, 2, 5))
     width = next(width for width in widths if longest < MAX_BINS * width)
     return np.arange(0, longest + width + 1, width)

@@ -1,4 +1,6 @@
-"""What a recipe's truncation keeps and drops of its training examples, before a GPU hour is spent."""
+"""What a recipe's truncation keeps and drops of its training examples, before a GPU hour is
+spent.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,6 +38,14 @@ class Audit:
 
 
 def audit_data(recipe: Recipe, data: Data, tokenizer: PreTrainedTokenizerFast) -> Audit:
-    """`data` is load_data's of this recipe and tokenizer. Seconds for 100,000 rows of tokens, more for their text."""
+    """`data` is load_data's of this recipe and tokenizer. Seconds for 100,000 rows of tokens, more
+    for their text.
+    """
     train = data.train
-    return Audit(recipe, data.report, count_tokens(train), measure_lengths(train), find_in_traces(train, tokenizer))
+    return Audit(
+        recipe,
+        data.report,
+        count_tokens(train),
+        measure_lengths(train),
+        find_in_traces(train, tokenizer),
+    )

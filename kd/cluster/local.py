@@ -13,17 +13,25 @@ LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_
 
 
 def local_launch(recipe: Recipe, script: Path) -> tuple[list[str], dict[str, str]]:
-    """The command of a script on the GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, and its environment.
+    """The command of a script on the GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, and its
+    environment.
 
-    Without a GPU, or with DS_ACCELERATOR=cpu: two ranks on the CPU where the recipe's batch has two halves, or one.
-    Raises UserError when the GPUs cannot divide the batch.
+    Without a GPU, or with DS_ACCELERATOR=cpu: two ranks on the CPU where the recipe's batch has two
+    halves, or one. Raises UserError when the GPUs cannot divide the batch.
     """
-    environment, options = dict(os.environ), ["--master_port", os.environ.get("MASTER_PORT") or str(free_port())]
+    environment, options = (
+        dict(os.environ),
+        ["--master_port", os.environ.get("MASTER_PORT") or str(free_port())],
+    )
     num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
     if num_gpus:
-        recipe.gradient_accumulation_steps(num_gpus)  # --num_gpus would make the launcher take the first ones
+        recipe.gradient_accumulation_steps(
+            num_gpus
+        )  # --num_gpus would make the launcher take the first ones
     else:
-        num_ranks = 1 if recipe.training.global_batch_size // recipe.training.micro_batch_size % 2 else 2
+        num_ranks = (
+            1 if recipe.training.global_batch_size // recipe.training.micro_batch_size % 2 else 2
+        )
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
         # PASSIVE: ranks that wait leave their cores to the others.
         defaults = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}

@@ -1,4 +1,6 @@
-"""The text of a job: #SBATCH lines, quoted variables, and then a script of launch/slurm as it stands there."""
+"""The text of a job: #SBATCH lines, quoted variables, and then a script of launch/slurm as it
+stands there.
+"""
 
 import re
 import shlex
@@ -44,12 +46,17 @@ class JobRequest:
                 raise UserError(f"--{flag} {number}: at least 1 is needed")
         if self.time is not None and seconds_of(self.time) <= self.signal_seconds + EARLY_SECONDS:
             raise UserError(
-                f"--time {self.time} is over when the signal comes, {self.signal_seconds} s (--signal-seconds) and at "
-                f"times {EARLY_SECONDS} s more ahead of it: ask for more time, or for a later signal"
+                f"--time {self.time} is over when the signal comes, {self.signal_seconds} s "
+                f"(--signal-seconds) and at "
+                f"times {EARLY_SECONDS} s more ahead of it: ask for more time, or for a later "
+                f"signal"
             )
         for option in self.more_options:
             if not option.startswith("--"):
-                raise UserError(f"{option!r}, after --, is no option of sbatch: write --name=value, as in --mem=0")
+                raise UserError(
+                    f"{option!r}, after --, is no option of sbatch: write --name=value, as in "
+                    f"--mem=0"
+                )
 
     @property
     def num_tasks(self) -> int:
@@ -58,7 +65,9 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class Job:
-    """What the scripts of launch/slurm are told: absolute paths, and a run and its recipe per task of an array."""
+    """What the scripts of launch/slurm are told: absolute paths, and a run and its recipe per task
+    of an array.
+    """
 
     name: str
     folder: Path  # of the submission: code, recipes, scripts, logs
@@ -88,14 +97,21 @@ def evaluate_script(job: Job, request: JobRequest) -> str:
 
 
 def seconds_of(time: str) -> int:
-    """Of a time limit as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError for others."""
+    """Of a time limit as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError
+    for others.
+    """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
-        raise UserError(f"--time {time}: write minutes, hours:minutes:seconds or days-hours, as in 90 or 24:00:00")
+        raise UserError(
+            f"--time {time}: write minutes, hours:minutes:seconds or days-hours, as in 90 or "
+            f"24:00:00"
+        )
     days, *parts = (None if part is None else int(part) for part in match.groups())
     numbers = [part for part in parts if part is not None]
     units = (3600, 60, 1) if days is not None or len(numbers) == 3 else (60, 1)
-    return (days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+    return (days or 0) * 86400 + sum(
+        number * unit for number, unit in zip(numbers, units, strict=False)
+    )
 
 
 def _script(kind: str, job: Job, request: JobRequest, options: Mapping[str, object]) -> str:
@@ -115,8 +131,12 @@ def _script(kind: str, job: Job, request: JobRequest, options: Mapping[str, obje
         "constraint": request.constraint,
     }
     lines = [_option(name, value) for name, value in options.items() if value is not None]
-    lines += [_option(*option.removeprefix("--").partition("=")[::2]) for option in request.more_options]
-    _, body = (ROOT / "launch" / "slurm" / f"{kind}.sbatch").read_text(encoding="utf-8").split("\n", 1)
+    lines += [
+        _option(*option.removeprefix("--").partition("=")[::2]) for option in request.more_options
+    ]
+    _, body = (
+        (ROOT / "launch" / "slurm" / f"{kind}.sbatch").read_text(encoding="utf-8").split("\n", 1)
+    )
     return "\n".join(["#!/usr/bin/env bash", *lines, "", *_variables(job, request), "", body])
 
 
@@ -134,9 +154,12 @@ def _variables(job: Job, request: JobRequest) -> list[str]:
     if request.container:
         folders = [Path.cwd(), *sorted({run.parent for run in job.runs})]
         container = ["apptainer", "exec", *(["--nv"] if request.gpus_per_node else [])]
-        container += [word for folder in folders for word in ("--bind", folder)] + [request.container]
+        container += [word for folder in folders for word in ("--bind", folder)] + [
+            request.container
+        ]
     return [
-        f"work_dir={_quote(Path.cwd())} # relative paths of the recipe mean here what they meant there",
+        f"work_dir={_quote(Path.cwd())} # relative paths of the recipe mean here what they meant "
+        f"there",
         f"code={_quote(job.folder / 'code')}",
         f"commit={_quote(job.commit)}",
         f"python_dir={_quote(Path(sys.executable).parent)}",

@@ -1,4 +1,5 @@
-"""A recipe as a SLURM job: what it is to train, whether it can, its files frozen, and the job in the queue.
+"""A recipe as a SLURM job: what it is to train, whether it can, its files frozen, and the job in
+the queue.
 
 RUN/slurm/1/            one submission: RUN is the recipe's run; of an array, its name without a suffix; or a study
   code/                 a copy of what the job runs: edits made while it waits change nothing
@@ -38,33 +39,48 @@ class Submission:
     evaluate: str | None
 
 
-def read_recipes(name: str, overrides: list[str], array_over: str | None) -> tuple[Path, tuple[Recipe, ...]]:
-    """The folder of the run and its recipe; of an array, its folder, and a recipe for each value of FIELD=V1,V2."""
+def read_recipes(
+    name: str, overrides: list[str], array_over: str | None
+) -> tuple[Path, tuple[Recipe, ...]]:
+    """The folder of the run and its recipe; of an array, its folder, and a recipe for each value of
+    FIELD=V1,V2.
+    """
     base = load_recipe(name, overrides)
     if array_over is None:
         return base.run_dir, (base,)
     field, equals, values = array_over.partition("=")
     if not equals or not all(values.split(",")):
-        raise UserError(f"--array-over {array_over}: write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5")
+        raise UserError(
+            f"--array-over {array_over}: write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5"
+        )
     section, _, key = field.rpartition(".")
     section = section or _section_of(base, key)
-    names = [re.sub(r"[^\w.=-]+", "-", f"{base.run.name}-{key}={value}") for value in values.split(",")]
+    names = [
+        re.sub(r"[^\w.=-]+", "-", f"{base.run.name}-{key}={value}") for value in values.split(",")
+    ]
     if len(set(names)) != len(names):
-        raise UserError(f"--array-over {array_over}: two values would share a run ({', '.join(names)})")
+        raise UserError(
+            f"--array-over {array_over}: two values would share a run ({', '.join(names)})"
+        )
     return base.run_dir, tuple(
         load_recipe(name, [*overrides, f"{section}.{key}={value}", f"run.name={json.dumps(run)}"])
         for run, value in zip(names, values.split(","), strict=True)
     )
 
 
-def prepare(folder: Path, recipes: tuple[Recipe, ...], request: JobRequest, evaluate: bool) -> Submission:
-    """Check everything that can be known before the job starts, and make its scripts; writes nothing.
+def prepare(
+    folder: Path, recipes: tuple[Recipe, ...], request: JobRequest, evaluate: bool
+) -> Submission:
+    """Check everything that can be known before the job starts, and make its scripts; writes
+    nothing.
 
     folder and recipes: of read_recipes, or of a study. Raises UserError.
     """
     env_file = os.environ.get("DS_ENV_FILE")
     if env_file and not Path(env_file).is_file():
-        raise UserError(f"DS_ENV_FILE = {env_file!r}: no such file; unset it to take launch/nodes.env")
+        raise UserError(
+            f"DS_ENV_FILE = {env_file!r}: no such file; unset it to take launch/nodes.env"
+        )
     plans = []
     for recipe in recipes:
         check_recipe(recipe)
@@ -76,7 +92,11 @@ def prepare(folder: Path, recipes: tuple[Recipe, ...], request: JobRequest, eval
     from kd.runs.environment import environment  # after the checks, which import no torch
 
     submission = _next_folder(folder.absolute() / "slurm")
-    files = ["recipe.json"] if len(recipes) == 1 else [f"recipe_{index}.json" for index in range(len(recipes))]
+    files = (
+        ["recipe.json"]
+        if len(recipes) == 1
+        else [f"recipe_{index}.json" for index in range(len(recipes))]
+    )
     job = Job(
         name=folder.name,
         folder=submission,
@@ -89,7 +109,8 @@ def prepare(folder: Path, recipes: tuple[Recipe, ...], request: JobRequest, eval
 
 
 def submit(submission: Submission) -> list[str]:
-    """Freeze the files, and submit the jobs: the ids of training and, if there is one, of evaluation.
+    """Freeze the files, and submit the jobs: the ids of training and, if there is one, of
+    evaluation.
 
     Raises UserError, and leaves nothing behind, when a run is still in the queue or sbatch refuses.
     """
@@ -99,7 +120,9 @@ def submit(submission: Submission) -> list[str]:
     try:
         job.folder.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"{job.folder}: another submission was made just now: look at it, and submit again") from None
+        raise UserError(
+            f"{job.folder}: another submission was made just now: look at it, and submit again"
+        ) from None
     try:
         _freeze(submission)
         ids = _sbatch_all(submission)
@@ -111,7 +134,9 @@ def submit(submission: Submission) -> list[str]:
         raise
     for index, run in enumerate(job.runs):
         task = f"_{index}" if len(job.runs) > 1 else ""
-        write_json(run / "slurm.json", {"jobs": [id + task for id in ids], "submission": str(job.folder)})
+        write_json(
+            run / "slurm.json", {"jobs": [id + task for id in ids], "submission": str(job.folder)}
+        )
     return ids
 
 
@@ -119,23 +144,30 @@ def _section_of(recipe: Recipe, key: str) -> str:
     sections = [name for name in Recipe.model_fields if hasattr(getattr(recipe, name), key)]
     if len(sections) != 1:
         found = f"is in {' and '.join(sections)}" if sections else "is in no section of a recipe"
-        raise UserError(f"--array-over {key}: {key} {found}; write section.key, as in truncation.keep_fraction")
+        raise UserError(
+            f"--array-over {key}: {key} {found}; write section.key, as in truncation.keep_fraction"
+        )
     return sections[0]
 
 
 def _check_inputs_reach_the_job(recipe: Recipe) -> None:
-    """A job looks for inputs in the same current directory, but in the copy of the code, not in the repository."""
+    """A job looks for inputs in the same current directory, but in the copy of the code, not in the
+    repository.
+    """
     for field, value in inputs(recipe).items():
         path = Path(value).expanduser()
         if not path.exists() and (ROOT / path).exists() and path.parts[0] not in COPIED:
             raise UserError(
-                f"{field} = {value!r} is in {ROOT}, and jobs run from a copy of its code: submit from there, or "
+                f"{field} = {value!r} is in {ROOT}, and jobs run from a copy of its code: submit "
+                f"from there, or "
                 f"write {str(ROOT / path)!r}"
             )
 
 
 def _check_fits(recipe: Recipe, request: JobRequest) -> str:
-    """Whatever depends on the number of nodes and of ranks on each: the batch, and the memory of the GPUs."""
+    """Whatever depends on the number of nodes and of ranks on each: the batch, and the memory of
+    the GPUs.
+    """
     from kd.plan import memory_plan  # imports torch
     from kd.plan.gpus import named_gpu
 
@@ -150,7 +182,8 @@ def _check_fits(recipe: Recipe, request: JobRequest) -> str:
     if problem:
         raise UserError(f"--gpu {request.gpu}: {problem}")
     return (
-        f"{recipe.run.name}: {plan.total_gib:.1f} GiB per rank planned, {plan.checkpoint_gib:.1f} GiB a checkpoint, "
+        f"{recipe.run.name}: {plan.total_gib:.1f} GiB per rank planned, {plan.checkpoint_gib:.1f} "
+        f"GiB a checkpoint, "
         f"{plan.disk_gib:.0f} GiB on disk"
     )
 
@@ -160,11 +193,14 @@ def _check_run(recipe: Recipe) -> None:
 
     run = recipe.run_dir
     if (run / SUCCESS).exists():
-        raise UserError(f"{run} is finished, it has its SUCCESS: begin another run with --set run.name=NAME")
+        raise UserError(
+            f"{run} is finished, it has its SUCCESS: begin another run with --set run.name=NAME"
+        )
     unsafe = sorted(set(str(run.absolute())) & set(":\\\n"))
     if unsafe:
         raise UserError(
-            f"run folder {str(run)!r} has {' and '.join(map(repr, unsafe))} in it, with which neither Python nor SLURM "
+            f"run folder {str(run)!r} has {' and '.join(map(repr, unsafe))} in it, with which "
+            f"neither Python nor SLURM "
             "can name a path: choose others with --set run.output_dir=FOLDER or --set run.name=NAME"
         )
     check_same_run(recipe)
@@ -176,11 +212,15 @@ def _check_not_queued(run: Path) -> None:
         job = json.loads(path.read_text(encoding="utf-8"))["jobs"][0]
         state = _state_of(job)
         if state:
-            raise UserError(f"{run}: its job {job} is {state}: wait for it, or `scancel {job}` first")
+            raise UserError(
+                f"{run}: its job {job} is {state}: wait for it, or `scancel {job}` first"
+            )
 
 
 def _state_of(job: str) -> str:
-    """PENDING, RUNNING and so on; empty for a job that has left the queue. Raises UserError when SLURM does not say."""
+    """PENDING, RUNNING and so on; empty for a job that has left the queue. Raises UserError when
+    SLURM does not say.
+    """
     try:
         return _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T")
     except UserError as error:
@@ -197,7 +237,9 @@ def _next_folder(parent: Path) -> Path:
 def _freeze(submission: Submission) -> None:
     job = submission.job
     for part in COPIED:
-        shutil.copytree(ROOT / part, job.folder / "code" / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / part, job.folder / "code" / part, ignore=shutil.ignore_patterns("__pycache__")
+        )
     if file := os.environ.get("DS_ENV_FILE"):
         shutil.copyfile(file, job.folder / "code" / "launch" / "nodes.env")
     for path, recipe in zip(job.recipes, submission.recipes, strict=True):
@@ -213,7 +255,10 @@ def _sbatch_all(submission: Submission) -> list[str]:
     if submission.evaluate is None:
         return [train]
     after = "aftercorr" if len(submission.recipes) > 1 else "afterok"
-    options = (f"--dependency={after}:{train}", "--kill-on-invalid-dep=yes")  # cancelled when training fails
+    options = (
+        f"--dependency={after}:{train}",
+        "--kill-on-invalid-dep=yes",
+    )  # cancelled when training fails
     try:
         return [train, _sbatch(folder / "evaluate.sbatch", *options)]
     except BaseException:

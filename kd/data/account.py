@@ -22,8 +22,12 @@ class FileReport:
     def __str__(self) -> str:
         read = self.read
         dropped = {"of another task": read.num_other_task, **read.bad_rows}
-        dropped[f"longer than truncation.max_full_tokens = {self.max_full_tokens}"] = self.num_too_long
-        lines = [f"{read.name}: {read.num_rows} rows, {read.num_rows - sum(dropped.values())} usable"]
+        dropped[f"longer than truncation.max_full_tokens = {self.max_full_tokens}"] = (
+            self.num_too_long
+        )
+        lines = [
+            f"{read.name}: {read.num_rows} rows, {read.num_rows - sum(dropped.values())} usable"
+        ]
         lines += [f"  dropped {count}: {reason}" for reason, count in dropped.items() if count]
         return "\n".join(lines)
 
@@ -39,8 +43,10 @@ class SplitReport:
     def __str__(self) -> str:
         share = self.num_read_tokens / max(self.num_full_tokens, 1)
         return (
-            f"{self.num_examples} examples, {self.num_read_tokens} of {self.num_full_tokens} tokens read "
-            f"({share:.3f}), {self.num_supervised_tokens} supervised; {self.num_without_label} dropped without a label"
+            f"{self.num_examples} examples, {self.num_read_tokens} of {self.num_full_tokens} "
+            f"tokens read "
+            f"({share:.3f}), {self.num_supervised_tokens} supervised; {self.num_without_label} "
+            f"dropped without a label"
         )
 
 
@@ -51,5 +57,7 @@ class DataReport:
     validation: SplitReport | None
 
     def __str__(self) -> str:
-        splits = [f"train: {self.train}"] + ([f"validation: {self.validation}"] if self.validation else [])
+        splits = [f"train: {self.train}"] + (
+            [f"validation: {self.validation}"] if self.validation else []
+        )
         return "\n".join([*map(str, self.files), *splits])

@@ -1,7 +1,9 @@
-"""Examples -> one Batch of CPU tensors: padded to the right, labels shifted, supervised positions listed and placed.
+"""Examples -> one Batch of CPU tensors: padded to the right, labels shifted, supervised positions
+listed and placed.
 
-There is no attention mask. Attention is causal and padding stands to the right, so that no real token ever sees a
-pad, and what pads compute is never supervised; without a mask, attention keeps its fast path.
+There is no attention mask. Attention is causal and padding stands to the right, so that no real
+token ever sees a pad, and what pads compute is never supervised; without a mask, attention keeps
+its fast path.
 """
 
 from collections.abc import Sequence
@@ -19,9 +21,10 @@ from kd.data.regions import regions_of
 class Batch:
     """B sequences of L tokens; all tensors int64.
 
-    labels are already shifted: labels[b, t] is the token that hidden state t predicts, or IGNORE_INDEX.
-    row_index lists the supervised positions as flat indices into B * L, in rising order; region_index, aligned with it,
-    tells where in its whole trace each predicted token stands (kd.data.regions).
+    labels are already shifted: labels[b, t] is the token that hidden state t predicts, or
+    IGNORE_INDEX. row_index lists the supervised positions as flat indices into B * L, in rising
+    order; region_index, aligned with it, tells where in its whole trace each predicted token stands
+    (kd.data.regions).
     """
 
     input_ids: torch.Tensor  # (B, L)
@@ -40,14 +43,16 @@ class Batch:
             tensor.to(device, non_blocking=True)
             for tensor in (self.input_ids, self.labels, self.row_index, self.region_index)
         )
-        return replace(self, input_ids=input_ids, labels=labels, row_index=row_index, region_index=region_index)
+        return replace(
+            self, input_ids=input_ids, labels=labels, row_index=row_index, region_index=region_index
+        )
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, pad_to_multiple_of: int = 1) -> Batch:
     """Pad examples to the longest, and further to a multiple of `pad_to_multiple_of`.
 
-    No examples give a batch of padding without a supervised position, so that a rank with nothing to do still runs
-    the model and takes part in every collective.
+    No examples give a batch of padding without a supervised position, so that a rank with nothing
+    to do still runs the model and takes part in every collective.
     """
     longest = max((len(example.input_ids) for example in examples), default=1)
     shape = (max(len(examples), 1), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)

@@ -1,7 +1,8 @@
-"""The training and validation examples of a recipe, truncated as they are read, and an account of every row.
+"""The training and validation examples of a recipe, truncated as they are read, and an account of
+every row.
 
-The split is drawn over the rows that pass max_full_tokens, before truncation has a say: recipes that differ in
-truncation alone train and validate on the same rows.
+The split is drawn over the rows that pass max_full_tokens, before truncation has a say: recipes
+that differ in truncation alone train and validate on the same rows.
 
 Shapes: N examples, 3 sections (prompt, chain of thought, answer), W tokens read of a sequence.
 """
@@ -28,7 +29,9 @@ class Example:
     """One truncated sequence of W tokens."""
 
     input_ids: IntArray  # int64 (W,)
-    labels: IntArray  # int64 (W,), not shifted: the token itself where supervised, else IGNORE_INDEX
+    labels: (
+        IntArray  # int64 (W,), not shifted: the token itself where supervised, else IGNORE_INDEX
+    )
     row: int  # of the file or hub dataset, counted from 0
     num_tokens_3: IntArray  # of the full sequence, per section
     read_start: int  # of input_ids[0] in the full sequence
@@ -36,7 +39,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """N examples, each read and truncated when asked for; what needs no token is at hand as arrays."""
+    """N examples, each read and truncated when asked for; what needs no token is at hand as
+    arrays.
+    """
 
     recipe: Recipe
     table: datasets.Dataset  # of tokenise_rows, input_ids as numpy
@@ -58,7 +63,9 @@ class Examples:
             data.random_mask_fraction,
             mask_seed=(self.recipe.run.seed, row),
         )
-        return Example(input_ids[window[0] : window[2]], labels, row, self.num_tokens_N3[i], window[0])
+        return Example(
+            input_ids[window[0] : window[2]], labels, row, self.num_tokens_N3[i], window[0]
+        )
 
     def select(self, chosen: IntArray | npt.NDArray[np.bool_]) -> "Examples":
         """The examples at positions `chosen` (or where it is true), in that order."""
@@ -77,7 +84,9 @@ class Examples:
     def num_supervised(self) -> IntArray:
         """Labels of each example: int64 (N,)."""
         data = self.recipe.data
-        return count_supervised(self.num_tokens_N3, self.windows, data.loss_sections, data.random_mask_fraction)
+        return count_supervised(
+            self.num_tokens_N3, self.windows, data.loss_sections, data.random_mask_fraction
+        )
 
 
 @dataclass(frozen=True)
@@ -88,32 +97,41 @@ class Data:
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
-    """Read, tokenise (or reuse), filter and split the recipe's data. `tokenizer` comes from load_tokenizers.
+    """Read, tokenise (or reuse), filter and split the recipe's data. `tokenizer` comes from
+    load_tokenizers.
 
-    Rows are shuffled with data.split_seed; the first num_validation are for validation, and the next num_train for
-    training. With data.validation_path, validation is that file, or its first num_validation rows if that is set.
-    random_mask_fraction is for training alone. Raises UserError for whatever leaves nothing to train on.
+    Rows are shuffled with data.split_seed; the first num_validation are for validation, and the
+    next num_train for training. With data.validation_path, validation is that file, or its first
+    num_validation rows if that is set. random_mask_fraction is for training alone. Raises UserError
+    for whatever leaves nothing to train on.
     """
     data = recipe.data
-    usable, file = _read(recipe, tokenizer, "data.path", data.path or str(SOURCES[data.source].hub_id), data.revision)
+    usable, file = _read(
+        recipe, tokenizer, "data.path", data.path or str(SOURCES[data.source].hub_id), data.revision
+    )
     files = [file]
     order = np.random.default_rng(data.split_seed).permutation(len(usable))
     if data.validation_path is None:
         held_out = usable.select(order[: data.num_validation])
         order = order[data.num_validation :]
     else:
-        held_out, file = _read(recipe, tokenizer, "data.validation_path", data.validation_path, None)
+        held_out, file = _read(
+            recipe, tokenizer, "data.validation_path", data.validation_path, None
+        )
         held_out = held_out.select(np.arange(len(held_out))[: data.num_validation or None])
         files.append(file)
     if len(order) < (data.num_train or 1):
         raise UserError(
-            f"data.num_train = {data.num_train or 'all'}: of {len(usable)} usable rows, {len(order)} are left beside "
+            f"data.num_train = {data.num_train or 'all'}: of {len(usable)} usable rows, "
+            f"{len(order)} are left beside "
             f"data.num_validation = {data.num_validation}: set a lower one, or add rows\n{files[0]}"
         )
     train, train_report = _with_labels("training", usable.select(order[: data.num_train]))
     if not len(held_out):
         return Data(train, None, DataReport(tuple(files), train_report, None))
-    unmasked = recipe.model_copy(update={"data": data.model_copy(update={"random_mask_fraction": 0.0})})
+    unmasked = recipe.model_copy(
+        update={"data": data.model_copy(update={"random_mask_fraction": 0.0})}
+    )
     validation, validation_report = _with_labels("validation", replace(held_out, recipe=unmasked))
     return Data(train, validation, DataReport(tuple(files), train_report, validation_report))
 
@@ -121,7 +139,9 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
 def _read(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, field: str, name: str, revision: str | None
 ) -> tuple[Examples, FileReport]:
-    """All rows of a file or hub dataset that pass max_full_tokens, in their order. Raises UserError when none does."""
+    """All rows of a file or hub dataset that pass max_full_tokens, in their order. Raises UserError
+    when none does.
+    """
     rows = find_rows(field, name, SOURCES[recipe.data.source], revision)
     table, read_report = tokenise_rows(rows, recipe.data, tokenizer)
     columns = table.select_columns(["num_prompt", "num_cot", "num_answer"]).with_format("numpy")[:]
@@ -138,7 +158,9 @@ def _read(
 
 
 def _with_labels(name: str, examples: Examples) -> tuple[Examples, SplitReport]:
-    """Without the examples that truncation leaves no label. Raises NothingToLearn when none is left."""
+    """Without the examples that truncation leaves no label. Raises NothingToLearn when none is
+    left.
+    """
     has_label_N = examples.num_supervised > 0
     kept = examples.select(has_label_N)
     report = SplitReport(
@@ -150,7 +172,8 @@ def _with_labels(name: str, examples: Examples) -> tuple[Examples, SplitReport]:
     )
     if not len(kept):
         raise NothingToLearn(
-            f"no {name} example has a token in data.loss_sections = {list(examples.recipe.data.loss_sections)} after "
+            f"no {name} example has a token in data.loss_sections = "
+            f"{list(examples.recipe.data.loss_sections)} after "
             f"truncation: widen [truncation] or loss_sections\n{name}: {report}"
         )
     return kept, report

@@ -1,4 +1,5 @@
-"""Regions: where in its whole trace a token stands, as its section and its eighth of the untruncated sequence.
+"""Regions: where in its whole trace a token stands, as its section and its eighth of the
+untruncated sequence.
 
 Shapes: T tokens, 3 sections.
 """
@@ -12,10 +13,12 @@ NUM_REGIONS = len(SECTIONS) * NUM_POSITIONS
 
 
 def regions_of(index_T: IntArray, num_tokens_3: IntArray) -> IntArray:
-    """Regions of the tokens at `index_T` of the full sequence: section * NUM_POSITIONS + position, int64 (T,).
+    """Regions of the tokens at `index_T` of the full sequence: section * NUM_POSITIONS + position,
+    int64 (T,).
 
-    position = floor(NUM_POSITIONS * index / length), where length counts all tokens of the sequence, whatever a
-    truncation leaves of it: a region means the same place at every keep_fraction.
+    position = floor(NUM_POSITIONS * index / length), where length counts all tokens of the
+    sequence, whatever a truncation leaves of it: a region means the same place at every
+    keep_fraction.
     """
     section_T = np.searchsorted(num_tokens_3.cumsum(), index_T, side="right")
     position_T = NUM_POSITIONS * index_T // num_tokens_3.sum()

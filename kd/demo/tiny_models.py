@@ -1,9 +1,10 @@
-"""The folders of the two tiny models of the arithmetic task: configuration and tokenizer, without weights.
+"""The folders of the two tiny models of the arithmetic task: configuration and tokenizer, without
+weights.
 
     python -m kd.demo.tiny_models --output recipes/assets/tiny
 
-The tokenizer has one token per character, <think> and </think> beside them; the chat template is the user's message
-alone. Both models share it.
+The tokenizer has one token per character, <think> and </think> beside them; the chat template is
+the user's message alone. Both models share it.
 """
 
 import argparse
@@ -19,11 +20,17 @@ from kd.demo.arithmetic import ALPHABET
 
 THINK_OPEN, THINK_CLOSE, PAD, EOS = "<think>", "</think>", "<pad>", "<eos>"
 MAX_TOKENS = 256
-CHAT_TEMPLATE = '{% for message in messages if message["role"] == "user" %}{{ message["content"] }}{% endfor %}'
-SIZES = {"teacher": (192, 3, 512), "student_base": (128, 2, 384)}  # hidden size, layers, intermediate size
+CHAT_TEMPLATE = (
+    '{% for message in messages if message["role"] == "user" %}{{ message["content"] }}{% endfor %}'
+)
+SIZES = {
+    "teacher": (192, 3, 512),
+    "student_base": (128, 2, 384),
+}  # hidden size, layers, intermediate size
 NUM_HEADS = 4
-# A step of the task reads tokens at fixed short distances. A small rope base tells such distances apart in most
-# dimensions; with the usual 10000 and 0.02 models this small stay long on a plateau where they only copy.
+# A step of the task reads tokens at fixed short distances. A small rope base tells such distances
+# apart in most dimensions; with the usual 10000 and 0.02 models this small stay long on a plateau
+# where they only copy.
 ROPE_THETA = 100.0
 INITIALIZER_RANGE = 0.06
 
@@ -46,7 +53,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = Split(Regex("."), "isolated")
     backend.decoder = Fuse()
     # Not special: decoding with skip_special_tokens must leave the markers in the text.
-    backend.add_tokens([AddedToken(marker, normalized=False) for marker in (THINK_OPEN, THINK_CLOSE)])
+    backend.add_tokens(
+        [AddedToken(marker, normalized=False) for marker in (THINK_OPEN, THINK_CLOSE)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
@@ -59,7 +68,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(name: str, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """The Qwen3 configuration of "teacher" (1.3 M parameters) or "student_base" (0.4 M), tied, float32."""
+    """The Qwen3 configuration of "teacher" (1.3 M parameters) or "student_base" (0.4 M), tied,
+    float32.
+    """
     hidden_size, num_layers, intermediate_size = SIZES[name]
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
@@ -82,8 +93,12 @@ def build_config(name: str, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write configuration and tokenizer of the tiny models.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for teacher/ and student_base/")
+    parser = argparse.ArgumentParser(
+        description="Write configuration and tokenizer of the tiny models."
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for teacher/ and student_base/"
+    )
     write_model_folders(parser.parse_args().output)
 
 

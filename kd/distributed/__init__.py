@@ -1,1 +1,3 @@
-"""The ranks of a run: their process group, nodes and peers, what they agree on, and how they end."""
+"""The ranks of a run: their process group, nodes and peers, what they agree on, and how they
+end.
+"""

@@ -1,8 +1,9 @@
 """Every rank has the same software, environment and recipe, or the run ends before it begins.
 
-A variable that did not reach one host, or a package of another version there, changes results without a word. A host
-that has lost its GPUs is worse: its ranks ask for another backend, and all wait for each other. So the facts travel by
-the key-value store that torch's rendezvous opens before there is a process group.
+A variable that did not reach one host, or a package of another version there, changes results
+without a word. A host that has lost its GPUs is worse: its ranks ask for another backend, and all
+wait for each other. So the facts travel by the key-value store that torch's rendezvous opens before
+there is a process group.
 """
 
 import functools
@@ -17,9 +18,11 @@ from torch.distributed.rendezvous import rendezvous
 from kd.errors import UserError
 
 REMEDIES = {
-    "software": "install the same versions on every host: one environment on a shared file system is the simplest; "
+    "software": "install the same versions on every host: one environment on a shared file system "
+    "is the simplest; "
     "a commit that is None on a host without git is told to it by KD_COMMIT in launch/nodes.env",
-    "environment": "write the variable into launch/nodes.env, which launch/hosts.sh and launch/slurm bring to every "
+    "environment": "write the variable into launch/nodes.env, which launch/hosts.sh and "
+    "launch/slurm bring to every "
     "host; a host whose device differs has lost its GPUs, or their driver: leave it out",
     "recipe": "start every host with the same command, from the same files",
 }
@@ -28,9 +31,10 @@ REMEDIES = {
 def check_same_everywhere(facts: dict[str, Any], timeout: timedelta) -> None:
     """facts: this rank's "software", "environment" and "recipe", of kd.runs.environment.
 
-    Collective: every rank must call this, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; no process group is
-    needed. Raises the same UserError on every rank when one of them differs from rank 0: it names the rank and its
-    host, each fact with both values, and the remedy.
+    Collective: every rank must call this, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set;
+        no process group is
+    needed. Raises the same UserError on every rank when one of them differs from rank 0: it names
+    the rank and its host, each fact with both values, and the remedy.
     """
     everyone = gather_facts(facts, timeout)
     verdict = agree(None if everyone is None else describe_differences(everyone), timeout)
@@ -39,14 +43,20 @@ def check_same_everywhere(facts: dict[str, Any], timeout: timedelta) -> None:
 
 
 def gather_facts(facts: dict[str, Any], timeout: timedelta) -> list[dict[str, Any]] | None:
-    """The facts (JSON) of every rank, with its "host", by rank; None on all ranks but rank 0. Every rank calls it."""
+    """The facts (JSON) of every rank, with its "host", by rank; None on all ranks but rank 0. Every
+    rank calls it.
+    """
     store, rank, world_size = _store(timeout)
     store.set(f"facts/{rank}", json.dumps({"host": socket.gethostname(), **facts}))
-    return None if rank else [json.loads(store.get(f"facts/{other}")) for other in range(world_size)]
+    return (
+        None if rank else [json.loads(store.get(f"facts/{other}")) for other in range(world_size)]
+    )
 
 
 def agree(verdict: str | None, timeout: timedelta) -> str:
-    """Rank 0's verdict, on every rank; returns when all have it, so that rank 0 may leave. Every rank calls it."""
+    """Rank 0's verdict, on every rank; returns when all have it, so that rank 0 may leave. Every
+    rank calls it.
+    """
     store, rank, world_size = _store(timeout)
     if rank == 0:
         store.set("verdict", verdict or "")
@@ -59,17 +69,30 @@ def agree(verdict: str | None, timeout: timedelta) -> str:
 
 
 def describe_differences(everyone: list[dict[str, Any]]) -> str | None:
-    """What the first rank that differs from rank 0 has and rank 0 has not; None when all are alike."""
+    """What the first rank that differs from rank 0 has and rank 0 has not; None when all are
+    alike.
+    """
     first = everyone[0]
-    different = [rank for rank, facts in enumerate(everyone) if any(facts[kind] != first[kind] for kind in REMEDIES)]
+    different = [
+        rank
+        for rank, facts in enumerate(everyone)
+        if any(facts[kind] != first[kind] for kind in REMEDIES)
+    ]
     if not different:
         return None
     rank, other = different[0], everyone[different[0]]
     more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
     lines = [f"rank {rank} on {other['host']}{more} differs from rank 0 on {first['host']}:"]
     for kind, remedy in REMEDIES.items():
-        names = [name for name in first[kind] | other[kind] if first[kind].get(name) != other[kind].get(name)]
-        values = [f"{name} = {first[kind].get(name)!r} on rank 0, {other[kind].get(name)!r} there" for name in names]
+        names = [
+            name
+            for name in first[kind] | other[kind]
+            if first[kind].get(name) != other[kind].get(name)
+        ]
+        values = [
+            f"{name} = {first[kind].get(name)!r} on rank 0, {other[kind].get(name)!r} there"
+            for name in names
+        ]
         lines += [f"  {value}" for value in values]
         lines += [f"  -> {remedy}"] if names else []
     return "\n".join(lines)
@@ -77,7 +100,9 @@ def describe_differences(everyone: list[dict[str, Any]]) -> str | None:
 
 @functools.cache
 def _store(timeout: timedelta) -> tuple[Store, int, int]:
-    """Kept for the life of the process: rank 0 serves it, and the process group will use the same server."""
+    """Kept for the life of the process: rank 0 serves it, and the process group will use the same
+    server.
+    """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     return store, rank, world_size

@@ -1,4 +1,6 @@
-"""Which kind of device a run uses: DeepSpeed's accelerator decides, so that DS_ACCELERATOR=cpu holds everywhere."""
+"""Which kind of device a run uses: DeepSpeed's accelerator decides, so that DS_ACCELERATOR=cpu
+holds everywhere.
+"""
 
 from typing import Literal
 

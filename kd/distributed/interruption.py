@@ -1,8 +1,10 @@
-"""What asks a run to stop at the next step boundary: USR1 or TERM to any rank, or a launcher that has gone.
+"""What asks a run to stop at the next step boundary: USR1 or TERM to any rank, or a launcher that
+has gone.
 
-SLURM sends USR1 ahead of its time limit, and TERM on preemption and scancel. DeepSpeed's launcher passes TERM on from
-launch.py, and kills after 30 seconds; its front, `deepspeed`, dies of a signal and leaves launch.py and the ranks
-behind, as does a broken ssh connection. They would train on, unseen.
+SLURM sends USR1 ahead of its time limit, and TERM on preemption and scancel. DeepSpeed's launcher
+passes TERM on from launch.py, and kills after 30 seconds; its front, `deepspeed`, dies of a signal
+and leaves launch.py and the ranks behind, as does a broken ssh connection. They would train on,
+unseen.
 """
 
 import os
@@ -31,7 +33,9 @@ class Interruption:
 
 
 def _deepspeed_launcher() -> tuple[int, int] | None:
-    """The process of launch.py, this one's parent, and its own parent; None when another launcher, or none, is used."""
+    """The process of launch.py, this one's parent, and its own parent; None when another launcher,
+    or none, is used.
+    """
     parent = os.getppid()
     try:
         if b"deepspeed.launcher.launch" not in Path(f"/proc/{parent}/cmdline").read_bytes():

@@ -13,8 +13,15 @@ import torch.distributed as dist
 
 from kd.errors import LostPeer
 
-# How gloo words it when a process of its group has gone, or does not answer; NCCL's errors have a class.
-GLOO_SIGNS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+# How gloo words it when a process of its group has gone, or does not answer; NCCL's errors have a
+# class.
+GLOO_SIGNS = (
+    "gloo/",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+)
 
 
 class Peer(NamedTuple):
@@ -32,7 +39,9 @@ def gather_peers() -> list[Peer]:
 
 @contextlib.contextmanager
 def watching(peers: list[Peer]) -> Iterator[None]:
-    """Inside, a collective that fails because of another rank raises LostPeer, which names it when it was here."""
+    """Inside, a collective that fails because of another rank raises LostPeer, which names it when
+    it was here.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -50,15 +59,25 @@ def _describe(peers: list[Peer], message: str) -> str:
     host = socket.gethostname()
     gone = [peer for peer in peers if peer.host == host and not _is_running(peer.pid)]
     if gone:
-        who = " and ".join(f"rank {peer.rank} (process {peer.pid} of this host)" for peer in gone) + " ended"
+        who = (
+            " and ".join(f"rank {peer.rank} (process {peer.pid} of this host)" for peer in gone)
+            + " ended"
+        )
     elif "imed out" in message:
         who = "another rank does not answer (run.collective_timeout_minutes)"
     else:
         hosts = sorted({peer.host for peer in peers} - {host})
-        who = f"a rank of another host ended, or its network did ({', '.join(hosts)})" if hosts else "a rank ended"
-    reason = re.sub(r"\[/\S*\] ?", "", message.strip().partition("\n")[0]).partition(". This is")[0]  # no paths of gloo
+        who = (
+            f"a rank of another host ended, or its network did ({', '.join(hosts)})"
+            if hosts
+            else "a rank ended"
+        )
+    reason = re.sub(r"\[/\S*\] ?", "", message.strip().partition("\n")[0]).partition(". This is")[
+        0
+    ]  # no paths of gloo
     return (
-        f"{who}. Its own message stands above; or there is none: it was killed (out of memory?), or its node was "
+        f"{who}. Its own message stands above; or there is none: it was killed (out of memory?), "
+        f"or its node was "
         f"lost. Continue with --resume auto. [{reason}]"
     )
 

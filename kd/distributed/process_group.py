@@ -15,8 +15,13 @@ from kd.errors import UserError
 
 T = TypeVar("T")
 
-# What torch needs to know, and what srun tells each task of a step; a batch script that is no task lacks the second.
-OF_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+# What torch needs to know, and what srun tells each task of a step; a batch script that is no task
+# lacks the second.
+OF_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+}
 # How other launchers say that there are several processes, without saying what torch needs to know.
 OTHER_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -27,9 +32,11 @@ def is_rank() -> bool:
 
 
 def find_ranks() -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not: for srun, or one rank.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not: for
+    srun, or one rank.
 
-    Raises UserError when several processes were started without RANK, or without MASTER_ADDR and MASTER_PORT.
+    Raises UserError when several processes were started without RANK, or without MASTER_ADDR and
+    MASTER_PORT.
     """
     if is_rank():
         if "RANK" not in os.environ:
@@ -37,15 +44,18 @@ def find_ranks() -> None:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise UserError(
-                    f"{name} is not set: export it before srun, as launch/slurm/train.sbatch does: the first node's "
+                    f"{name} is not set: export it before srun, as launch/slurm/train.sbatch does: "
+                    f"the first node's "
                     "name, and a port that is free there"
                 )
         return
     for name in OTHER_LAUNCHERS:
         if int(os.environ.get(name, "1")) > 1:
             raise UserError(
-                f"{name} = {os.environ[name]}, but RANK is not set: start one process per GPU with deepspeed or "
-                "torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each"
+                f"{name} = {os.environ[name]}, but RANK is not set: start one process per GPU with "
+                f"deepspeed or "
+                "torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for "
+                "each"
             )
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -54,10 +64,12 @@ def find_ranks() -> None:
 def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
     """Join the launcher's process group, or make one of a single rank; returns this rank's device.
 
-    timeout_minutes: how long a rank waits for the others in any collective. Raises UserError as find_ranks does.
+    timeout_minutes: how long a rank waits for the others in any collective. Raises UserError as
+        find_ranks does.
     """
     find_ranks()
-    # This op is compiled on first use (minutes), and an interrupted build leaves a lock that hangs later runs.
+    # This op is compiled on first use (minutes), and an interrupted build leaves a lock that hangs
+    # later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device, backend = torch.device("cpu"), "gloo"
     if device_type() == "cuda":
@@ -75,7 +87,8 @@ def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
 def on_rank_zero(function: Callable[[], T]) -> T:
     """Call function on rank 0 alone; every rank returns its result, or raises its UserError.
 
-    The result travels by pickle between ranks of one run. Any other exception ends rank 0, and the launcher the rest.
+    The result travels by pickle between ranks of one run. Any other exception ends rank 0, and the
+    launcher the rest.
     """
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:

@@ -11,15 +11,19 @@ import traceback
 
 from kd.constants import EXIT_HANG
 
-OTHER_RANKS_SECONDS = 5.0  # ranks do not reach their limit at the same instant; the first to leave ends the others
+OTHER_RANKS_SECONDS = (
+    5.0  # ranks do not reach their limit at the same instant; the first to leave ends the others
+)
 BACKSTOP_SECONDS = 30.0
 
 
 class Watchdog:
-    """Ends the process with EXIT_HANG when pat() has not been called for `minutes`, after its stacks were printed.
+    """Ends the process with EXIT_HANG when pat() has not been called for `minutes`, after its
+    stacks were printed.
 
-    Use as a context: outside it nothing is watched. A call that holds the interpreter's lock also stops the thread
-    that watches; faulthandler, which needs no lock, then ends the process half a minute later.
+    Use as a context: outside it nothing is watched. A call that holds the interpreter's lock also
+    stops the thread that watches; faulthandler, which needs no lock, then ends the process half a
+    minute later.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -51,13 +55,17 @@ class Watchdog:
                 return
         rank = os.environ.get("RANK", "0")
         message = (
-            f"\nrank {rank} on {socket.gethostname()}: no step within run.watchdog_minutes = {self._minutes:g}. Every "
-            "rank prints its stack and ends; one that waits in no collective is the cause, and if all do, a rank or "
+            f"\nrank {rank} on {socket.gethostname()}: no step within run.watchdog_minutes = "
+            f"{self._minutes:g}. Every "
+            "rank prints its stack and ends; one that waits in no collective is the cause, and if "
+            "all do, a rank or "
             "its network is lost. Continue with --resume auto\n"
         )
         # One write, so that ranks do not mix their lines.
         with contextlib.suppress(OSError):  # whoever read it may have gone, and ssh with it
-            sys.stderr.write(message + "".join(traceback.format_stack(sys._current_frames()[self._main])))
+            sys.stderr.write(
+                message + "".join(traceback.format_stack(sys._current_frames()[self._main]))
+            )
             sys.stderr.flush()
         time.sleep(OTHER_RANKS_SECONDS)
         os._exit(EXIT_HANG)

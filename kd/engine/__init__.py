@@ -1,1 +1,3 @@
-"""ZeRO engines: their JSON, their construction, their checkpoints. No other package imports deepspeed."""
+"""ZeRO engines: their JSON, their construction, their checkpoints. No other package imports
+deepspeed.
+"""

@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or absent: written aside, listed in a manifest with checksums, then renamed.
+"""Checkpoints that are whole or absent: written aside, listed in a manifest with checksums, then
+renamed.
 
     checkpoints/step_40/          DeepSpeed's files of every rank, rng_rank*.safetensors
     checkpoints/step_40/manifest.json   state of the loop, world size, size and SHA-256 of every file
@@ -28,13 +29,18 @@ from kd.errors import UserError
 from kd.files import write_json
 
 MANIFEST = "manifest.json"
-TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "inline_container", "No space left")  # torch.save raises RuntimeError
+TORCH_SAVE_ERRORS = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "No space left",
+)  # torch.save raises RuntimeError
 
 log = logging.getLogger(__name__)
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write step_{step} with the engine, the random state of each rank and the loop's own `state` (JSON).
+    """Write step_{step} with the engine, the random state of each rank and the loop's own `state`
+    (JSON).
 
     Raises UserError when it cannot be written (a full disk); earlier checkpoints are not touched.
     """
@@ -48,46 +54,61 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any])
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
         save_file(_random_state(), partial / f"rng_rank{rank}.safetensors")
         dist.barrier()
-        names = on_rank_zero(lambda: _files(partial))  # one listing: ranks may see a shared folder differently
+        names = on_rank_zero(
+            lambda: _files(partial)
+        )  # one listing: ranks may see a shared folder differently
         mine = {name: _checksum(partial / name, sync=True) for name in names[rank::world_size]}
         parts: list[Any] = [None] * world_size
         dist.all_gather_object(parts, mine)
         if rank == 0:
             files = {name: entry for part in parts for name, entry in sorted(part.items())}
-            write_json(partial / MANIFEST, {"step": step, "world_size": world_size, "state": state, "files": files})
+            write_json(
+                partial / MANIFEST,
+                {"step": step, "world_size": world_size, "state": state, "files": files},
+            )
             partial.rename(final)
             _sync_folder(folder)
         dist.barrier()
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in TORCH_SAVE_ERRORS):
+        if isinstance(error, RuntimeError) and not any(
+            sign in str(error) for sign in TORCH_SAVE_ERRORS
+        ):
             raise  # a lost peer, memory: not the disk
-        # Space is given back by the rank that failed: the launcher ends the others, which may wait in a collective.
+        # Space is given back by the rank that failed: the launcher ends the others, which may wait
+        # in a collective.
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**30
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first_line = (
+            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        )
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder}: {first_line} ({free:.2f} GiB free). "
+            f"the checkpoint of step {step} could not be written to {folder}: {first_line} "
+            f"({free:.2f} GiB free). "
             "Earlier checkpoints are whole: make room and continue with --resume auto"
         ) from error
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint of `folder` that "auto" (the newest whole one, None without one) or a path names.
+    """The checkpoint of `folder` that "auto" (the newest whole one, None without one) or a path
+    names.
 
-    Damaged ones that "auto" passes over are named in the log. Raises UserError for a path that is not a whole
-    checkpoint of this folder.
+    Damaged ones that "auto" passes over are named in the log. Raises UserError for a path that is
+    not a whole checkpoint of this folder.
     """
     if resume != "auto":
         path = Path(resume)
         on_rank_zero(lambda: read_manifest(path))
         if path.resolve().parent != folder.resolve():
             raise UserError(
-                f"--resume {resume} is not a checkpoint of this run ({folder}): to start from another run's student, "
+                f"--resume {resume} is not a checkpoint of this run ({folder}): to start from "
+                f"another run's student, "
                 "set student.model to its export"
             )
         damage = damage_of(path)
         if damage:
-            raise UserError(f"--resume {resume} is damaged ({damage}): choose an earlier one, or --resume auto")
+            raise UserError(
+                f"--resume {resume} is damaged ({damage}): choose an earlier one, or --resume auto"
+            )
         return path
     paths = on_rank_zero(lambda: step_folders(folder))
     for path in reversed(paths):
@@ -118,10 +139,12 @@ def damage_of(path: Path) -> str | None:
 
 
 def load_checkpoint(engine: Any, path: Path) -> dict[str, Any]:
-    """Restore weights, optimizer and random state from a whole checkpoint; returns the loop's state.
+    """Restore weights, optimizer and random state from a whole checkpoint; returns the loop's
+    state.
 
-    One that another number of ranks wrote is converted first: weights and optimizer are then the same, and only a
-    random state, which models with dropout use, begins anew on ranks that have none.
+    One that another number of ranks wrote is converted first: weights and optimizer are then the
+    same, and only a random state, which models with dropout use, begins anew on ranks that have
+    none.
     """
     manifest = on_rank_zero(lambda: read_manifest(path))
     written_by, world_size = manifest["world_size"], dist.get_world_size()
@@ -129,7 +152,9 @@ def load_checkpoint(engine: Any, path: Path) -> dict[str, Any]:
         _load_engine(engine, path)
     else:
         if dist.get_rank() == 0:
-            log.info("%s was written by %d ranks, and is converted for %d", path, written_by, world_size)
+            log.info(
+                "%s was written by %d ranks, and is converted for %d", path, written_by, world_size
+            )
         with universal_checkpoint(path) as converted:
             engine._config.load_universal_checkpoint = True
             _load_engine(engine, converted)
@@ -146,15 +171,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return {key: manifest[key] for key in ("step", "world_size", "state", "files")}
     except OSError:
-        raise UserError(f"{path}: not a checkpoint (no {MANIFEST}); name a folder like checkpoints/step_40") from None
+        raise UserError(
+            f"{path}: not a checkpoint (no {MANIFEST}); name a folder like checkpoints/step_40"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: its {MANIFEST} is damaged") from None
 
 
 def _load_engine(engine: Any, path: Path) -> None:
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+    loaded, _ = engine.load_checkpoint(
+        str(path.parent), tag=path.name, load_lr_scheduler_states=False
+    )
     if loaded is None:
-        raise UserError(f"{path}: DeepSpeed found no checkpoint in it; remove it and resume from an earlier one")
+        raise UserError(
+            f"{path}: DeepSpeed found no checkpoint in it; remove it and resume from an earlier one"
+        )
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -164,7 +195,9 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename checkpoints beyond `step`, which a resumed run is about to write anew, to abandoned_step_N. Rank 0."""
+    """Rename checkpoints beyond `step`, which a resumed run is about to write anew, to
+    abandoned_step_N. Rank 0.
+    """
     for path in step_folders(folder):
         if int(path.name.removeprefix("step_")) > step:
             abandoned = path.with_name(f"abandoned_{path.name}")
@@ -193,8 +226,12 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _checksum(path: Path, expected: dict[str, Any] | None = None, *, sync: bool = False) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file; a size that differs from the expected one is returned without reading on."""
+def _checksum(
+    path: Path, expected: dict[str, Any] | None = None, *, sync: bool = False
+) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file; a size that differs from the expected one is returned without
+    reading on.
+    """
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())

@@ -1,4 +1,6 @@
-"""DeepSpeed JSON from ds_configs/, with what the recipe decides injected into it: one home for each knob."""
+"""DeepSpeed JSON from ds_configs/, with what the recipe decides injected into it: one home for each
+knob.
+"""
 
 import json
 from pathlib import Path
@@ -25,7 +27,9 @@ RECIPE_KEYS = {
 
 
 def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
-    """The JSON that recipe.deepspeed names for a role, checked. Raises UserError naming the file and the key."""
+    """The JSON that recipe.deepspeed names for a role, checked. Raises UserError naming the file
+    and the key.
+    """
     name: str = getattr(recipe.deepspeed, role)
     path = next((p for p in (ROOT / "ds_configs" / name, Path(name)) if p.is_file()), None)
     if path is None:
@@ -38,22 +42,32 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
     _check_objects(config, path)
     for key, home in RECIPE_KEYS.items():
         if key in config:
-            raise UserError(f"{path}: {key} = {config[key]!r} is decided by the recipe ({home}); remove it here")
+            raise UserError(
+                f"{path}: {key} = {config[key]!r} is decided by the recipe ({home}); remove it here"
+            )
     for key in _auto_keys(config):
-        raise UserError(f'{path}: {key} = "auto" is dropped silently outside the HF Trainer; write a value')
+        raise UserError(
+            f'{path}: {key} = "auto" is dropped silently outside the HF Trainer; write a value'
+        )
     stage = _stage(config)
     if config.get("fp16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 needs loss scaling, which this loop does not do; use bf16")
     if role == "teacher" and stage != 3:
-        raise UserError(f"{path}: deepspeed.teacher needs zero_optimization.stage = 3, found {stage!r}")
+        raise UserError(
+            f"{path}: deepspeed.teacher needs zero_optimization.stage = 3, found {stage!r}"
+        )
     if role == "student" and stage not in (2, 3):
-        raise UserError(f"{path}: deepspeed.student needs zero_optimization.stage 2 or 3, found {stage!r}")
+        raise UserError(
+            f"{path}: deepspeed.student needs zero_optimization.stage 2 or 3, found {stage!r}"
+        )
     _check_hpz(config, role, path)
     return config
 
 
 def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict[str, Any]:
-    """The student's complete configuration: ZeRO from the JSON; batch, optimizer, clipping, monitor from the recipe."""
+    """The student's complete configuration: ZeRO from the JSON; batch, optimizer, clipping, monitor
+    from the recipe.
+    """
     training, monitor = recipe.training, recipe.monitor
     config = read_ds_config(recipe, "student")
     parameters: dict[str, Any] = {
@@ -63,8 +77,8 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
         "weight_decay": training.weight_decay,
     }
     if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
-        # PyTorch's own AdamW: DeepSpeed's would be compiled on first use, on every node. With offload its CPU
-        # optimizer is the point, and is built.
+        # PyTorch's own AdamW: DeepSpeed's would be compiled on first use, on every node. With
+        # offload its CPU optimizer is the point, and is built.
         parameters["torch_adam"] = True
         if device_type == "cuda":
             parameters["fused"] = True
@@ -76,18 +90,28 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
         "optimizer": {"type": "AdamW", "params": parameters},
         "steps_per_print": 2**31,
     }
-    folder = {"enabled": True, "output_path": str(recipe.run_dir / "monitor"), "job_name": recipe.run.name}
+    folder = {
+        "enabled": True,
+        "output_path": str(recipe.run_dir / "monitor"),
+        "job_name": recipe.run.name,
+    }
     if monitor.tensorboard:
         config["tensorboard"] = folder
     if monitor.csv:
         config["csv_monitor"] = folder
     if monitor.wandb_project:
-        config["wandb"] = {"enabled": True, "project": monitor.wandb_project, "group": recipe.run.name}
+        config["wandb"] = {
+            "enabled": True,
+            "project": monitor.wandb_project,
+            "group": recipe.run.name,
+        }
     return config
 
 
 def teacher_ds_config(recipe: Recipe) -> dict[str, Any]:
-    """The teacher's complete configuration: no optimizer, so that DeepSpeed only partitions and gathers."""
+    """The teacher's complete configuration: no optimizer, so that DeepSpeed only partitions and
+    gathers.
+    """
     micro_batch_size = recipe.training.micro_batch_size
     return read_ds_config(recipe, "teacher") | {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -104,12 +128,16 @@ def is_zero3(config: dict[str, Any]) -> bool:
 
 
 def hpz_size(config: dict[str, Any]) -> int:
-    """Ranks that hold a second copy of the weights between them, to gather from in the backward pass; 1 is none."""
+    """Ranks that hold a second copy of the weights between them, to gather from in the backward
+    pass; 1 is none.
+    """
     return config["zero_optimization"].get("zero_hpz_partition_size", 1)
 
 
 def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: list[list[int]]) -> None:
-    """Raise UserError unless each of hpZ's groups, consecutive ranks as DeepSpeed divides them, stays in one node."""
+    """Raise UserError unless each of hpZ's groups, consecutive ranks as DeepSpeed divides them,
+    stays in one node.
+    """
     size = hpz_size(ds_config)
     where = f"deepspeed.student = {recipe.deepspeed.student!r}: zero_hpz_partition_size = {size}"
     if any(len(ranks) % size for ranks in nodes):
@@ -123,7 +151,8 @@ def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: list[list[int]])
         first = rank - rank % size
         if node_of[first] != node:
             raise UserError(
-                f"{where} puts ranks {first} and {rank} into one group, and they are on different nodes: number the "
+                f"{where} puts ranks {first} and {rank} into one group, and they are on different "
+                f"nodes: number the "
                 "ranks node by node (srun --distribution=block)"
             )
 
@@ -138,21 +167,28 @@ def _check_objects(config: Any, path: Path) -> None:
     for key in ("zero_optimization", "bf16", "fp16"):
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f"{path}: {key} = {config[key]!r}: write an object")
-    if "bfloat16" in config:  # DeepSpeed still reads it, and would cast a model that was loaded as fp32
+    if (
+        "bfloat16" in config
+    ):  # DeepSpeed still reads it, and would cast a model that was loaded as fp32
         raise UserError(f'{path}: bfloat16 is the old name of the section: write "bf16"')
 
 
 def _check_hpz(config: dict[str, Any], role: Role, path: Path) -> None:
     size = hpz_size(config)
     if not isinstance(size, int) or size < 1:
-        raise UserError(f"{path}: zero_hpz_partition_size = {size!r}: write the number of ranks per node, or remove it")
+        raise UserError(
+            f"{path}: zero_hpz_partition_size = {size!r}: write the number of ranks per node, or "
+            f"remove it"
+        )
     if size > 1 and role == "teacher":  # DeepSpeed's one group for it would be the student's too
         raise UserError(
             f"{path}: zero_hpz_partition_size = {size} is for deepspeed.student: remove it; "
             'teacher.shard = "node" keeps the teacher\'s gathers within a node'
         )
     if size > 1 and not is_zero3(config):
-        raise UserError(f"{path}: zero_hpz_partition_size = {size} needs zero_optimization.stage = 3, found 2")
+        raise UserError(
+            f"{path}: zero_hpz_partition_size = {size} needs zero_optimization.stage = 3, found 2"
+        )
 
 
 def _auto_keys(config: dict[str, Any], prefix: str = "") -> list[str]:

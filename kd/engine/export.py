@@ -1,4 +1,6 @@
-"""A trained student as an ordinary Hugging Face folder: safetensors, tokenizer, generation config."""
+"""A trained student as an ordinary Hugging Face folder: safetensors, tokenizer, generation
+config.
+"""
 
 import shutil
 from pathlib import Path
@@ -14,8 +16,12 @@ from kd.errors import UserError
 MODEL_PREFIX = "model."  # Distiller.model
 
 
-def export_student(engine: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the engine's student to `folder`, aside first and then renamed over what was there. All ranks call it."""
+def export_student(
+    engine: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write the engine's student to `folder`, aside first and then renamed over what was there. All
+    ranks call it.
+    """
     state_dict = consolidated_state_dict(engine)
     if dist.get_rank() == 0:
         assert state_dict is not None
@@ -26,7 +32,9 @@ def export_student(engine: Any, model: PreTrainedModel, tokenizer: PreTrainedTok
             model.generation_config = _generation_config(model, tokenizer)
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-            for weights_file in partial.glob("*.safetensors"):  # written for the owner alone; others may load a model
+            for weights_file in partial.glob(
+                "*.safetensors"
+            ):  # written for the owner alone; others may load a model
                 shutil.copymode(partial / "config.json", weights_file)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -38,7 +46,9 @@ def export_student(engine: Any, model: PreTrainedModel, tokenizer: PreTrainedTok
     dist.barrier()
 
 
-def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
     """The student's own, made to stop at the end token that it was trained on."""
     config = model.generation_config or GenerationConfig()
     config.eos_token_id = tokenizer.eos_token_id

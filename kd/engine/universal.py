@@ -1,4 +1,6 @@
-"""A checkpoint for any number of ranks: DeepSpeed's universal form, made when it is needed and then removed."""
+"""A checkpoint for any number of ranks: DeepSpeed's universal form, made when it is needed and then
+removed.
+"""
 
 import contextlib
 import os
@@ -18,10 +20,11 @@ from kd.errors import UserError
 
 @contextlib.contextmanager
 def universal_checkpoint(path: Path) -> Iterator[Path]:
-    """Inside, the folder of the checkpoint in universal form, fp32 weights and optimizer state apart. All ranks.
+    """Inside, the folder of the checkpoint in universal form, fp32 weights and optimizer state
+    apart. All ranks.
 
-    Rank 0 converts, on its CPU, in the checkpoints' folder, and needs there about twice the room of the checkpoint.
-    Raises UserError when that fails.
+    Rank 0 converts, on its CPU, in the checkpoints' folder, and needs there about twice the room of
+    the checkpoint. Raises UserError when that fails.
     """
     partial = path.parent / f".{path.name}.universal.partial"
     on_rank_zero(lambda: _convert(path, partial / path.name))
@@ -43,19 +46,33 @@ def _convert(path: Path, output: Path) -> None:
     try:
         output.parent.mkdir()
     except OSError as error:
-        raise UserError(f"{path} could not be converted for {dist.get_world_size()} ranks: {error}") from None
+        raise UserError(
+            f"{path} could not be converted for {dist.get_world_size()} ranks: {error}"
+        ) from None
     workers = str(min(8, os.cpu_count() or 1))
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--inject_missing_state",
+    ]
     command += ["--input_folder", str(path), "--output_folder", str(output)]
     command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
     # Deaf: a signal to the whole job asks for a save, and ends no conversion.
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=_ignore_signals)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, preexec_fn=_ignore_signals
+    )
     if done.returncode:
         shutil.rmtree(output.parent, ignore_errors=True)
         free = shutil.disk_usage(path.parent).free / 2**30
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        killed = f"ended by {signal.Signals(-done.returncode).name} (out of memory?); " if done.returncode < 0 else ""
+        killed = (
+            f"ended by {signal.Signals(-done.returncode).name} (out of memory?); "
+            if done.returncode < 0
+            else ""
+        )
         raise UserError(
-            f"{path} could not be converted for {dist.get_world_size()} ranks: {killed}{last} ({free:.2f} GiB free). "
+            f"{path} could not be converted for {dist.get_world_size()} ranks: {killed}{last} "
+            f"({free:.2f} GiB free). "
             "Make room, or resume with as many ranks as wrote it"
         )

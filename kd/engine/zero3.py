@@ -1,4 +1,6 @@
-"""The only module that knows how ZeRO-3 stores parameters: partitioned loading, gathering, consolidation."""
+"""The only module that knows how ZeRO-3 stores parameters: partitioned loading, gathering,
+consolidation.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -14,13 +16,20 @@ from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_conf
 
 from kd.errors import UserError
 
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in configurations
+NUM_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)  # in configurations
 
 
 @contextlib.contextmanager
 def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
     """Inside, from_pretrained() gives every rank its shard only, when ds_config is stage 3."""
-    handle = HfDeepSpeedConfig(ds_config)  # transformers keeps a weak reference: ours keeps it alive
+    handle = HfDeepSpeedConfig(
+        ds_config
+    )  # transformers keeps a weak reference: ours keeps it alive
     try:
         yield
     finally:
@@ -28,19 +37,24 @@ def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
         del handle
 
 
-def repartition(model: PreTrainedModel, group: dist.ProcessGroup, ds_config: dict[str, Any]) -> None:
-    """Divide the parameters of a model that is partitioned over all ranks over those of `group` instead.
+def repartition(
+    model: PreTrainedModel, group: dist.ProcessGroup, ds_config: dict[str, Any]
+) -> None:
+    """Divide the parameters of a model that is partitioned over all ranks over those of `group`
+    instead.
 
-    transformers cannot load into groups: rank 0 alone reads the checkpoint, and other groups would keep their random
-    start. Done here module by module, so that no rank holds more than its shards and one module. Every rank must call
-    it, before the model's engine is made.
+    transformers cannot load into groups: rank 0 alone reads the checkpoint, and other groups would
+    keep their random start. Done here module by module, so that no rank holds more than its shards
+    and one module. Every rank must call it, before the model's engine is made.
     """
     moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         new = [parameter for parameter in own.values() if parameter not in moved]
         with gathered(*new):
-            moved |= {p: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in new}
+            moved |= {
+                p: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in new
+            }
         for name, parameter in own.items():
             module.register_parameter(name, moved[parameter])
         if new:
@@ -48,16 +62,23 @@ def repartition(model: PreTrainedModel, group: dist.ProcessGroup, ds_config: dic
 
 
 def gathered(*parameters: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
-    """Inside, the given parameters are whole on every rank, for reading. Plain parameters pass unchanged."""
+    """Inside, the given parameters are whole on every rank, for reading. Plain parameters pass
+    unchanged.
+    """
     partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
-    return GatheredParameters(partitioned, modifier_rank=None) if partitioned else contextlib.nullcontext()
+    return (
+        GatheredParameters(partitioned, modifier_rank=None)
+        if partitioned
+        else contextlib.nullcontext()
+    )
 
 
 def set_moe_leaf_modules(model: PreTrainedModel) -> list[str]:
-    """Make each mixture-of-experts block one unit of gathering, so that ranks that route differently stay in step.
+    """Make each mixture-of-experts block one unit of gathering, so that ranks that route
+    differently stay in step.
 
-    Returns the class names of the blocks, an empty list for a dense model. Raises UserError for a model with experts
-    whose blocks are not recognised: it would hang.
+    Returns the class names of the blocks, an empty list for a dense model. Raises UserError for a
+    model with experts whose blocks are not recognised: it would hang.
     """
     blocks = {type(module) for module in model.modules() if _is_moe_block(module)}
     if not blocks:
@@ -66,8 +87,10 @@ def set_moe_leaf_modules(model: PreTrainedModel) -> list[str]:
         if not any(count and count > 1 for count in counts):
             return []
         raise UserError(
-            f"{type(model).__name__} has experts, but none of its modules is recognised as a mixture-of-experts block: "
-            "under ZeRO-3 it would hang. Use a dense model, or add the block's class name to kd/engine/zero3.py"
+            f"{type(model).__name__} has experts, but none of its modules is recognised as a "
+            f"mixture-of-experts block: "
+            "under ZeRO-3 it would hang. Use a dense model, or add the block's class name to "
+            "kd/engine/zero3.py"
         )
     set_z3_leaf_modules(model, sorted(blocks, key=lambda block: block.__name__))
     return sorted(block.__name__ for block in blocks)
@@ -75,11 +98,14 @@ def set_moe_leaf_modules(model: PreTrainedModel) -> list[str]:
 
 def _is_moe_block(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
-    return name.endswith(("moeblock", "moe")) or any(child == "experts" for child, _ in module.named_children())
+    return name.endswith(("moeblock", "moe")) or any(
+        child == "experts" for child, _ in module.named_children()
+    )
 
 
 def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
-    """The module's whole state on the CPU, in the training dtype: on rank 0; other ranks may get None.
+    """The module's whole state on the CPU, in the training dtype: on rank 0; other ranks may get
+    None.
 
     Every rank must call it.
     """
@@ -105,7 +131,9 @@ def num_shards(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def shard_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes that this rank now holds of the parameters: shards, and what is whole or there a second time (hpZ)."""
+    """Bytes that this rank now holds of the parameters: shards, and what is whole or there a second
+    time (hpZ).
+    """
     attributes = ("data", "ds_tensor", "ds_secondary_tensor")
     tensors = (getattr(parameter, name, None) for parameter in parameters for name in attributes)
     storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)

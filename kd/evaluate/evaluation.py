@@ -21,7 +21,9 @@ from kd.runs.lock import hold
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """task: its name, or None for the local file. source: that file or the hub dataset. num_samples: per problem."""
+    """task: its name, or None for the local file. source: that file or the hub dataset.
+    num_samples: per problem.
+    """
 
     task: str | None
     source: str
@@ -29,7 +31,9 @@ class ProblemSet:
     num_samples: int
 
 
-def local_problems(evaluation: EvaluationSection, num_samples: int | None, limit: int | None) -> ProblemSet:
+def local_problems(
+    evaluation: EvaluationSection, num_samples: int | None, limit: int | None
+) -> ProblemSet:
     """The problems of evaluation.path, each answered once unless num_samples says otherwise."""
     assert evaluation.path is not None
     problems = load_problems("evaluation.path", evaluation.path, limit)
@@ -43,7 +47,9 @@ def task_problems(
     sets = []
     for name in parse_tasks(tasks):
         usual = TASKS[name].num_samples if evaluation.temperature else 1
-        sets.append(ProblemSet(name, TASKS[name].hub_id, load_task(name, limit), num_samples or usual))
+        sets.append(
+            ProblemSet(name, TASKS[name].hub_id, load_task(name, limit), num_samples or usual)
+        )
     return sets
 
 
@@ -55,18 +61,29 @@ def result_files(recipe: Recipe, folder: Path, label: str) -> list[Path]:
 
 
 def is_scored(recipe: Recipe, files: Sequence[Path]) -> bool:
-    """Whether these results are there, and were made under the recipe's present [evaluation], seed 0."""
-    expected = {"judge": recipe.evaluation.judge, "sampling": vars(sampling_of(recipe.evaluation, seed=0))}
+    """Whether these results are there, and were made under the recipe's present [evaluation], seed
+    0.
+    """
+    expected = {
+        "judge": recipe.evaluation.judge,
+        "sampling": vars(sampling_of(recipe.evaluation, seed=0)),
+    }
     for file in files:
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         source = TASKS[results["task"]].hub_id if results.get("task") else recipe.evaluation.path
-        if {name: results.get(name) for name in (*expected, "problems")} != {**expected, "problems": source}:
+        if {name: results.get(name) for name in (*expected, "problems")} != {
+            **expected,
+            "problems": source,
+        }:
             return False
     return True
 
 
-def evaluate(recipe: Recipe, subject: Subject, problem_set: ProblemSet, output: Path) -> dict[str, Any]:
-    """Generate what is missing, judge and write LABEL.json and LABEL.responses.jsonl. Returns the results.
+def evaluate(
+    recipe: Recipe, subject: Subject, problem_set: ProblemSet, output: Path
+) -> dict[str, Any]:
+    """Generate what is missing, judge and write LABEL.json and LABEL.responses.jsonl. Returns the
+    results.
 
     They are written to output, and those of a task to output/TASK.
     """
@@ -109,7 +126,9 @@ def _requests(subject: Subject, problem_set: ProblemSet, recipe: Recipe) -> list
 
 
 def settings_of(subject: Subject, requests: Sequence[Request], batch_size: int) -> dict[str, Any]:
-    """All that responses depend on: template, system prompt and instruction are in the requests, as rendered."""
+    """All that responses depend on: template, system prompt and instruction are in the requests, as
+    rendered.
+    """
     digest = hashlib.sha256()
     for request in requests:
         digest.update(f"{request.key}\t{request.prompt}\n".encode())

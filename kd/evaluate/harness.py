@@ -1,7 +1,8 @@
 """lm-evaluation-harness on one model, and its results in the form of our own.
 
-It runs in a process of its own, with its own tasks, prompts and answer extraction, sampling as the recipe's
-[evaluation] says. What it wrote stays in OUTPUT/lm-eval/raw/LABEL; results and responses go to OUTPUT/lm-eval/TASK.
+It runs in a process of its own, with its own tasks, prompts and answer extraction, sampling as the
+recipe's [evaluation] says. What it wrote stays in OUTPUT/lm-eval/raw/LABEL; results and responses
+go to OUTPUT/lm-eval/TASK.
 """
 
 import importlib.util
@@ -25,14 +26,19 @@ from kd.hub import resolve
 from kd.recipe import Recipe
 
 HARNESS = "lm-eval"
-METRICS = ("math_verify", "exact_match", "acc")  # 0 or 1 of each response; the first that a task reports counts
+METRICS = (
+    "math_verify",
+    "exact_match",
+    "acc",
+)  # 0 or 1 of each response; the first that a task reports counts
 FILTER = "flexible-extract"  # of GSM8K; its strict one wants the phrase of few-shot examples
 
 
 def evaluate_with_harness(
     recipe: Recipe, subject: Subject, tasks: str, extra: Sequence[str], output: Path
 ) -> list[dict[str, Any]]:
-    """Run it and return the results of each task. tasks: names of its own, comma-separated. extra: further arguments.
+    """Run it and return the results of each task. tasks: names of its own, comma-separated. extra:
+    further arguments.
 
     Raises UserError when it is not installed or fails, and for a task whose result cannot be read.
     """
@@ -41,7 +47,9 @@ def evaluate_with_harness(
     raw = output / HARNESS / "raw" / subject.label
     command = [*harness_command(subject, tasks, recipe.evaluation.batch_size, raw), *extra]
     if subprocess.run(command, check=False).returncode:
-        raise UserError(f"--harness {HARNESS}: it failed, for the reason above: {shlex.join(command)}")
+        raise UserError(
+            f"--harness {HARNESS}: it failed, for the reason above: {shlex.join(command)}"
+        )
     contents = []
     for task, found, samples in read_harness(raw):
         content, rows = convert(recipe, subject, task, found, samples)
@@ -53,10 +61,16 @@ def evaluate_with_harness(
 def harness_command(subject: Subject, tasks: str, batch_size: int, raw: Path) -> list[str]:
     """The model's own chat template is applied; few-shot examples are the task's own."""
     section, sampling = subject.section, subject.sampling
-    model = {"pretrained": resolve("--model", section.model), "trust_remote_code": section.trust_remote_code}
+    model = {
+        "pretrained": resolve("--model", section.model),
+        "trust_remote_code": section.trust_remote_code,
+    }
     if section.revision is not None:
         model["revision"] = section.revision
-    generation: dict[str, Any] = {"max_gen_toks": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+    generation: dict[str, Any] = {
+        "max_gen_toks": sampling.max_new_tokens,
+        "do_sample": sampling.temperature > 0,
+    }
     if sampling.temperature:
         generation |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     on_vllm = subject.backend == "vllm"
@@ -75,7 +89,9 @@ def harness_command(subject: Subject, tasks: str, batch_size: int, raw: Path) ->
 
 
 def read_harness(raw: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
-    """(task, results JSON, samples) of each task of the newest run in a folder of --output_path, groups left out."""
+    """(task, results JSON, samples) of each task of the newest run in a folder of --output_path,
+    groups left out.
+    """
     path = max(raw.rglob("results_*.json"), key=lambda path: path.name, default=None)
     if path is None:
         raise UserError(f"--harness {HARNESS}: it left no results in {raw}")
@@ -91,12 +107,17 @@ def read_harness(raw: Path) -> list[tuple[str, dict[str, Any], list[dict[str, An
 
 
 def convert(
-    recipe: Recipe, subject: Subject, task: str, found: dict[str, Any], samples: Sequence[dict[str, Any]]
+    recipe: Recipe,
+    subject: Subject,
+    task: str,
+    found: dict[str, Any],
+    samples: Sequence[dict[str, Any]],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Results and responses of one task in the form of our own; what the harness does not tell is None.
+    """Results and responses of one task in the form of our own; what the harness does not tell is
+    None.
 
-    The first response to each problem counts. Raises UserError for a task that does not generate text, or has none of
-    METRICS.
+    The first response to each problem counts. Raises UserError for a task that does not generate
+    text, or has none of METRICS.
     """
     metric, chosen = _metric_of(task, found["results"][task])
     samples = [sample for sample in samples if sample["filter"] == chosen]
@@ -105,14 +126,21 @@ def convert(
         raise UserError(f"--harness {HARNESS}: task {task!r} generates no text; name one that does")
     marker = recipe.data.think_close.strip()
     responses = [
-        Response(text, len(ids), ended=True) for text, ids in zip(texts, _token_ids(subject, texts), strict=True)
+        Response(text, len(ids), ended=True)
+        for text, ids in zip(texts, _token_ids(subject, texts), strict=True)
     ]
     verdicts = [
-        Verdict(str(sample["filtered_resps"][0]), correct=sample[metric] == 1, closed=marker in text)
+        Verdict(
+            str(sample["filtered_resps"][0]), correct=sample[metric] == 1, closed=marker in text
+        )
         for sample, text in zip(samples, texts, strict=True)
     ]
     problems = [
-        Problem(str(sample["doc_id"]), str(sample["arguments"]["gen_args_0"]["arg_0"]), str(sample["target"]))
+        Problem(
+            str(sample["doc_id"]),
+            str(sample["arguments"]["gen_args_0"]["arg_0"]),
+            str(sample["target"]),
+        )
         for sample in samples
     ]
     config = found["configs"][task]
@@ -125,7 +153,11 @@ def convert(
         judge=f"{metric},{chosen}",
         backend=f"{HARNESS} {found['lm_eval_version']}, {version_of(subject.backend)}",
         fingerprint=fingerprint(
-            {"config": found["config"], "task": config, "weights": weights_sha256(subject.section.model)}
+            {
+                "config": found["config"],
+                "task": config,
+                "weights": weights_sha256(subject.section.model),
+            }
         ),
     )
     unknown = {"unended_fraction": None, "num_judge_timeouts": None}
@@ -141,7 +173,8 @@ def _metric_of(task: str, reported: dict[str, Any]) -> tuple[str, str]:
         if filters:
             return metric, FILTER if FILTER in filters else filters[0]
     raise UserError(
-        f"--harness {HARNESS}: task {task!r} reports {', '.join(reported)}, and none of {', '.join(METRICS)}"
+        f"--harness {HARNESS}: task {task!r} reports {', '.join(reported)}, and none of "
+        f"{', '.join(METRICS)}"
     )
 
 

@@ -1,8 +1,8 @@
 """Mathematical equality of two answers, judged by math-verify in a process of its own.
 
-Simplifying an expression may take hours or gigabytes, and math-verify's alarm cannot interrupt a computation inside
-one bytecode (9**9**9). The process is ended after JUDGE_TIMEOUT_S, the answer counts as wrong, and the next one gets
-a new process.
+Simplifying an expression may take hours or gigabytes, and math-verify's alarm cannot interrupt a
+computation inside one bytecode (9**9**9). The process is ended after JUDGE_TIMEOUT_S, the answer
+counts as wrong, and the next one gets a new process.
 
     with MathJudge() as judge:
         judge(expected="1/2", answer=r"\\boxed{0.5}")
@@ -26,12 +26,15 @@ MEMORY_BYTES = 4 * 2**30
 
 
 class MathJudge:
-    """Calls are answered one at a time; num_timeouts counts the answers on which the process was ended or died."""
+    """Calls are answered one at a time; num_timeouts counts the answers on which the process was
+    ended or died.
+    """
 
     def __init__(self, timeout_s: float = JUDGE_TIMEOUT_S) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError(
-                'evaluation.judge = "math" needs math-verify: install the extra "eval" (pip install -e ".[eval]"), '
+                'evaluation.judge = "math" needs math-verify: install the extra "eval" (pip '
+                'install -e ".[eval]"), '
                 'or set evaluation.judge = "exact"'
             )
         self.timeout_s = timeout_s
@@ -42,7 +45,10 @@ class MathJudge:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        stack: TracebackType | None,
     ) -> None:
         self._stop()
 
@@ -67,7 +73,9 @@ class MathJudge:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
         if _read_line(self._process, START_TIMEOUT_S) != b"ready":
-            raise UserError("evaluation.judge: math-verify does not start; try `python -m kd.evaluate.judge`")
+            raise UserError(
+                "evaluation.judge: math-verify does not start; try `python -m kd.evaluate.judge`"
+            )
         return self._process
 
     def _stop(self) -> None:
@@ -78,7 +86,9 @@ class MathJudge:
 
 
 def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
-    """The next line of the process, or None when it is silent for too long or has ended. Each line is one write."""
+    """The next line of the process, or None when it is silent for too long or has ended. Each line
+    is one write.
+    """
     assert process.stdout is not None
     if not select.select([process.stdout], [], [], timeout_s)[0]:
         return None
@@ -90,11 +100,15 @@ def answer_requests() -> None:
     from math_verify import parse, verify
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    verify(parse("1"), parse(r"\boxed{\frac12}"))  # imports its parser on first use, which is not the answers' time
+    verify(
+        parse("1"), parse(r"\boxed{\frac12}")
+    )  # imports its parser on first use, which is not the answers' time
     print("ready", flush=True)
     for line in sys.stdin:
         expected, answer = json.loads(line)
-        gold, target = (parse(text, parsing_timeout=0) for text in (f"\\boxed{{{expected}}}", answer))
+        gold, target = (
+            parse(text, parsing_timeout=0) for text in (f"\\boxed{{{expected}}}", answer)
+        )
         print(json.dumps(bool(verify(gold, target, timeout_seconds=0))), flush=True)
 
 

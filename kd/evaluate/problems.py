@@ -20,11 +20,14 @@ class Problem:
     answer: str
 
 
-def load_problems(field: str, value: str, limit: int | None = None, need_answers: bool = True) -> list[Problem]:
-    """The first `limit` problems of a file of {"prompt", "answer", "id"}; id is the row's number when absent.
+def load_problems(
+    field: str, value: str, limit: int | None = None, need_answers: bool = True
+) -> list[Problem]:
+    """The first `limit` problems of a file of {"prompt", "answer", "id"}; id is the row's number
+    when absent.
 
-    Raises UserError that names the field, the file, the row (from 1) and the column. An answer may be a number; without
-    need_answers it may be absent.
+    Raises UserError that names the field, the file, the row (from 1) and the column. An answer may
+    be a number; without need_answers it may be absent.
     """
     check_limit(limit)
     path = find_file(field, value)
@@ -47,12 +50,18 @@ def check_limit(limit: int | None) -> None:
         raise UserError(f"--limit = {limit}: at least one problem is needed")
 
 
-def render_prompts(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], data: DataSection) -> list[str]:
-    """The problems as training renders them. Raises UserError that names the problem when the template refuses it."""
+def render_prompts(
+    tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], data: DataSection
+) -> list[str]:
+    """The problems as training renders them. Raises UserError that names the problem when the
+    template refuses it.
+    """
     prompts = []
     for problem in problems:
         try:
-            prompts.append(render_prompt(tokenizer, [{"role": "user", "content": problem.prompt}], data))
+            prompts.append(
+                render_prompt(tokenizer, [{"role": "user", "content": problem.prompt}], data)
+            )
         except BadRow as error:
             raise UserError(f"problem {problem.id!r}: {error}") from None
     return prompts
@@ -71,7 +80,9 @@ def _parse(where: str, line: str, number: int, columns: Sequence[str]) -> Proble
         raise UserError(f"{where} is not valid Unicode: {error}") from None
     for column in columns:
         if not isinstance(row.get(column), str | int | float) or not str(row[column]).strip():
-            raise UserError(f"{where} has no {column!r}; its columns are {', '.join(row) or 'none'}")
+            raise UserError(
+                f"{where} has no {column!r}; its columns are {', '.join(row) or 'none'}"
+            )
     return Problem(str(row.get("id", number)), str(row["prompt"]), str(row.get("answer", "")))
 
 
@@ -79,5 +90,7 @@ def _check_ids(where: str, problems: list[Problem]) -> None:
     seen: set[str] = set()
     for problem in problems:
         if problem.id in seen:
-            raise UserError(f"{where}: id {problem.id!r} stands on two rows; make ids unique, or leave them out")
+            raise UserError(
+                f"{where}: id {problem.id!r} stands on two rows; make ids unique, or leave them out"
+            )
         seen.add(problem.id)

@@ -1,4 +1,6 @@
-"""What an evaluation leaves: one JSON of results per model, every response beside it, and a table of all models."""
+"""What an evaluation leaves: one JSON of results per model, every response beside it, and a table
+of all models.
+"""
 
 import json
 import os
@@ -31,9 +33,11 @@ def results(
     backend: str,
     fingerprint: str,
 ) -> dict[str, Any]:
-    """The content of results JSON: the summary's fields at top level, and all that is needed to repeat it.
+    """The content of results JSON: the summary's fields at top level, and all that is needed to
+    repeat it.
 
-    task: None for the problems of evaluation.path. problems: that path or a hub id. backend: with its version.
+    task: None for the problems of evaluation.path. problems: that path or a hub id. backend: with
+        its version.
     fingerprint: of all that the responses depend on.
     """
     return {
@@ -73,7 +77,9 @@ def response_rows(
 
 
 def write_evaluation(folder: Path, content: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """folder/LABEL.responses.jsonl, then folder/LABEL.json; what another evaluation wrote there goes to replaced/."""
+    """folder/LABEL.responses.jsonl, then folder/LABEL.json; what another evaluation wrote there
+    goes to replaced/.
+    """
     label = content["label"]
     _set_aside(folder, label, content["fingerprint"])
     write_jsonl(folder / f"{label}.responses.jsonl", rows)
@@ -81,25 +87,38 @@ def write_evaluation(folder: Path, content: dict[str, Any], rows: Sequence[dict[
 
 
 def read_responses(folder: Path, label: str, fingerprint: str) -> list[Response] | None:
-    """The responses of a finished evaluation, also of one that was set aside; None when none has this fingerprint."""
+    """The responses of a finished evaluation, also of one that was set aside; None when none has
+    this fingerprint.
+    """
     for place in (folder, folder / REPLACED / fingerprint):
         path = place / f"{label}.responses.jsonl"
         if _fingerprint_of(place / f"{label}.json") == fingerprint and path.exists():
             with path.open(encoding="utf-8") as lines:
-                return [Response(row["response"], row["num_tokens"], row["ended"]) for row in map(json.loads, lines)]
+                return [
+                    Response(row["response"], row["num_tokens"], row["ended"])
+                    for row in map(json.loads, lines)
+                ]
     return None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A plain table, one line per results JSON: shares as fractions, tokens as the mean of a response.
+    """A plain table, one line per results JSON: shares as fractions, tokens as the mean of a
+    response.
 
-    With a task or several samples of a problem there are columns for them: samples, and pass@samples.
+    With a task or several samples of a problem there are columns for them: samples, and
+    pass@samples.
     """
     sampled = any(row["task"] is not None or row["num_samples"] > 1 for row in rows)
     header = (*HEADER, "task", "samples", "pass@") if sampled else HEADER
-    cells = [header, *((*_cells(row), *_sample_cells(row)) if sampled else _cells(row) for row in rows)]
+    cells = [
+        header,
+        *((*_cells(row), *_sample_cells(row)) if sampled else _cells(row) for row in rows),
+    ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -129,7 +148,9 @@ def _set_aside(folder: Path, label: str, fingerprint: str) -> None:
     for name in (f"{label}.json", f"{label}.responses.jsonl"):
         if (folder / name).exists():
             os.replace(folder / name, replaced / name)
-    print(f"{label}: the results of an earlier evaluation with other settings are now in {replaced}")
+    print(
+        f"{label}: the results of an earlier evaluation with other settings are now in {replaced}"
+    )
 
 
 def _fingerprint_of(path: Path) -> str | None:

@@ -1,4 +1,5 @@
-"""From responses to one score: which answer a response gives, whether it is right, and what the share means.
+"""From responses to one score: which answer a response gives, whether it is right, and what the
+share means.
 
 The answer of a response, first that applies:
     1. the last \\boxed{...} after the thought
@@ -34,7 +35,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means and num_correct are over all responses, num_samples of each problem: accuracy is avg@num_samples.
+    """Means and num_correct are over all responses, num_samples of each problem: accuracy is
+    avg@num_samples.
 
     pass_at_k: share of problems that one of k samples solves, by k as text, up to num_samples.
     """
@@ -52,11 +54,16 @@ class Summary:
 
 
 def score(
-    responses: Sequence[Response], expected: Sequence[str], evaluation: EvaluationSection, think_close: str
+    responses: Sequence[Response],
+    expected: Sequence[str],
+    evaluation: EvaluationSection,
+    think_close: str,
 ) -> tuple[list[Verdict], Summary]:
-    """Judge every response. think_close: the marker as the recipe writes it; its whitespace does not matter.
+    """Judge every response. think_close: the marker as the recipe writes it; its whitespace does
+    not matter.
 
-    expected: one answer per problem. responses: the same number of samples of each problem, one problem after another.
+    expected: one answer per problem. responses: the same number of samples of each problem, one
+        problem after another.
     Raises UserError when the judge is "math" and math-verify is not installed.
     """
     marker = think_close.strip()
@@ -64,26 +71,35 @@ def score(
     answers = [answer for answer in expected for _ in range(num_samples)]
     with MathJudge() if evaluation.judge == "math" else nullcontext(_exactly_equal) as judge:
         verdicts = [
-            _judge(response.text, answer, marker, judge) for response, answer in zip(responses, answers, strict=True)
+            _judge(response.text, answer, marker, judge)
+            for response, answer in zip(responses, answers, strict=True)
         ]
         num_timeouts = judge.num_timeouts if isinstance(judge, MathJudge) else 0
     return verdicts, summarise(responses, verdicts, num_samples, num_timeouts)
 
 
 def summarise(
-    responses: Sequence[Response], verdicts: Sequence[Verdict], num_samples: int, num_judge_timeouts: int
+    responses: Sequence[Response],
+    verdicts: Sequence[Verdict],
+    num_samples: int,
+    num_judge_timeouts: int,
 ) -> Summary:
     """responses and verdicts: num_samples of each problem, one problem after another."""
     num_responses = len(verdicts)
     starts = range(0, num_responses, num_samples)
-    counts = [sum(verdict.correct for verdict in verdicts[start : start + num_samples]) for start in starts]
+    counts = [
+        sum(verdict.correct for verdict in verdicts[start : start + num_samples])
+        for start in starts
+    ]
     return Summary(
         accuracy=sum(counts) / num_responses,
         ci95=accuracy_interval(counts, num_samples),
         num_problems=len(counts),
         num_samples=num_samples,
         num_correct=sum(counts),
-        pass_at_k={str(k): mean_pass_at_k(counts, num_samples, k) for k in _powers_of_two(num_samples)},
+        pass_at_k={
+            str(k): mean_pass_at_k(counts, num_samples, k) for k in _powers_of_two(num_samples)
+        },
         mean_response_tokens=sum(response.num_tokens for response in responses) / num_responses,
         unclosed_fraction=sum(not verdict.closed for verdict in verdicts) / num_responses,
         unended_fraction=sum(not response.ended for response in responses) / num_responses,
@@ -92,7 +108,8 @@ def summarise(
 
 
 def mean_pass_at_k(counts: Sequence[int], num_samples: int, k: int) -> float:
-    """Chance that one of k samples is right, unbiased: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1), averaged.
+    """Chance that one of k samples is right, unbiased: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021,
+    eq. 1), averaged.
 
     counts: right ones of the num_samples responses to each problem. k: at most num_samples.
     """
@@ -101,11 +118,13 @@ def mean_pass_at_k(counts: Sequence[int], num_samples: int, k: int) -> float:
 
 
 def accuracy_interval(counts: Sequence[int], num_samples: int) -> tuple[float, float]:
-    """95 % interval of the share of right responses, num_samples to each problem, with problems as the unit.
+    """95 % interval of the share of right responses, num_samples to each problem, with problems as
+    the unit.
 
-    Wilson's, of as many independent responses as have the variance of the mean over problems (Kish's effective sample
-    size): num_problems of them when the samples of a problem agree, num_problems * num_samples when they differ at
-    random. All right or all wrong, or a single problem: num_problems, since nothing tells how samples differ.
+    Wilson's, of as many independent responses as have the variance of the mean over problems
+    (Kish's effective sample size): num_problems of them when the samples of a problem agree,
+    num_problems * num_samples when they differ at random. All right or all wrong, or a single
+    problem: num_problems, since nothing tells how samples differ.
     """
     num_problems = len(counts)
     share = sum(counts) / (num_problems * num_samples)
@@ -141,7 +160,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def wilson_interval(num_correct: float, num_problems: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share (Wilson 1927, eq. 4); (0, 1) when there are no problems."""
+    """Wilson's 95 % score interval of a share (Wilson 1927, eq. 4); (0, 1) when there are no
+    problems.
+    """
     if num_problems == 0:
         return 0.0, 1.0
     share = num_correct / num_problems
@@ -155,7 +176,9 @@ def _judge(response: str, expected: str, marker: str, judge: Callable[[str, str]
     answer = extract_answer(response, marker)
     if answer is None:
         return Verdict(None, correct=False, closed=marker in response)
-    written = BOXED + answer.text + "}" if answer.boxed and isinstance(judge, MathJudge) else answer.text
+    written = (
+        BOXED + answer.text + "}" if answer.boxed and isinstance(judge, MathJudge) else answer.text
+    )
     correct = _exactly_equal(expected, answer.text) or judge(expected, written)
     return Verdict(answer.text, correct, closed=marker in response)
 
@@ -165,7 +188,9 @@ def _exactly_equal(expected: str, answer: str) -> bool:
 
 
 def _balanced(text: str) -> str | None:
-    """The text up to the brace that closes one opened before it; an escaped brace does not count."""
+    """The text up to the brace that closes one opened before it; an escaped brace does not
+    count.
+    """
     depth = 1
     escaped = False
     for index, character in enumerate(text):

@@ -1,4 +1,5 @@
-"""Public benchmarks, as data: which hub dataset, which columns, and how many samples of each problem are usual.
+"""Public benchmarks, as data: which hub dataset, which columns, and how many samples of each
+problem are usual.
 
 python -m kd.evaluate.tasks aime24 math500    # fetches them to the hub cache; then no network is needed
 """
@@ -34,7 +35,9 @@ def _joined(answers: Any) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """problem, answer: columns. num_samples: of each problem, more where problems are few (avg@num_samples)."""
+    """problem, answer: columns. num_samples: of each problem, more where problems are few
+    (avg@num_samples).
+    """
 
     hub_id: str
     split: str
@@ -60,18 +63,24 @@ TASKS: dict[str, Task] = {
         config="OE_TO_maths_en_COMP",  # open-ended, text only, English
         to_answer=_joined,
     ),
-    "gsm8k": Task("openai/gsm8k", "test", "question", num_samples=1, config="main", to_answer=_after_hashes),
+    "gsm8k": Task(
+        "openai/gsm8k", "test", "question", num_samples=1, config="main", to_answer=_after_hashes
+    ),
 }
 
 
 def parse_tasks(names: Iterable[str]) -> list[str]:
-    """The names, each once, without blanks. Raises UserError with the nearest names for one that is no task."""
+    """The names, each once, without blanks. Raises UserError with the nearest names for one that is
+    no task.
+    """
     names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     for name in names:
         if name not in TASKS:
             close = difflib.get_close_matches(name, TASKS, cutoff=0.5)
             nearest = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise UserError(f"--tasks: {name!r} is no task.{nearest}\nThere are: {', '.join(TASKS)}")
+            raise UserError(
+                f"--tasks: {name!r} is no task.{nearest}\nThere are: {', '.join(TASKS)}"
+            )
     if not names:
         raise UserError(f"--tasks: name at least one of {', '.join(TASKS)}")
     return names
@@ -83,15 +92,18 @@ def check_evaluation(recipe: Recipe) -> None:
         parse_tasks(recipe.evaluation.tasks)
     elif recipe.evaluation.path is None:
         raise UserError(
-            "evaluation.path is not set, nor is evaluation.tasks: name a JSONL file of problems (prompt, answer), or "
+            "evaluation.path is not set, nor is evaluation.tasks: name a JSONL file of problems "
+            "(prompt, answer), or "
             "tasks of kd/evaluate/tasks.py, as in --set 'evaluation.tasks=[\"math500\"]'"
         )
 
 
 def load_task(name: str, limit: int | None = None) -> list[Problem]:
-    """The first `limit` problems of a task, each with INSTRUCTION behind it; an id is the row's number, from 1.
+    """The first `limit` problems of a task, each with INSTRUCTION behind it; an id is the row's
+    number, from 1.
 
-    Raises UserError that names task and dataset when it cannot be had, or lacks a column or an answer.
+    Raises UserError that names task and dataset when it cannot be had, or lacks a column or an
+    answer.
     """
     check_limit(limit)
     task = TASKS[name]
@@ -99,10 +111,15 @@ def load_task(name: str, limit: int | None = None) -> list[Problem]:
     rows = _load_rows(name, task)
     missing = [column for column in (task.problem, task.answer) if column not in rows.column_names]
     if missing:
-        raise UserError(f"{where} has no column {missing[0]!r}; its columns are {', '.join(rows.column_names)}")
+        raise UserError(
+            f"{where} has no column {missing[0]!r}; its columns are {', '.join(rows.column_names)}"
+        )
     if len(rows) == 0:
         raise UserError(f"{where}: split {task.split!r} is empty")
-    return [_problem(where, task, number, row) for number, row in enumerate(rows.select(range(len(rows))[:limit]), 1)]
+    return [
+        _problem(where, task, number, row)
+        for number, row in enumerate(rows.select(range(len(rows))[:limit]), 1)
+    ]
 
 
 def _load_rows(name: str, task: Task) -> "datasets.Dataset":
@@ -112,7 +129,9 @@ def _load_rows(name: str, task: Task) -> "datasets.Dataset":
         with hub_errors(f"--tasks {name}", task.hub_id):
             return load_dataset(task.hub_id, task.config, split=task.split)
     except UserError as error:
-        raise UserError(f"{error}\nA task is fetched by `python -m kd.evaluate.tasks {name}`") from error.__cause__
+        raise UserError(
+            f"{error}\nA task is fetched by `python -m kd.evaluate.tasks {name}`"
+        ) from error.__cause__
 
 
 def _problem(where: str, task: Task, number: int, row: dict[str, Any]) -> Problem:

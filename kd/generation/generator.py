@@ -1,4 +1,6 @@
-"""A model to generate with: whole on one device, bfloat16 or what it was saved in on a GPU, float32 on a CPU."""
+"""A model to generate with: whole on one device, bfloat16 or what it was saved in on a GPU, float32
+on a CPU.
+"""
 
 import hashlib
 from typing import Any
@@ -11,15 +13,21 @@ from kd.recipe import ModelSection, find_input
 
 
 def load_generator(field: str, section: ModelSection) -> PreTrainedModel:
-    """The model in evaluation mode. Raises UserError that names the field when there is no such model, whole."""
+    """The model in evaluation mode. Raises UserError that names the field when there is no such
+    model, whole.
+    """
     on_gpu = torch.cuda.is_available()
     attention = None if section.attention == "auto" else section.attention
-    model: Any = load_pretrained(field, section, dtype="auto" if on_gpu else torch.float32, attention=attention)
+    model: Any = load_pretrained(
+        field, section, dtype="auto" if on_gpu else torch.float32, attention=attention
+    )
     return model.to("cuda" if on_gpu else "cpu").eval()
 
 
 def weights_sha256(model: str) -> str | None:
-    """Of the first MiB of each file of weights: enough to tell a model trained anew in the same folder."""
+    """Of the first MiB of each file of weights: enough to tell a model trained anew in the same
+    folder.
+    """
     folder = find_input(model)
     if folder is None:
         return None  # a hub id, which its revision pins

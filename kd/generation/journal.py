@@ -1,8 +1,9 @@
 """A file of traces that grows batch by batch: after a crash it goes on as if it had never stopped.
 
-Rows are appended to OUTPUT.partial, which becomes OUTPUT when all batches are done: a file that exists is whole.
-OUTPUT.progress is the journal: its first line holds the settings, each further line one finished batch and the size
-of the rows file after it. What a crash left behind the last journal line is cut, so no row is torn or written twice.
+Rows are appended to OUTPUT.partial, which becomes OUTPUT when all batches are done: a file that
+exists is whole. OUTPUT.progress is the journal: its first line holds the settings, each further
+line one finished batch and the size of the rows file after it. What a crash left behind the last
+journal line is cut, so no row is torn or written twice.
 """
 
 import json
@@ -18,7 +19,8 @@ from kd.recipe import DataSection
 
 
 class TraceFile:
-    """num_batches: finished ones. counts: responses by fate ("kept" or why it was dropped). complete: nothing to do.
+    """num_batches: finished ones. counts: responses by fate ("kept" or why it was dropped).
+    complete: nothing to do.
 
     Raises UserError when the file exists without a journal, or the journal holds other settings.
     """
@@ -30,7 +32,9 @@ class TraceFile:
         entries = self._read_journal()
         if len(entries) < 2:  # no batch was finished: whatever was begun, begin anew
             if output.exists():
-                raise UserError(f"--output {output} exists already; choose another file, or remove it")
+                raise UserError(
+                    f"--output {output} exists already; choose another file, or remove it"
+                )
             output.parent.mkdir(parents=True, exist_ok=True)
             self.partial.write_bytes(b"")
             self.journal.write_bytes(b"")
@@ -76,25 +80,30 @@ class TraceFile:
     def _check_settings(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
         changed = [key for key in settings if found.get(key) != settings[key]]
         if changed:
-            details = "\n".join(f"  {key}: {found.get(key)!r} before, {settings[key]!r} now" for key in changed)
+            details = "\n".join(
+                f"  {key}: {found.get(key)!r} before, {settings[key]!r} now" for key in changed
+            )
             raise UserError(
                 f"--output {self.output} was begun with other settings:\n{details}\n"
-                f"Use those again, choose another --output, or remove {self.journal}, {self.partial} and {self.output}"
+                f"Use those again, choose another --output, or remove {self.journal}, "
+                f"{self.partial} and {self.output}"
             )
 
     def _cut_rows(self, num_bytes: int) -> None:
         if not self.partial.exists() or self.partial.stat().st_size < num_bytes:
             raise UserError(
-                f"{self.partial} is shorter than {self.journal} says; remove the journal and the rows to begin anew"
+                f"{self.partial} is shorter than {self.journal} says; remove the journal and the "
+                f"rows to begin anew"
             )
         os.truncate(self.partial, num_bytes)
 
 
 def split_response(response: Response, data: DataSection, keep: str) -> tuple[str, str] | str:
-    """(reasoning, answer) of a response, or why it is dropped: "unclosed", "reopened", "no answer" or "unended".
+    """(reasoning, answer) of a response, or why it is dropped: "unclosed", "reopened", "no answer"
+    or "unended".
 
-    A response may begin with the marker that opens the thought or, when the chat template wrote it, behind it. keep:
-    "ended" drops an answer that max_new_tokens cut off, "closed" keeps it.
+    A response may begin with the marker that opens the thought or, when the chat template wrote it,
+    behind it. keep: "ended" drops an answer that max_new_tokens cut off, "closed" keeps it.
     """
     opening, closing = data.think_open.strip(), data.think_close.strip()
     if closing not in response.text:
@@ -103,7 +112,11 @@ def split_response(response: Response, data: DataSection, keep: str) -> tuple[st
     reasoning, answer = reasoning.strip().removeprefix(opening).strip(), answer.strip()
     if closing in answer or (opening and opening in reasoning + answer):
         return "reopened"
-    answer = answer.removeprefix(data.answer_open.strip()).removesuffix(data.answer_close.strip()).strip()
+    answer = (
+        answer.removeprefix(data.answer_open.strip())
+        .removesuffix(data.answer_close.strip())
+        .strip()
+    )
     if not answer or not reasoning:
         return "no answer"
     return "unended" if keep == "ended" and not response.ended else (reasoning, answer)

@@ -1,4 +1,6 @@
-"""Generation with transformers: left-padded prompts in, responses out, the same ones for the same seed."""
+"""Generation with transformers: left-padded prompts in, responses out, the same ones for the same
+seed.
+"""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,9 @@ from kd.recipe import EvaluationSection
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy, and then top_p is not used. No top-k, no repetition penalty, whatever a model ships."""
+    """temperature 0 is greedy, and then top_p is not used. No top-k, no repetition penalty,
+    whatever a model ships.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -24,7 +28,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Response:
-    """text: from the prompt to the end token, without it; num_tokens counts it; ended: it was produced."""
+    """text: from the prompt to the end token, without it; num_tokens counts it; ended: it was
+    produced.
+    """
 
     text: str
     num_tokens: int
@@ -32,7 +38,9 @@ class Response:
 
 
 def sampling_of(evaluation: EvaluationSection, seed: int) -> Sampling:
-    top_p = evaluation.top_p if evaluation.temperature else 1.0  # greedy responses do not depend on it
+    top_p = (
+        evaluation.top_p if evaluation.temperature else 1.0
+    )  # greedy responses do not depend on it
     return Sampling(evaluation.max_new_tokens, evaluation.temperature, top_p, seed)
 
 
@@ -44,9 +52,11 @@ def generate_batch(
     sampling: Sampling,
     batch_index: int,
 ) -> list[Response]:
-    """Responses of one batch; samples depend on the prompts, sampling.seed and batch_index, on nothing drawn before.
+    """Responses of one batch; samples depend on the prompts, sampling.seed and batch_index, on
+    nothing drawn before.
 
-    prompts: rendered, tokenised without added special tokens. A response ends at the eos token of the tokenizer or at
+    prompts: rendered, tokenised without added special tokens. A response ends at the eos token of
+        the tokenizer or at
     one of those of the model's generation config.
     """
     end_ids = _end_token_ids(model, tokenizer)
@@ -54,9 +64,13 @@ def generate_batch(
     token_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     longest = max(map(len, token_ids))
     input_ids = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in token_ids])
-    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in token_ids])
+    attention_mask = torch.tensor(
+        [[0] * (longest - len(ids)) + [1] * len(ids) for ids in token_ids]
+    )
     torch.manual_seed(random.Random(f"{sampling.seed}/{batch_index}").getrandbits(63))
-    with _generation_config(model, GenerationConfig(**_settings(sampling), eos_token_id=end_ids, pad_token_id=pad_id)):
+    with _generation_config(
+        model, GenerationConfig(**_settings(sampling), eos_token_id=end_ids, pad_token_id=pad_id)
+    ):
         output = model.generate(  # type: ignore[operator]
             input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
         )
@@ -66,7 +80,9 @@ def generate_batch(
 def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
-    return sorted({token_id for token_id in (*configured, tokenizer.eos_token_id) if token_id is not None})
+    return sorted(
+        {token_id for token_id in (*configured, tokenizer.eos_token_id) if token_id is not None}
+    )
 
 
 def _settings(sampling: Sampling) -> dict[str, Any]:
@@ -83,7 +99,9 @@ def _settings(sampling: Sampling) -> dict[str, Any]:
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Put config in the place of the model's own, which would otherwise fill in whatever config leaves open."""
+    """Put config in the place of the model's own, which would otherwise fill in whatever config
+    leaves open.
+    """
     shipped, model.generation_config = model.generation_config, config
     try:
         yield
@@ -91,9 +109,15 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
         model.generation_config = shipped
 
 
-def _response(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], end_ids: set[int]) -> Response:
-    """Cut after the first end token. Special tokens stay in the text: think markers are special in some tokenizers."""
+def _response(
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], end_ids: set[int]
+) -> Response:
+    """Cut after the first end token. Special tokens stay in the text: think markers are special in
+    some tokenizers.
+    """
     stop = next((index for index, token_id in enumerate(token_ids) if token_id in end_ids), None)
     ended = stop is not None
-    text = tokenizer.decode(token_ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(
+        token_ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     return Response(str(text), num_tokens=len(token_ids) if stop is None else stop + 1, ended=ended)

@@ -1,4 +1,5 @@
-"""Checks of the loss's arguments: every refusal is a ValueError that names argument, value and remedy.
+"""Checks of the loss's arguments: every refusal is a ValueError that names argument, value and
+remedy.
 
 Shapes: ... any leading shape, N supervised rows, H hidden size, V rows of a head.
 """
@@ -20,7 +21,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise a ValueError that names the nearest choice unless `value` is one of `choices`."""
     if value not in choices:
         nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}; did you mean {nearest!r}?")
+        raise ValueError(
+            f"{name}={value!r} is not one of {', '.join(choices)}; did you mean {nearest!r}?"
+        )
 
 
 def check_projection(side: str, projection: Projection, labels: Tensor) -> None:
@@ -46,13 +49,23 @@ def check_projection(side: str, projection: Projection, labels: Tensor) -> None:
             f"{side}_bias is {bias.dtype} {_shape(bias)}; "
             f"it must be {head.dtype} {_shape(head[:, 0])}, like the rows of {side}_head"
         )
-    for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_head", head), (f"{side}_bias", bias)):
+    for name, tensor in (
+        (f"{side}_hidden", hidden),
+        (f"{side}_head", head),
+        (f"{side}_bias", bias),
+    ):
         if tensor is not None and tensor.device != labels.device:
-            raise ValueError(f"{name} is on {tensor.device} and labels on {labels.device}; move one of them")
+            raise ValueError(
+                f"{name} is on {tensor.device} and labels on {labels.device}; move one of them"
+            )
     if projection.softcap is not None and not 0 < projection.softcap < math.inf:
-        raise ValueError(f"{side}_softcap={projection.softcap!r} must be positive and finite; None is no cap")
+        raise ValueError(
+            f"{side}_softcap={projection.softcap!r} must be positive and finite; None is no cap"
+        )
     if not 0 < projection.scale < math.inf:
-        raise ValueError(f"{side}_scale={projection.scale!r} must be positive and finite; 1.0 is no scale")
+        raise ValueError(
+            f"{side}_scale={projection.scale!r} must be positive and finite; 1.0 is no scale"
+        )
 
 
 def check_size(name: str, size: int | None) -> None:
@@ -64,7 +77,9 @@ def check_size(name: str, size: int | None) -> None:
 def check_logits_dtype(logits_dtype: torch.dtype | None) -> None:
     """Raise a ValueError for a dtype in which logits are not stored."""
     if logits_dtype is not None and logits_dtype not in LOGITS_DTYPES:
-        raise ValueError(f"logits_dtype={logits_dtype!r} must be one of {LOGITS_DTYPES}; None chooses it")
+        raise ValueError(
+            f"logits_dtype={logits_dtype!r} must be one of {LOGITS_DTYPES}; None chooses it"
+        )
 
 
 def check_rows(labels: Tensor, token_weights: Tensor | None, row_index: Tensor | None) -> None:
@@ -73,53 +88,79 @@ def check_rows(labels: Tensor, token_weights: Tensor | None, row_index: Tensor |
         raise ValueError(f"labels are {labels.dtype}; cast them to torch.int64")
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(
-            f"token_weights is {_shape(token_weights)} and labels {_shape(labels)}; give one weight per label"
+            f"token_weights is {_shape(token_weights)} and labels {_shape(labels)}; give one "
+            f"weight per label"
         )
     if row_index is not None and (row_index.dim() != 1 or row_index.dtype != torch.int64):
         raise ValueError(
-            f"row_index is {row_index.dtype} {_shape(row_index)}; give torch.int64 (N) indices of flat labels"
+            f"row_index is {row_index.dtype} {_shape(row_index)}; give torch.int64 (N) indices of "
+            f"flat labels"
         )
     for name, tensor in (("token_weights", token_weights), ("row_index", row_index)):
         if tensor is not None and tensor.device != labels.device:
-            raise ValueError(f"{name} is on {tensor.device} and labels on {labels.device}; move one of them")
+            raise ValueError(
+                f"{name} is on {tensor.device} and labels on {labels.device}; move one of them"
+            )
 
 
 def check_labels(labels_N: Tensor, vocab_size: int) -> None:
-    """Raise a ValueError for a label outside the shared vocabulary; off the CPU assert it without waiting."""
+    """Raise a ValueError for a label outside the shared vocabulary; off the CPU assert it without
+    waiting.
+    """
     inside = ((labels_N >= 0) & (labels_N < vocab_size)).all()
     if not labels_N.is_cpu:
         torch._assert_async(inside, f"labels of supervised rows must lie in [0, {vocab_size})")
     elif not inside:
         raise ValueError(
-            f"labels of supervised rows span [{labels_N.min()}, {labels_N.max()}], the shared vocabulary "
+            f"labels of supervised rows span [{labels_N.min()}, {labels_N.max()}], the shared "
+            f"vocabulary "
             f"[0, {vocab_size}); set others to ignore_index, and leave their rows out of row_index"
         )
 
 
-def check_top_k(ids: Tensor, logprobs: Tensor, labels: Tensor, row_index_N: Tensor, vocab_size: int) -> None:
-    """Raise a ValueError for a teacher's K tokens that do not fit labels and vocabulary, of supervised rows alone."""
-    if ids.shape[:-1] != labels.shape or ids.dim() == labels.dim() or ids.shape[-1] == 0 or ids.dtype != torch.int64:
+def check_top_k(
+    ids: Tensor, logprobs: Tensor, labels: Tensor, row_index_N: Tensor, vocab_size: int
+) -> None:
+    """Raise a ValueError for a teacher's K tokens that do not fit labels and vocabulary, of
+    supervised rows alone.
+    """
+    if (
+        ids.shape[:-1] != labels.shape
+        or ids.dim() == labels.dim()
+        or ids.shape[-1] == 0
+        or ids.dtype != torch.int64
+    ):
         raise ValueError(
             f"teacher_ids is {ids.dtype} {_shape(ids)} and labels {_shape(labels)}; "
             "give torch.int64, the shape of labels with a last dimension of K >= 1 tokens"
         )
     if logprobs.shape != ids.shape or not logprobs.is_floating_point():
         raise ValueError(
-            f"teacher_logprobs is {logprobs.dtype} {_shape(logprobs)} and teacher_ids {_shape(ids)}; "
+            f"teacher_logprobs is {logprobs.dtype} {_shape(logprobs)} and teacher_ids "
+            f"{_shape(ids)}; "
             "give one floating log-probability per id"
         )
     for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
         if tensor.device != labels.device:
-            raise ValueError(f"{name} is on {tensor.device} and labels on {labels.device}; move one of them")
-    ids_NK, logprobs_NK = (tensor.reshape(-1, ids.shape[-1])[row_index_N] for tensor in (ids, logprobs))
+            raise ValueError(
+                f"{name} is on {tensor.device} and labels on {labels.device}; move one of them"
+            )
+    ids_NK, logprobs_NK = (
+        tensor.reshape(-1, ids.shape[-1])[row_index_N] for tensor in (ids, logprobs)
+    )
     sorted_NK = ids_NK.sort(dim=1).values
-    _check_all((ids_NK >= 0) & (ids_NK < vocab_size), f"teacher_ids must lie in [0, {vocab_size}); leave others out")
     _check_all(
-        sorted_NK[:, 1:] != sorted_NK[:, :-1],
-        "teacher_ids of a row must be distinct; fill K with any other ids and a log-probability of -inf",
+        (ids_NK >= 0) & (ids_NK < vocab_size),
+        f"teacher_ids must lie in [0, {vocab_size}); leave others out",
     )
     _check_all(
-        logprobs_NK <= 1e-3, "teacher_logprobs must be log-probabilities, at most 0 and not NaN; take log_softmax"
+        sorted_NK[:, 1:] != sorted_NK[:, :-1],
+        "teacher_ids of a row must be distinct; fill K with any other ids and a log-probability of "
+        "-inf",
+    )
+    _check_all(
+        logprobs_NK <= 1e-3,
+        "teacher_logprobs must be log-probabilities, at most 0 and not NaN; take log_softmax",
     )
 
 
@@ -134,17 +175,23 @@ def _check_all(holds: Tensor, message: str) -> None:
 def check_group(
     group: dist.ProcessGroup, vocab_size: int | None, num_head_rows: dict[str, int]
 ) -> tuple[VocabShard, int]:
-    """Return this rank's slice of the vocabulary and the size of the whole; raise a ValueError unless heads fit it."""
+    """Return this rank's slice of the vocabulary and the size of the whole; raise a ValueError
+    unless heads fit it.
+    """
     if vocab_size is None:
-        raise ValueError("vocab_size=None with a group; give the size of the whole shared vocabulary")
+        raise ValueError(
+            "vocab_size=None with a group; give the size of the whole shared vocabulary"
+        )
     shard = vocab_shard(group, vocab_size)
     stop = shard.offset + shard.size
     for side, num_rows in num_head_rows.items():
         # Rows beyond the shared vocabulary can only be behind its last token.
         if num_rows < shard.size or (num_rows > shard.size and stop < vocab_size):
             raise ValueError(
-                f"{side}_head has {num_rows} rows; rank {dist.get_rank(group)} of the group must hold tokens "
-                f"[{shard.offset}, {stop}) of vocab_size={vocab_size}: slice the whole head to it, then split it"
+                f"{side}_head has {num_rows} rows; rank {dist.get_rank(group)} of the group must "
+                f"hold tokens "
+                f"[{shard.offset}, {stop}) of vocab_size={vocab_size}: slice the whole head to it, "
+                f"then split it"
             )
     return shard, vocab_size
 

@@ -1,7 +1,9 @@
 """ChunkPlan: how many rows of logits exist at a time, from a memory budget.
 
-A chunk of the student's rows is large, for each costs a read and a write of the head's fp32 gradient, 8 * V * Hs
-bytes: against its own product that is about 966 / rows on an H100. A chunk of the teacher's rows has no such cost and
+A chunk of the student's rows is large, for each costs a read and a write of the head's fp32
+gradient, 8 * V * Hs
+bytes: against its own product that is about 966 / rows on an H100. A chunk of the teacher's rows
+    has no such cost and
 is about a ninth of the budget, in whole tiles of a matrix product.
 
 Shapes: V rows of a head, Hs hidden size of the student.
@@ -31,10 +33,11 @@ def plan_chunks(
     chunk_size: int | None = None,
     budget_bytes: int = LOGITS_BUDGET_BYTES,
 ) -> ChunkPlan:
-    """Return the largest plan whose logits, of `vocab_size` columns, fit in `budget_bytes`: at least a row each.
+    """Return the largest plan whose logits, of `vocab_size` columns, fit in `budget_bytes`: at
+    least a row each.
 
-    A `chunk_size` replaces the student's rows, and with them the budget. The number of rows in a batch plays no part:
-    all steps of a run have one plan.
+    A `chunk_size` replaces the student's rows, and with them the budget. The number of rows in a
+    batch plays no part: all steps of a run have one plan.
     """
     budget_rows = budget_bytes // (vocab_size * logits_dtype.itemsize)
     if not has_teacher:

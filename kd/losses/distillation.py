@@ -1,6 +1,8 @@
-"""distillation_loss: divergence and cross-entropy from hidden states and lm_heads, never from (N, V) logits.
+"""distillation_loss: divergence and cross-entropy from hidden states and lm_heads, never from (N,
+V) logits.
 
-Shapes: ... any leading shape, N supervised rows, H hidden size (the student's and the teacher's may differ),
+Shapes: ... any leading shape, N supervised rows, H hidden size (the student's and the teacher's may
+    differ),
 V rows of a head (likewise), or the shared vocabulary once the heads are sliced to it.
 """
 
@@ -32,7 +34,8 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 
 
 class DistillationLoss(NamedTuple):
-    """loss = kd_weight * kd + ce_weight * ce. Scalars on the device; only `loss` carries a gradient.
+    """loss = kd_weight * kd + ce_weight * ce. Scalars on the device; only `loss` carries a
+    gradient.
 
     kd: T^2 * divergence; ce: cross-entropy. Sums or means over supervised rows, in nats.
     num_tokens: int64, the number of supervised rows.
@@ -45,7 +48,8 @@ class DistillationLoss(NamedTuple):
 
 
 class RowDiagnostics(NamedTuple):
-    """How far student and teacher are apart on each supervised row, in the order of row_index; no gradients.
+    """How far student and teacher are apart on each supervised row, in the order of row_index; no
+    gradients.
 
     All (N,), at the objective's temperature, in nats, neither weighted nor multiplied by T^2.
     top1_agreement: 1.0 where one token is the most likely of both models, else 0.0.
@@ -88,55 +92,58 @@ def distillation_loss(
     group: dist.ProcessGroup | None = None,
     backend: Literal["auto", "reference", "torch", "triton"] = "auto",
 ) -> DistillationLoss:
-    """Return kd_weight * T^2 * divergence(teacher, student) + ce_weight * cross-entropy over supervised rows.
+    """Return kd_weight * T^2 * divergence(teacher, student) + ce_weight * cross-entropy over
+    supervised rows.
 
-    Gradients reach student_hidden, student_head and student_bias, each where it requires one; none reach the
-    teacher or token_weights. Without a supervised row the loss is a zero attached to the graph. Autocast is
-    off inside. With `row_index` the host never waits for the device.
+    Gradients reach student_hidden, student_head and student_bias, each where it requires one; none
+    reach the teacher or token_weights. Without a supervised row the loss is a zero attached to the
+    graph. Autocast is off inside. With `row_index` the host never waits for the device.
 
-    Args:
-        student_hidden: (..., Hs), last hidden states, already shifted: row i predicts labels[i].
-        student_head: (Vs, Hs), the lm_head, same dtype.
-        teacher_hidden: (..., Ht), aligned with student_hidden.
-        teacher_head: (Vt, Ht), same dtype as teacher_hidden. If kd_weight is 0 both may be None.
-        labels: (...), int64 token ids below the shared vocabulary, or ignore_index.
-        divergence: one of `kd.losses.DIVERGENCES`, defined in `kd.losses.reference`.
-        beta: weight of the teacher in the mixture of jsd, 0 < beta < 1.
-        alpha: skew of skew_kl and skew_reverse_kl, 0 < alpha < 1.
-        mix_weight: weight of forward_kl in mixed_kl, the rest is reverse_kl.
-        temperature: T > 0 of both distributions in kd; ce is at T = 1.
-        kd_weight: at 0 the teacher's product is skipped, and kd reported as 0.
-        ce_weight: at 0 ce is still reported.
-        token_weights: (...), weights >= 0 that multiply kd and ce of each row.
-        student_bias, teacher_bias: (Vs) and (Vt), same dtype as the head.
-        student_softcap, teacher_softcap: cap > 0; logits = cap * tanh(logits / cap).
-        student_scale, teacher_scale: logits = softcap(scale * (hidden W^T + bias)).
-        vocab_size: upper bound of the shared vocabulary V = min(Vs, Vt, vocab_size), whatever kd_weight is.
+    Args: student_hidden: (..., Hs), last hidden states, already shifted: row i predicts labels[i].
+        student_head: (Vs, Hs), the lm_head, same dtype. teacher_hidden: (..., Ht), aligned with
+        student_hidden. teacher_head: (Vt, Ht), same dtype as teacher_hidden. If kd_weight is 0 both
+        may be None. labels: (...), int64 token ids below the shared vocabulary, or ignore_index.
+        divergence: one of `kd.losses.DIVERGENCES`, defined in `kd.losses.reference`. beta: weight
+        of the teacher in the mixture of jsd, 0 < beta < 1. alpha: skew of skew_kl and
+        skew_reverse_kl, 0 < alpha < 1. mix_weight: weight of forward_kl in mixed_kl, the rest is
+        reverse_kl. temperature: T > 0 of both distributions in kd; ce is at T = 1. kd_weight: at 0
+        the teacher's product is skipped, and kd reported as 0. ce_weight: at 0 ce is still
+        reported. token_weights: (...), weights >= 0 that multiply kd and ce of each row.
+        student_bias, teacher_bias: (Vs) and (Vt), same dtype as the head. student_softcap,
+        teacher_softcap: cap > 0; logits = cap * tanh(logits / cap). student_scale, teacher_scale:
+        logits = softcap(scale * (hidden W^T + bias)). vocab_size: upper bound of the shared
+        vocabulary V = min(Vs, Vt, vocab_size), whatever kd_weight is.
             Heads are sliced to V; rows beyond it take no part and get a zero gradient.
-        chunk_size: rows of the student whose logits exist at a time, the teacher's an eighth of them; None: as
-            many as 2 GiB of logits hold (`kd.losses.chunk_plan`).
-        logits_dtype: dtype in which logits and their gradient are stored; None: float32, or float64 where
-            hidden states are. bfloat16 saves memory and costs accuracy; softmax sums stay in float32.
-        reduction: "sum", or "mean" = sum / sum of token weights (the number of supervised rows without them).
+        chunk_size: rows of the student whose logits exist at a time, the teacher's an eighth of
+            them; None: as many as 2 GiB of logits hold (`kd.losses.chunk_plan`).
+        logits_dtype: dtype in which logits and their gradient are stored; None: float32, or float64
+            where hidden states are. bfloat16 saves memory and costs accuracy; softmax sums stay in
+            float32.
+        reduction: "sum", or "mean" = sum / sum of token weights (the number of supervised rows
+            without them).
         ignore_index: label of rows that are not supervised.
-        row_index: (N), int64 indices of the supervised rows in the flattened labels, none of them twice; None:
-            found from labels.
-        group: ranks over which the first vocab_size tokens of both heads are split, as torch.chunk splits them: with
-            S = ceil(vocab_size / ranks), rank r passes rows [r * S, (r + 1) * S) of both heads and biases, and the
-            vocab_size of the whole. All else is the same on all ranks, as are all results but the gradients of head
-            and bias, which are those of the rank's slice.
-        backend: "triton" (a kernel for CUDA), "torch", "reference" (full logits, plain autograd), or "auto":
-            "triton" on CUDA where it is installed, else "torch".
+        row_index: (N), int64 indices of the supervised rows in the flattened labels, none of them
+            twice; None: found from labels.
+        group: ranks over which the first vocab_size tokens of both heads are split, as torch.chunk
+            splits them: with S = ceil(vocab_size / ranks), rank r passes rows [r * S, (r + 1) * S)
+            of both heads and biases, and the vocab_size of the whole. All else is the same on all
+            ranks, as are all results but the gradients of head and bias, which are those of the
+            rank's slice.
+        backend: "triton" (a kernel for CUDA), "torch", "reference" (full logits, plain autograd),
+            or "auto": "triton" on CUDA where it is installed, else "torch".
 
-    Raises:
-        ValueError: an argument out of range or of the wrong shape, dtype or device; a backend not available;
+    Raises: ValueError: an argument out of range or of the wrong shape, dtype or device; a backend
+        not available;
             on the CPU a label outside the shared vocabulary, elsewhere an asynchronous assertion.
     """
     return _distill(locals(), wants_diagnostics=False)[0]
 
 
-def distillation_loss_with_diagnostics(*args: Any, **options: Any) -> tuple[DistillationLoss, RowDiagnostics | None]:
-    """As `distillation_loss`, whose arguments it takes, with what the same pass over the logits tells of each row.
+def distillation_loss_with_diagnostics(
+    *args: Any, **options: Any
+) -> tuple[DistillationLoss, RowDiagnostics | None]:
+    """As `distillation_loss`, whose arguments it takes, with what the same pass over the logits
+    tells of each row.
 
     Without a teacher, or with kd_weight=0, there are no diagnostics.
     """
@@ -151,20 +158,30 @@ distillation_loss_with_diagnostics.__signature__ = inspect.signature(distillatio
 
 
 @torch.compiler.disable
-def _distill(arguments: dict[str, Any], wants_diagnostics: bool) -> tuple[DistillationLoss, RowDiagnostics | None]:
+def _distill(
+    arguments: dict[str, Any], wants_diagnostics: bool
+) -> tuple[DistillationLoss, RowDiagnostics | None]:
     """The arguments of `distillation_loss` by name."""
     a = SimpleNamespace(**arguments)
     check_choice("backend", a.backend, BACKENDS)
     check_choice("reduction", a.reduction, ("sum", "mean"))
     check_size("chunk_size", a.chunk_size)
-    objective = Objective(a.divergence, a.beta, a.alpha, a.mix_weight, a.temperature, a.kd_weight, a.ce_weight)
-    student = Projection(a.student_hidden, a.student_head, a.student_bias, a.student_softcap, a.student_scale)
+    objective = Objective(
+        a.divergence, a.beta, a.alpha, a.mix_weight, a.temperature, a.kd_weight, a.ce_weight
+    )
+    student = Projection(
+        a.student_hidden, a.student_head, a.student_bias, a.student_softcap, a.student_scale
+    )
     teacher = None
     if a.teacher_hidden is not None and a.teacher_head is not None:
-        teacher = Projection(a.teacher_hidden, a.teacher_head, a.teacher_bias, a.teacher_softcap, a.teacher_scale)
+        teacher = Projection(
+            a.teacher_hidden, a.teacher_head, a.teacher_bias, a.teacher_softcap, a.teacher_scale
+        )
     elif a.kd_weight != 0 or a.teacher_hidden is not a.teacher_head:
         missing = "teacher_hidden" if a.teacher_hidden is None else "teacher_head"
-        raise ValueError(f"{missing}=None, kd_weight={a.kd_weight!r}; pass it, or no teacher and kd_weight=0")
+        raise ValueError(
+            f"{missing}=None, kd_weight={a.kd_weight!r}; pass it, or no teacher and kd_weight=0"
+        )
     with torch.autocast(a.labels.device.type, enabled=False):
         inputs = supervised_inputs(
             student,
@@ -180,16 +197,24 @@ def _distill(arguments: dict[str, Any], wants_diagnostics: bool) -> tuple[Distil
             group=a.group,
         )
         wants_diagnostics = wants_diagnostics and inputs.teacher is not None
-        run = _by_reference if a.backend == "reference" else functools.partial(_by_chunks, a.backend, a.chunk_size)
+        run = (
+            _by_reference
+            if a.backend == "reference"
+            else functools.partial(_by_chunks, a.backend, a.chunk_size)
+        )
         loss, kd, ce, diagnostics_N5 = run(inputs, wants_diagnostics)
     num_tokens = torch.full((), inputs.labels_N.shape[0], device=a.labels.device)
     diagnostics = None if diagnostics_N5 is None else RowDiagnostics(*diagnostics_N5.unbind(1))
     return DistillationLoss(loss, kd.detach(), ce.detach(), num_tokens), diagnostics
 
 
-def _by_reference(inputs: Inputs, wants_diagnostics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _by_reference(
+    inputs: Inputs, wants_diagnostics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if inputs.shard is not None:
-        raise ValueError("backend='reference' takes whole heads; with a group choose 'torch' or 'triton'")
+        raise ValueError(
+            "backend='reference' takes whole heads; with a group choose 'torch' or 'triton'"
+        )
     return *reference_loss(inputs), reference_diagnostics(inputs) if wants_diagnostics else None
 
 
@@ -199,7 +224,9 @@ def _by_chunks(
     backend = resolve_backend(backend, inputs.labels_N.device)
     row_function = _row_function(backend)
     has_teacher = inputs.teacher is not None
-    plan = plan_chunks(inputs.plan_vocab_size, inputs.logits_dtype, has_teacher=has_teacher, chunk_size=chunk_size)
+    plan = plan_chunks(
+        inputs.plan_vocab_size, inputs.logits_dtype, has_teacher=has_teacher, chunk_size=chunk_size
+    )
     _log_plan(backend, plan, inputs.vocab_size, inputs.logits_dtype)
     values = RowValues.empty(inputs, diagnostics=wants_diagnostics)
     fill = fill_from_teacher(inputs, row_function, plan, values)
@@ -216,9 +243,14 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
     if backend == "triton":
         if not importlib.util.find_spec("triton"):
-            raise ValueError("backend='triton' needs the package triton; install it, or use 'torch'")
+            raise ValueError(
+                "backend='triton' needs the package triton; install it, or use 'torch'"
+            )
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"backend='triton' runs on CUDA and the tensors are on {device}; use 'auto' or 'torch'")
+            raise ValueError(
+                f"backend='triton' runs on CUDA and the tensors are on {device}; use 'auto' or "
+                f"'torch'"
+            )
     return backend
 
 
@@ -235,7 +267,8 @@ def _log_plan(backend: str, plan: ChunkPlan, vocab_size: int, logits_dtype: torc
     """Say once per plan what the loss will hold."""
     size_gib = sum(plan) * vocab_size * logits_dtype.itemsize / 2**30
     log.info(
-        "loss: backend %s, logits in %s, chunks of %d student and %d teacher rows of %d tokens (at most %.2f GiB)",
+        "loss: backend %s, logits in %s, chunks of %d student and %d teacher rows of %d tokens (at "
+        "most %.2f GiB)",
         backend,
         str(logits_dtype).removeprefix("torch."),
         plan.student_rows,

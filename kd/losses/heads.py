@@ -1,11 +1,15 @@
-"""Projection: logits = softcap(scale * (hidden W^T + bias)), and the products that chunks of it are made of.
+"""Projection: logits = softcap(scale * (hidden W^T + bias)), and the products that chunks of it are
+made of.
 
-Shapes: M rows of hidden states, N supervised rows, C rows of a chunk, V rows of the head or the shared vocabulary,
+Shapes: M rows of hidden states, N supervised rows, C rows of a chunk, V rows of the head or the
+    shared vocabulary,
 H hidden size.
 
-Precision: CUDA multiplies bf16 operands on tensor cores and can return the fp32 accumulator as it is
-(out_dtype; with an fp32 `input` of addmm since torch 2.10, pytorch pull 167931), so operands stay bf16 there.
-Other devices have no such kernel: operands are upcast, the head once per call at the cost of 4 * V * H bytes.
+Precision: CUDA multiplies bf16 operands on tensor cores and can return the fp32 accumulator as it
+    is
+(out_dtype; with an fp32 `input` of addmm since torch 2.10, pytorch pull 167931), so operands stay
+bf16 there. Other devices have no such kernel: operands are upcast, the head once per call at the
+cost of 4 * V * H bytes.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +22,8 @@ ALIGNED_COLUMNS = 16
 
 @dataclass(frozen=True)
 class Projection:
-    """The logits of one model before they are computed: hidden states, an lm_head, and what follows it.
+    """The logits of one model before they are computed: hidden states, an lm_head, and what follows
+    it.
 
     hidden_MH: (..., H) until `flatten`. A model that divides its logits by s has scale = 1 / s;
     softcap(x) = cap * tanh(x / cap).
@@ -31,20 +36,28 @@ class Projection:
     scale: float = 1.0
 
     def flatten(self) -> "Projection":
-        """The same with the leading dimensions of its hidden states in one, as row_index counts them."""
+        """The same with the leading dimensions of its hidden states in one, as row_index counts
+        them.
+        """
         return replace(self, hidden_MH=self.hidden_MH.reshape(-1, self.hidden_MH.shape[-1]))
 
     def slice_head(self, vocab_size: int) -> "Projection":
-        """The same with the first `vocab_size` tokens of the head, the bias contiguous, as kernels read it."""
+        """The same with the first `vocab_size` tokens of the head, the bias contiguous, as kernels
+        read it.
+        """
         bias_V = None if self.bias_V is None else self.bias_V[:vocab_size].contiguous()
         return replace(self, weight_VH=self.weight_VH[:vocab_size], bias_V=bias_V)
 
     def with_operand_head(self, dtype: torch.dtype) -> "Projection":
-        """The same with its head cast, once for all chunks, to what products accumulated in `dtype` take."""
+        """The same with its head cast, once for all chunks, to what products accumulated in `dtype`
+        take.
+        """
         return replace(self, weight_VH=operand(self.weight_VH, dtype))
 
     def rows(self, row_index_C: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the given rows of hidden states, (C, H), as operands of products accumulated in `dtype`."""
+        """Return the given rows of hidden states, (C, H), as operands of products accumulated in
+        `dtype`.
+        """
         return operand(self.hidden_MH.index_select(0, row_index_C), dtype)
 
 
@@ -56,12 +69,14 @@ def logits_buffer(weight_VH: Tensor, num_rows: int, dtype: torch.dtype) -> Tenso
 
 
 def gradient_view(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (C, V) on the storage of a logits_buffer, for a gradient whose products take operands in `dtype`.
+    """Return (C, V) on the storage of a logits_buffer, for a gradient whose products take operands
+    in `dtype`.
 
     It is each row's second half where that holds `dtype`, else the logits themselves.
 
-    A row written from its end to its start then never overwrites a logit not yet read: in a row of D columns of 4
-    bytes, gradient v begins at byte 2 * D + 2 * v >= 4 * v, where logit v does or behind it.
+    A row written from its end to its start then never overwrites a logit not yet read: in a row of
+    D columns of 4 bytes, gradient v begins at byte 2 * D + 2 * v >= 4 * v, where logit v does or
+    behind it.
     """
     if dtype.itemsize >= logits_CV.dtype.itemsize:
         return logits_CV
@@ -71,7 +86,9 @@ def gradient_view(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def finish_logits(logits_CV: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:
-    """Turn hidden W^T, where possible in place, into softcap(scale * (hidden W^T + bias)) in `dtype`."""
+    """Turn hidden W^T, where possible in place, into softcap(scale * (hidden W^T + bias)) in
+    `dtype`.
+    """
     logits_CV = logits_CV.to(dtype)
     if projection.bias_V is not None:
         logits_CV += projection.bias_V
@@ -83,7 +100,9 @@ def finish_logits(logits_CV: Tensor, projection: Projection, dtype: torch.dtype)
 
 
 def logits_backward_(dlogits_CV: Tensor, logits_CV: Tensor, projection: Projection) -> Tensor:
-    """Turn the gradient of finished logits into that of hidden W^T, in place; the logits are overwritten."""
+    """Turn the gradient of finished logits into that of hidden W^T, in place; the logits are
+    overwritten.
+    """
     if projection.softcap is not None:
         # d softcap(x) / dx = 1 - tanh(x / cap)^2 = 1 - (logits / cap)^2
         dlogits_CV *= logits_CV.div_(projection.softcap).square_().neg_().add_(1)
@@ -98,13 +117,19 @@ def operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if stays_bf16 else tensor.to(dtype)
 
 
-def product(a: Tensor, b: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+def product(
+    a: Tensor, b: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """Return a @ b, rounded once, in `dtype` or into `out`."""
     dtype = out.dtype if out is not None else dtype
     if a.dtype == dtype:
         return torch.mm(a, b, out=out)
     if a.dtype == torch.bfloat16 and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype, out=out) if out is not None else torch.mm(a, b, out_dtype=dtype)
+        return (
+            torch.mm(a, b, out_dtype=dtype, out=out)
+            if out is not None
+            else torch.mm(a, b, out_dtype=dtype)
+        )
     narrowed = torch.mm(a, b)
     return out.copy_(narrowed) if out is not None else narrowed.to(dtype)
 

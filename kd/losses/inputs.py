@@ -1,6 +1,8 @@
-"""Inputs: what every implementation of the loss takes, checked: which rows, which tokens, and what of each.
+"""Inputs: what every implementation of the loss takes, checked: which rows, which tokens, and what
+of each.
 
-Shapes: ... any leading shape, N supervised rows, H hidden size, V rows of a head or the shared vocabulary.
+Shapes: ... any leading shape, N supervised rows, H hidden size, V rows of a head or the shared
+    vocabulary.
 """
 
 import sys
@@ -10,7 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd.losses.checks import check_group, check_labels, check_logits_dtype, check_projection, check_rows, check_size
+from kd.losses.checks import (
+    check_group,
+    check_labels,
+    check_logits_dtype,
+    check_projection,
+    check_rows,
+    check_size,
+)
 from kd.losses.heads import Projection
 from kd.losses.objective import Objective
 from kd.losses.sharding import VocabShard
@@ -20,10 +29,12 @@ from kd.losses.sharding import VocabShard
 class Inputs:
     """Rows to sum over, and what to compute of each.
 
-    row_index_N: the supervised rows of the projections' hidden states, to which labels_N and weights_N belong.
-    weights_N multiply the rows and carry the division of a mean; sums run in their dtype, float32 or float64.
-    teacher is None where kd_weight is 0: its product is skipped, and kd is 0.
-    vocab_size: the first so many rows of both heads take part; with a shard, they are its slice of the vocabulary.
+    row_index_N: the supervised rows of the projections' hidden states, to which labels_N and
+        weights_N belong.
+    weights_N multiply the rows and carry the division of a mean; sums run in their dtype, float32
+    or float64. teacher is None where kd_weight is 0: its product is skipped, and kd is 0.
+    vocab_size: the first so many rows of both heads take part; with a shard, they are its slice of
+        the vocabulary.
     """
 
     student: Projection
@@ -83,7 +94,9 @@ def supervised_inputs(
         teacher=teacher.flatten() if teacher and objective.kd_weight else None,
         row_index_N=row_index,
         labels_N=labels_N,
-        weights_N=_row_weights(token_weights, row_index, reduction, torch.promote_types(logits_dtype, torch.float32)),
+        weights_N=_row_weights(
+            token_weights, row_index, reduction, torch.promote_types(logits_dtype, torch.float32)
+        ),
         objective=objective,
         vocab_size=num_tokens,
         logits_dtype=logits_dtype,
@@ -97,7 +110,9 @@ def _row_weights(
     reduction: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the weights of the supervised rows; for a mean they sum to 1, or are 0 if all of them are."""
+    """Return the weights of the supervised rows; for a mean they sum to 1, or are 0 if all of them
+    are.
+    """
     if token_weights is None:
         weights_N = torch.ones(row_index_N.shape, dtype=dtype, device=row_index_N.device)
     else:

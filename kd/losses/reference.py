@@ -1,7 +1,7 @@
 """The specification: the loss on full (N, V) logits in any dtype, differentiated by plain autograd.
 
-With p the teacher's and q the student's distribution over the shared vocabulary at temperature T, and
-KL(a, b) = sum_v a_v * (log a_v - log b_v), the divergence of one row is
+With p the teacher's and q the student's distribution over the shared vocabulary at temperature T,
+and KL(a, b) = sum_v a_v * (log a_v - log b_v), the divergence of one row is
 
     forward_kl       KL(p, q)                       KL(teacher || student), teacher entropy included
     reverse_kl       KL(q, p)                       KL(student || teacher)
@@ -11,8 +11,8 @@ KL(a, b) = sum_v a_v * (log a_v - log b_v), the divergence of one row is
     skew_reverse_kl  KL(q, a q + (1 - a) p)         a = alpha; arXiv 2402.03898
     tvd              1/2 sum_v |p_v - q_v|          arXiv 2307.15190
 
-and kd = T^2 * divergence, so that the gradient does not fade as T grows (arXiv 1503.02531, section 2).
-Cross-entropy takes the same student logits at T = 1.
+and kd = T^2 * divergence, so that the gradient does not fade as T grows (arXiv 1503.02531, section
+2). Cross-entropy takes the same student logits at T = 1.
 
 Shapes: N rows, V shared vocabulary, H hidden size (the student's and the teacher's may differ).
 """
@@ -41,11 +41,15 @@ def reference_loss(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference_logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of all supervised rows over the shared vocabulary: the student's, and the teacher's if any."""
+    """Return the logits of all supervised rows over the shared vocabulary: the student's, and the
+    teacher's if any.
+    """
 
     def logits(model: Projection) -> Tensor:
         hidden_NH = model.hidden_MH.index_select(0, inputs.row_index_N)
-        return full_logits(replace(model.slice_head(inputs.vocab_size), hidden_MH=hidden_NH), inputs.logits_dtype)
+        return full_logits(
+            replace(model.slice_head(inputs.vocab_size), hidden_MH=hidden_NH), inputs.logits_dtype
+        )
 
     with torch.no_grad():
         teacher_logits_NV = logits(inputs.teacher) if inputs.teacher else None
@@ -53,19 +57,27 @@ def reference_logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
 
 
 def reference_diagnostics(inputs: Inputs) -> Tensor:
-    """Return (N, 5): forward and reverse KL, entropies of student and teacher, 1 where a token is the top of both."""
+    """Return (N, 5): forward and reverse KL, entropies of student and teacher, 1 where a token is
+    the top of both.
+    """
     with torch.no_grad():
         student_logits_NV, teacher_logits_NV = reference_logits(inputs)
         assert teacher_logits_NV is not None
         log_q_NV = torch.log_softmax(student_logits_NV / inputs.objective.temperature, dim=-1)
         log_p_NV = torch.log_softmax(teacher_logits_NV / inputs.objective.temperature, dim=-1)
-        agreement_N = (student_logits_NV.argmax(-1) == teacher_logits_NV.argmax(-1)).to(log_q_NV.dtype)
+        agreement_N = (student_logits_NV.argmax(-1) == teacher_logits_NV.argmax(-1)).to(
+            log_q_NV.dtype
+        )
         entropies = [-(log_NV.exp() * log_NV).sum(-1) for log_NV in (log_q_NV, log_p_NV)]
-        return torch.stack([_kl(log_p_NV, log_q_NV), _kl(log_q_NV, log_p_NV), *entropies, agreement_N], dim=1)
+        return torch.stack(
+            [_kl(log_p_NV, log_q_NV), _kl(log_q_NV, log_p_NV), *entropies, agreement_N], dim=1
+        )
 
 
 def full_logits(projection: Projection, dtype: torch.dtype) -> Tensor:
-    """Return softcap(scale * (hidden W^T + bias)), (N, V) in `dtype`; softcap(x) = cap * tanh(x / cap)."""
+    """Return softcap(scale * (hidden W^T + bias)), (N, V) in `dtype`; softcap(x) = cap * tanh(x /
+    cap).
+    """
     logits_NV = projection.hidden_MH.to(dtype) @ projection.weight_VH.to(dtype).T
     if projection.bias_V is not None:
         logits_NV = logits_NV + projection.bias_V.to(dtype)
@@ -101,9 +113,11 @@ def kd_rows(student_logits_NV: Tensor, teacher_logits_NV: Tensor, objective: Obj
 def top_k_kd_rows(
     student_logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, tail: str, objective: Objective
 ) -> Tensor:
-    """Return kd_N over K + 1 outcomes, the teacher's K tokens and all others as one, at the objective's temperature.
+    """Return kd_N over K + 1 outcomes, the teacher's K tokens and all others as one, at the
+    objective's temperature.
 
-    The teacher's mass of the others is 1 - sum(p) with tail "bucket" and nothing with "ignore"; p is normalised.
+    The teacher's mass of the others is 1 - sum(p) with tail "bucket" and nothing with "ignore"; p
+    is normalised.
     """
     p_NK = logprobs_NK.exp()
     p_tail_N = (1 - p_NK.sum(-1)).clamp_min(0) if tail == "bucket" else torch.zeros_like(p_NK[:, 0])
@@ -113,7 +127,9 @@ def top_k_kd_rows(
     q_NO = torch.cat([q_NV.gather(1, ids_NK), (q_NV * is_tail_NV).sum(-1, keepdim=True)], dim=1)
     tiny = torch.finfo(q_NV.dtype).tiny
     log_p_NO, log_q_NO = ((x / x.sum(-1, keepdim=True)).clamp_min(tiny).log() for x in (p_NO, q_NO))
-    temperature = objective.temperature  # kd_rows divides by it, and log-probabilities at T are logits of themselves
+    temperature = (
+        objective.temperature
+    )  # kd_rows divides by it, and log-probabilities at T are logits of themselves
     return kd_rows(temperature * log_q_NO, temperature * log_p_NO, objective)
 
 

@@ -1,13 +1,14 @@
-"""Row functions: from one chunk's logits to each row's values, and the gradient of the logits in their place.
+"""Row functions: from one chunk's logits to each row's values, and the gradient of the logits in
+their place.
 
-This is the seam between the chunk loop and a kernel: `RowFunction` is the contract, `torch_rows` the plain
-implementation of it, `kd.losses.triton_rows` the kernel.
+This is the seam between the chunk loop and a kernel: `RowFunction` is the contract, `torch_rows`
+the plain implementation of it, `kd.losses.triton_rows` the kernel.
 
 Shapes: C rows of a chunk, B rows of a block of it, V shared vocabulary or this rank's slice of it.
 
-Gradient. Let q = softmax(s / T), D the divergence, f = dD/dq and w = q * f. Then
-T^2 * dD/ds = T * (w - q * sum(w)), and adding a multiple of q to w changes nothing. Each w below is written
-without a division by a probability, so that it stays finite where q underflows: forward_kl has f = -p / q,
+Gradient. Let q = softmax(s / T), D the divergence, f = dD/dq and w = q * f. Then T^2 * dD/ds = T *
+(w - q * sum(w)), and adding a multiple of q to w changes nothing. Each w below is written without a
+division by a probability, so that it stays finite where q underflows: forward_kl has f = -p / q,
 but w = -p. Every divergence is a function of p, q and log(p / q).
 """
 
@@ -23,8 +24,9 @@ from kd.losses.heads import Projection, finish_logits, logits_backward_
 from kd.losses.objective import Objective
 from kd.losses.sharding import Softmax, VocabShard, all_ranks_sum_, gather_labels, softmax
 
-# Logits worked on at a time, for each of which up to ten intermediates exist. On a CPU few, to stay in its cache and in
-# memory that malloc keeps: with twice as many it returns them to the system, and each block pays for new pages.
+# Logits worked on at a time, for each of which up to ten intermediates exist. On a CPU few, to stay
+# in its cache and in memory that malloc keeps: with twice as many it returns them to the system,
+# and each block pays for new pages.
 CPU_BLOCK_ELEMENTS = 2**17
 BLOCK_ELEMENTS = 2**23
 
@@ -40,19 +42,24 @@ class Rows(NamedTuple):
     weights_C: Tensor  # their dtype is that of all sums
     kd_C: Tensor  # out: T^2 * divergence, unweighted; zero without a teacher
     ce_C: Tensor  # out: cross-entropy, unweighted
-    dlogits_CV: Tensor | None  # out: gradient in student_CV, whose storage it may share as gradient_view does
+    dlogits_CV: (
+        Tensor | None
+    )  # out: gradient in student_CV, whose storage it may share as gradient_view does
     diagnostics_C5: Tensor | None  # out: DIAGNOSTICS; None without a teacher or where nobody asks
 
     def block(self, rows: slice) -> "Rows":
         """The same of some rows alone."""
         parts: dict[str, Any] = {
-            name: None if tensor is None else tensor[rows] for name, tensor in self._asdict().items()
+            name: None if tensor is None else tensor[rows]
+            for name, tensor in self._asdict().items()
         }
         return Rows(**parts)
 
 
 class RowSpec(NamedTuple):
-    """What to compute of each row. Of the projections a row function reads bias, scale and softcap alone."""
+    """What to compute of each row. Of the projections a row function reads bias, scale and softcap
+    alone.
+    """
 
     objective: Objective
     student: Projection
@@ -61,10 +68,11 @@ class RowSpec(NamedTuple):
 
 
 class RowFunction(Protocol):
-    """What a backend implements: fill `kd_C`, `ce_C` and, where they are given, `dlogits_CV` and `diagnostics_C5`.
+    """What a backend implements: fill `kd_C`, `ce_C` and, where they are given, `dlogits_CV` and
+    `diagnostics_C5`.
 
-    dlogits_CV is the gradient of sum(weights * (kd_weight * kd + ce_weight * ce)). With a shard, V is a slice, and
-    all its ranks must call with the same number of rows.
+    dlogits_CV is the gradient of sum(weights * (kd_weight * kd + ce_weight * ce)). With a shard, V
+    is a slice, and all its ranks must call with the same number of rows.
     """
 
     def __call__(self, rows: Rows, spec: RowSpec) -> None: ...
@@ -80,7 +88,9 @@ def torch_rows(rows: Rows, spec: RowSpec) -> None:
 
 
 def block_rows(logits_CV: Tensor) -> int:
-    """Return how many rows of these logits to work on at a time: on a CPU, at least one for each thread."""
+    """Return how many rows of these logits to work on at a time: on a CPU, at least one for each
+    thread.
+    """
     if logits_CV.is_cpu:
         return max(torch.get_num_threads(), CPU_BLOCK_ELEMENTS // logits_CV.shape[1])
     return max(1, BLOCK_ELEMENTS // logits_CV.shape[1])
@@ -102,18 +112,24 @@ def _block(rows: Rows, spec: RowSpec) -> None:
         if rows.diagnostics_C5 is not None:
             rows.diagnostics_C5.copy_(_diagnostics(p, q, log_ratio_BV, shard))
         kd_of = DIVERGENCE[objective.divergence]
-        divergence_B, w_BV = kd_of(p.probability_BV, q.probability_BV, log_ratio_BV, objective.parameter)
+        divergence_B, w_BV = kd_of(
+            p.probability_BV, q.probability_BV, log_ratio_BV, objective.parameter
+        )
         rows.kd_C.add_(all_ranks_sum_(divergence_B, shard), alpha=temperature**2)
         if rows.dlogits_CV is not None:
             w_sum_B1 = all_ranks_sum_(w_BV.sum(-1, keepdim=True), shard)
             scale_B1 = objective.kd_weight * temperature * weights_B1
-            dlogits_BV = w_BV.mul_(scale_B1).addcmul_(q.probability_BV, scale_B1 * w_sum_B1, value=-1)
+            dlogits_BV = w_BV.mul_(scale_B1).addcmul_(
+                q.probability_BV, scale_B1 * w_sum_B1, value=-1
+            )
     if rows.dlogits_CV is None:
         return
     if dlogits_BV is None or objective.ce_weight:
         dlogits_BV = torch.zeros_like(logits_BV) if dlogits_BV is None else dlogits_BV
         scale_B1 = objective.ce_weight * weights_B1
-        add_ce_gradient_(dlogits_BV, q1.probability_BV, log_q1_label_B1, rows.labels_C, scale_B1, shard)
+        add_ce_gradient_(
+            dlogits_BV, q1.probability_BV, log_q1_label_B1, rows.labels_C, scale_B1, shard
+        )
     rows.dlogits_CV.copy_(logits_backward_(dlogits_BV, logits_BV, spec.student))
 
 
@@ -138,7 +154,9 @@ def add_ce_gradient_(
 
 
 def _diagnostics(p: Softmax, q: Softmax, log_ratio_BV: Tensor, shard: VocabShard | None) -> Tensor:
-    """Return DIAGNOSTICS of each row, (B, 5). Models agree where one token is the most likely of both."""
+    """Return DIAGNOSTICS of each row, (B, 5). Models agree where one token is the most likely of
+    both.
+    """
     agrees_BV = (p.logits_BV == p.top_B1).logical_and_(q.logits_BV == q.top_B1)
     sums = (
         _dot(p.probability_BV, log_ratio_BV),
@@ -157,20 +175,26 @@ def _dot(a_BV: Tensor, b_BV: Tensor) -> Tensor:
     return torch.linalg.vecdot(a_BV, b_BV)
 
 
-# Each takes p, q, log(p / q) and the divergence's parameter, and returns the divergence of each row and w. It may
-# overwrite p and log(p / q).
+# Each takes p, q, log(p / q) and the divergence's parameter, and returns the divergence of each row
+# and w. It may overwrite p and log(p / q).
 
 
-def _forward_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
+def _forward_kl(
+    p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float
+) -> tuple[Tensor, Tensor]:
     return log_ratio_BV.mul_(p_BV).sum(-1), p_BV.neg_()  # f = -p / q
 
 
-def _reverse_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float) -> tuple[Tensor, Tensor]:
+def _reverse_kl(
+    p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float
+) -> tuple[Tensor, Tensor]:
     w_BV = log_ratio_BV.neg_().mul_(q_BV)  # f = log q - log p + 1
     return w_BV.sum(-1), w_BV
 
 
-def _mixed_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, mix_weight: float) -> tuple[Tensor, Tensor]:
+def _mixed_kl(
+    p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, mix_weight: float
+) -> tuple[Tensor, Tensor]:
     forward_B = _dot(p_BV, log_ratio_BV)
     reverse_B, reverse_w_BV = _reverse_kl(p_BV, q_BV, log_ratio_BV, 0.0)
     return torch.lerp(reverse_B, forward_B, mix_weight), reverse_w_BV.lerp_(p_BV.neg_(), mix_weight)
@@ -183,14 +207,18 @@ def _jsd(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, beta: float) -> tuple
     return beta * _dot(p_BV, log_p_over_m_BV) + w_BV.sum(-1), w_BV
 
 
-def _skew_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _skew_kl(
+    p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
     log_p_over_m_BV = _log_over_mixture(log_ratio_BV, alpha)
     skew_kl_B = _dot(p_BV, log_p_over_m_BV)
     # f = -(1 - alpha) * p / m, and q / m <= 1 / (1 - alpha)
     return skew_kl_B, log_p_over_m_BV.sub_(log_ratio_BV).exp_().mul_(p_BV).mul_(alpha - 1)
 
 
-def _skew_reverse_kl(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _skew_reverse_kl(
+    p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
     log_q_over_m_BV = _log_over_mixture(log_ratio_BV.neg_(), alpha)
     skew_reverse_kl_B = _dot(q_BV, log_q_over_m_BV)
     # f = log(q / m) + 1 - alpha * q / m, and q / m <= 1 / alpha
@@ -205,7 +233,9 @@ def _tvd(p_BV: Tensor, q_BV: Tensor, log_ratio_BV: Tensor, _: float) -> tuple[Te
 
 def _log_over_mixture(log_ratio_BV: Tensor, weight: float) -> Tensor:
     """Return log(a / m), where m = weight * a + (1 - weight) * b and log_ratio = log(a / b)."""
-    log_weight = torch.full((), math.log(weight), dtype=log_ratio_BV.dtype, device=log_ratio_BV.device)
+    log_weight = torch.full(
+        (), math.log(weight), dtype=log_ratio_BV.dtype, device=log_ratio_BV.device
+    )
     return torch.logaddexp(math.log1p(-weight) - log_ratio_BV, log_weight).neg_()
 
 

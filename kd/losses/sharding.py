@@ -1,4 +1,5 @@
-"""VocabShard: this rank's slice of a vocabulary whose heads are split over a process group, as DTensor's Shard(0) does.
+"""VocabShard: this rank's slice of a vocabulary whose heads are split over a process group, as
+DTensor's Shard(0) does.
 
 Shapes: C rows of a chunk, B rows of a block of it, V tokens of this rank's slice.
 """
@@ -13,7 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Tokens [offset, offset + size) of the shared vocabulary are this rank's. All ranks hold the same rows."""
+    """Tokens [offset, offset + size) of the shared vocabulary are this rank's. All ranks hold the
+    same rows.
+    """
 
     group: dist.ProcessGroup
     offset: int
@@ -31,18 +34,23 @@ class VocabShard:
         return values
 
     def logsumexp(self, local: Tensor) -> Tensor:
-        """From log(sum(exp)) of this slice to that of the whole vocabulary; every rank must call it."""
+        """From log(sum(exp)) of this slice to that of the whole vocabulary; every rank must call
+        it.
+        """
         greatest = self.max_(local.clone())
         return greatest + self.sum_((local - greatest).exp()).log()
 
     def local_labels(self, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (the labels counted from `offset`, clamped into the slice; whether each lay in it)."""
+        """Return (the labels counted from `offset`, clamped into the slice; whether each lay in
+        it).
+        """
         local_C = labels_C - self.offset
         return local_C.clamp(0, self.size - 1), (local_C >= 0) & (local_C < self.size)
 
 
 def vocab_shard(group: dist.ProcessGroup, vocab_size: int) -> VocabShard:
-    """Return this rank's slice of `vocab_size` tokens: ceil(vocab_size / ranks) each, the last ranks less.
+    """Return this rank's slice of `vocab_size` tokens: ceil(vocab_size / ranks) each, the last
+    ranks less.
 
     Raises:
         ValueError: a rank would be left without a token.
@@ -50,7 +58,10 @@ def vocab_shard(group: dist.ProcessGroup, vocab_size: int) -> VocabShard:
     num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     size = -(-vocab_size // num_ranks)
     if size * (num_ranks - 1) >= vocab_size:
-        raise ValueError(f"vocab_size={vocab_size!r} leaves the last of {num_ranks} ranks no token; use fewer ranks")
+        raise ValueError(
+            f"vocab_size={vocab_size!r} leaves the last of {num_ranks} ranks no token; use fewer "
+            f"ranks"
+        )
     return VocabShard(group, rank * size, min(size, vocab_size - rank * size), size)
 
 
@@ -60,7 +71,9 @@ def all_ranks_sum_(values: Tensor, shard: VocabShard | None) -> Tensor:
 
 
 class Softmax(NamedTuple):
-    """Probabilities of logits over the whole vocabulary, of which V may be a slice, and log(sum(exp)) and maximum."""
+    """Probabilities of logits over the whole vocabulary, of which V may be a slice, and
+    log(sum(exp)) and maximum.
+    """
 
     probability_BV: Tensor
     logits_BV: Tensor
@@ -69,7 +82,9 @@ class Softmax(NamedTuple):
 
 
 def softmax(logits_BV: Tensor, shard: VocabShard | None) -> Softmax:
-    """Return the softmax, in new memory. log(sum(exp)) is read off the largest probability, without another exp()."""
+    """Return the softmax, in new memory. log(sum(exp)) is read off the largest probability, without
+    another exp().
+    """
     probability_BV, top_B1 = torch.softmax(logits_BV, dim=-1), logits_BV.amax(-1, keepdim=True)
     lse_B1 = top_B1 - probability_BV.amax(-1, keepdim=True).log_()
     if shard is not None:

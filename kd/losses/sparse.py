@@ -1,13 +1,17 @@
-"""sparse_distillation_loss: the loss from a teacher of which only the K most likely tokens of each row are known.
+"""sparse_distillation_loss: the loss from a teacher of which only the K most likely tokens of each
+row are known.
 
-Student and teacher are compared over K + 1 outcomes: the teacher's K tokens, and all others as one. Every divergence
-of these is at most that of the full distributions (data-processing inequality), and never negative.
+Student and teacher are compared over K + 1 outcomes: the teacher's K tokens, and all others as one.
+Every divergence of these is at most that of the full distributions (data-processing inequality),
+and never negative.
 
-Shapes: ... any leading shape, N supervised rows, C rows of a chunk, B rows of a block of it, K tokens of the teacher,
+Shapes: ... any leading shape, N supervised rows, C rows of a chunk, B rows of a block of it, K
+    tokens of the teacher,
 O = K + 1 outcomes, V vocabulary, H hidden size.
 
-Gradient. With w and q over outcomes as in `kd.losses.row_functions`, g = w - q * sum(w) is the gradient in the logit of an
-outcome; a token of the tail has the share softmax(s / T) within the tail of the last outcome's.
+Gradient. With w and q over outcomes as in `kd.losses.row_functions`, g = w - q * sum(w) is the
+gradient in the logit of an outcome; a token of the tail has the share softmax(s / T) within the
+tail of the last outcome's.
 """
 
 import math
@@ -58,23 +62,24 @@ def sparse_distillation_loss(
     row_index: Tensor | None = None,
     backend: Literal["auto", "reference", "torch"] = "auto",
 ) -> DistillationLoss:
-    """Return what `distillation_loss` does, from the teacher's K most likely tokens: with K = V the two agree.
+    """Return what `distillation_loss` does, from the teacher's K most likely tokens: with K = V the
+    two agree.
 
-    Arguments that are not named here are those of `distillation_loss`, but that kd is reported at kd_weight=0 too.
-    Memory and products are those of the student alone, 2 * N * V * 3 * H FLOP.
+    Arguments that are not named here are those of `distillation_loss`, but that kd is reported at
+    kd_weight=0 too. Memory and products are those of the student alone, 2 * N * V * 3 * H FLOP.
 
-    Args:
-        teacher_ids: (..., K), int64, distinct tokens below the vocabulary in each supervised row.
-        teacher_logprobs: (..., K), their log-probabilities at `temperature`, of the teacher's whole vocabulary; -inf
+    Args: teacher_ids: (..., K), int64, distinct tokens below the vocabulary in each supervised row.
+        teacher_logprobs: (..., K), their log-probabilities at `temperature`, of the teacher's whole
+        vocabulary; -inf
             for a token that is there to fill K.
-        tail: "bucket": the mass that the K tokens leave is the teacher's probability of all other tokens together.
-            "ignore": it is dropped, and the teacher's K probabilities are scaled to sum to 1; the student's
-            probability of other tokens remains, and is pushed towards 0. reverse_kl and mixed_kl are then infinite,
-            and refused.
+        tail: "bucket": the mass that the K tokens leave is the teacher's probability of all other
+            tokens together. "ignore": it is dropped, and the teacher's K probabilities are scaled
+            to sum to 1; the student's probability of other tokens remains, and is pushed towards 0.
+            reverse_kl and mixed_kl are then infinite, and refused.
         backend: "torch", "reference" (full logits, plain autograd), or "auto", which is "torch".
 
-    Raises:
-        ValueError: as `distillation_loss`; positive log-probabilities, or ids that repeat or leave the vocabulary (on
+    Raises: ValueError: as `distillation_loss`; positive log-probabilities, or ids that repeat or
+        leave the vocabulary (on
             the CPU; elsewhere an asynchronous assertion).
     """
     check_choice("backend", backend, ("auto", "reference", "torch"))
@@ -83,7 +88,10 @@ def sparse_distillation_loss(
     check_size("chunk_size", chunk_size)
     objective = Objective(divergence, beta, alpha, mix_weight, temperature, kd_weight, ce_weight)
     if tail == "ignore" and divergence in INFINITE_WITHOUT_TAIL:
-        raise ValueError(f"tail='ignore', divergence={divergence!r}: infinite wherever p is 0; choose tail='bucket'")
+        raise ValueError(
+            f"tail='ignore', divergence={divergence!r}: infinite wherever p is 0; choose "
+            f"tail='bucket'"
+        )
     with torch.autocast(labels.device.type, enabled=False):
         inputs = supervised_inputs(
             Projection(student_hidden, student_head, student_bias, student_softcap, student_scale),
@@ -110,12 +118,17 @@ def sparse_distillation_loss(
             kd, ce = (kd_N * inputs.weights_N).sum(), (ce_N * inputs.weights_N).sum()
             loss = kd_weight * kd + ce_weight * ce
         else:
-            plan = plan_chunks(inputs.vocab_size, inputs.logits_dtype, has_teacher=False, chunk_size=chunk_size)
+            plan = plan_chunks(
+                inputs.vocab_size, inputs.logits_dtype, has_teacher=False, chunk_size=chunk_size
+            )
             values = RowValues.empty(inputs)
             fill = _fill_from_top_k(inputs, ids_NK, _with_tail(logprobs_NK, tail), values)
             loss, kd, ce = chunked_loss(inputs, fill, values, plan.student_rows)
     return DistillationLoss(
-        loss, kd.detach(), ce.detach(), torch.full((), inputs.labels_N.shape[0], device=labels.device)
+        loss,
+        kd.detach(),
+        ce.detach(),
+        torch.full((), inputs.labels_N.shape[0], device=labels.device),
     )
 
 
@@ -129,7 +142,9 @@ def _with_tail(logprobs_NK: Tensor, tail: str) -> Tensor:
     return torch.log_softmax(log_p_NO.clamp_min(math.log(least)), dim=1)
 
 
-def _fill_from_top_k(inputs: Inputs, ids_NK: Tensor, log_p_NO: Tensor, values: RowValues) -> FillRows:
+def _fill_from_top_k(
+    inputs: Inputs, ids_NK: Tensor, log_p_NO: Tensor, values: RowValues
+) -> FillRows:
     """Return what fills `values` from the teacher's outcomes, a block of rows at a time."""
     student = inputs.student.slice_head(inputs.vocab_size)
 
@@ -174,7 +189,9 @@ def _block(
     top_BK = tail_BV.gather(1, ids_BK)
     tail_BV.scatter_(1, ids_BK, -torch.inf)
     # clamped, since all V tokens may be the teacher's: then the tail is empty
-    lse_tail_B1 = torch.logsumexp(tail_BV, dim=-1, keepdim=True).clamp_min(torch.finfo(tail_BV.dtype).min)
+    lse_tail_B1 = torch.logsumexp(tail_BV, dim=-1, keepdim=True).clamp_min(
+        torch.finfo(tail_BV.dtype).min
+    )
     log_q_BO = torch.log_softmax(torch.cat([top_BK, lse_tail_B1], dim=1), dim=1)
     log_q_BO.clamp_min_(math.log(torch.finfo(log_q_BO.dtype).tiny))
     q_BO = log_q_BO.exp()

@@ -1,13 +1,16 @@
-"""row_kernel: one program a row, from the logits of both models to values, diagnostics and the gradient in their place.
+"""row_kernel: one program a row, from the logits of both models to values, diagnostics and the
+gradient in their place.
 
-A row is read in two passes (sums, gradient), for the divergences of a mixture in three (sums, mixture, gradient): what
-a row needs of its own sums must be known before its gradient can be written. All sums are carried online, lane by lane,
-as in an online softmax (arXiv 1805.02867). The last pass runs backwards: it begins with what the cache still holds, and
-a bf16 gradient may be written into the second half of the fp32 row that it replaces (`kd.losses.heads.gradient_view`).
+A row is read in two passes (sums, gradient), for the divergences of a mixture in three (sums,
+mixture, gradient): what a row needs of its own sums must be known before its gradient can be
+written. All sums are carried online, lane by lane, as in an online softmax (arXiv 1805.02867). The
+last pass runs backwards: it begins with what the cache still holds, and a bf16 gradient may be
+written into the second half of the fp32 row that it replaces (`kd.losses.heads.gradient_view`).
 
-Names: s are finished logits of the student at T = 1, x = s / T, y the teacher's; q = softmax(x), p = softmax(y); a lane
-is one of BLOCK columns. V and whatever decides the code are compile-time constants. The number of rows is not, and
-changes freely.
+Names: s are finished logits of the student at T = 1, x = s / T, y the teacher's; q = softmax(x), p
+    = softmax(y); a lane
+is one of BLOCK columns. V and whatever decides the code are compile-time constants. The number of
+rows is not, and changes freely.
 """
 
 import triton
@@ -21,7 +24,14 @@ NEVER = tl.constexpr(-1e30)
 
 @triton.jit(
     # All of these change with the rows of a chunk: none may compile the kernel anew.
-    do_not_specialize_on_alignment=["labels_ptr", "weights_ptr", "kd_ptr", "ce_ptr", "diagnostics_ptr", "sums_ptr"],
+    do_not_specialize_on_alignment=[
+        "labels_ptr",
+        "weights_ptr",
+        "kd_ptr",
+        "ce_ptr",
+        "diagnostics_ptr",
+        "sums_ptr",
+    ],
     do_not_specialize=["vocab_offset"],
 )
 def row_kernel(
@@ -60,9 +70,10 @@ def row_kernel(
 ):
     """Passes FIRST to LAST, of sums (0), mixture (1) and gradient (2), of one row.
 
-    What a pointer of None would receive is not computed. `sums` are log(sum(exp)) of x, y and s (columns 0-2); reverse
-    KL and mean of x over q (3, 4); forward KL and mean of y over p (5, 6); the label's logit (7); maxima of x and y (8,
-    9); divergence and sum(w) of a mixture (10, 11). FINISH: 1 for a scale, 2 for a softcap, 3 for both.
+    What a pointer of None would receive is not computed. `sums` are log(sum(exp)) of x, y and s
+    (columns 0-2); reverse KL and mean of x over q (3, 4); forward KL and mean of y over p (5, 6);
+    the label's logit (7); maxima of x and y (8, 9); divergence and sum(w) of a mixture (10, 11).
+    FINISH: 1 for a scale, 2 for a softcap, 3 for both.
     """
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = weights_ptr.dtype.element_ty
@@ -74,8 +85,18 @@ def row_kernel(
     student_row, teacher_row = student_ptr + row * student_stride, teacher_ptr
     if teacher_ptr is not None:
         teacher_row = teacher_ptr + row * teacher_stride
-    student = (student_row, student_bias, tl.full((), student_cap, dtype), tl.full((), student_scale, dtype))
-    teacher = (teacher_row, teacher_bias, tl.full((), teacher_cap, dtype), tl.full((), teacher_scale, dtype))
+    student = (
+        student_row,
+        student_bias,
+        tl.full((), student_cap, dtype),
+        tl.full((), student_scale, dtype),
+    )
+    teacher = (
+        teacher_row,
+        teacher_bias,
+        tl.full((), teacher_cap, dtype),
+        tl.full((), teacher_scale, dtype),
+    )
     label = tl.load(labels_ptr + row) - vocab_offset
     sums_row = sums_ptr
     if sums_ptr is not None:
@@ -83,12 +104,17 @@ def row_kernel(
 
     if FIRST == 0:
         sums = _no_sums(BLOCK, dtype)
-        # Differences of logits are summed less that of the first token: an offset between models costs no digits.
+        # Differences of logits are summed less that of the first token: an offset between models
+        # costs no digits.
         shift = label.to(dtype) * 0.0
         if DIVERGENCE != "none":
             first = label * 0
-            shift = _tempered(_finished(student, first, dtype, V, STUDENT_FINISH, False), T, TEMPERED)
-            shift -= _tempered(_finished(teacher, first, dtype, V, TEACHER_FINISH, False), T, TEMPERED)
+            shift = _tempered(
+                _finished(student, first, dtype, V, STUDENT_FINISH, False), T, TEMPERED
+            )
+            shift -= _tempered(
+                _finished(teacher, first, dtype, V, TEACHER_FINISH, False), T, TEMPERED
+            )
         for i in range(NUM_FULL):
             cols = i * BLOCK + lanes
             sums = _sum_tile(
@@ -125,11 +151,18 @@ def row_kernel(
             )
         lses, means, tops = _row_sums(sums, shift, DIVERGENCE, TEMPERED)
         is_mine = (label >= 0) & (label < V)
-        label_logit = _finished(student, tl.where(is_mine, label, 0), dtype, V, STUDENT_FINISH, False)
+        label_logit = _finished(
+            student, tl.where(is_mine, label, 0), dtype, V, STUDENT_FINISH, False
+        )
         label_logit = tl.where(is_mine, label_logit, 0.0)
     else:
         lses = (tl.load(sums_row), tl.load(sums_row + 1), tl.load(sums_row + 2))
-        means = (tl.load(sums_row + 3), tl.load(sums_row + 4), tl.load(sums_row + 5), tl.load(sums_row + 6))
+        means = (
+            tl.load(sums_row + 3),
+            tl.load(sums_row + 4),
+            tl.load(sums_row + 5),
+            tl.load(sums_row + 6),
+        )
         label_logit = tl.load(sums_row + 7)
         tops = (tl.load(sums_row + 8), tl.load(sums_row + 9))
     lse_x, lse_y, lse_s = lses
@@ -198,7 +231,10 @@ def row_kernel(
             tl.store(sums_row + k, for_store[k])
     else:
         weight = tl.load(weights_ptr + row)
-        kd_scale, ce_scale = weight * tl.full((), kd_weight, dtype) * T, weight * tl.full((), ce_weight, dtype)
+        kd_scale, ce_scale = (
+            weight * tl.full((), kd_weight, dtype) * T,
+            weight * tl.full((), ce_weight, dtype),
+        )
         agrees = tl.zeros((BLOCK,), tl.int32)
         if dlogits_ptr is not None or DIAGNOSTICS:
             dlogits_row = dlogits_ptr
@@ -255,10 +291,16 @@ def row_kernel(
 
 
 @triton.jit
-def _finished(model, cols, dtype: tl.constexpr, V: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr):
+def _finished(
+    model, cols, dtype: tl.constexpr, V: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr
+):
     """Logits s of some columns: softcap(scale * (products + bias)), NEVER beyond the vocabulary."""
     row_ptr, bias_ptr, softcap, scale = model
-    s = tl.load(row_ptr + cols, mask=cols < V, other=0.0).to(dtype) if MASKED else tl.load(row_ptr + cols).to(dtype)
+    s = (
+        tl.load(row_ptr + cols, mask=cols < V, other=0.0).to(dtype)
+        if MASKED
+        else tl.load(row_ptr + cols).to(dtype)
+    )
     if bias_ptr is not None:
         s += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(dtype)
     if FINISH % 2 == 1:
@@ -281,7 +323,9 @@ def _tempered(s, T, TEMPERED: tl.constexpr):
 
 @triton.jit
 def _online(x, top):
-    """One step of an online softmax: the new maximum, the factor of the sums so far, and the term of x; one exp."""
+    """One step of an online softmax: the new maximum, the factor of the sums so far, and the term
+    of x; one exp.
+    """
     e = tl.exp(-tl.abs(x - top))
     is_new = x > top
     return tl.where(is_new, x, top), tl.where(is_new, e, 1.0), tl.where(is_new, 1.0, e)
@@ -289,7 +333,9 @@ def _online(x, top):
 
 @triton.jit
 def _no_sums(BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """(maximum, sum(exp)) of x, y and s, then of exp(x) * (x - y), exp(x) * x, exp(y) * (y - x), exp(y) * y."""
+    """(maximum, sum(exp)) of x, y and s, then of exp(x) * (x - y), exp(x) * x, exp(y) * (y - x),
+    exp(y) * y.
+    """
     top, zero = tl.full((BLOCK,), NEVER, dtype), tl.zeros((BLOCK,), dtype)
     return top, zero, top, zero, top, zero, zero, zero, zero, zero
 
@@ -335,7 +381,9 @@ def _sum_tile(
 
 @triton.jit
 def _row_sums(sums, shift, DIVERGENCE: tl.constexpr, TEMPERED: tl.constexpr):
-    """From lanes to the row: log(sum(exp)) of x, y, s; reverse KL, mean of x, forward KL, mean of y; both maxima."""
+    """From lanes to the row: log(sum(exp)) of x, y, s; reverse KL, mean of x, forward KL, mean of
+    y; both maxima.
+    """
     top_x, sum_x, top_y, sum_y, top_s, sum_s, x_xy, x_x, y_yx, y_y = sums
     max_x, lse_x, share_x = _across_lanes(top_x, sum_x)
     max_y, lse_y, share_y = max_x, lse_x, share_x
@@ -365,7 +413,9 @@ def _across_lanes(top, total):
 
 @triton.jit
 def _from_sums(means, parameter, DIVERGENCE: tl.constexpr):
-    """The divergence and sum(w), where the first pass tells them; zeros for a mixture and without a teacher."""
+    """The divergence and sum(w), where the first pass tells them; zeros for a mixture and without a
+    teacher.
+    """
     reverse, mean_x, forward, _ = means
     value = mean_x * 0.0
     w_sum = value
@@ -383,7 +433,9 @@ def _from_sums(means, parameter, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def _terms(log_p, log_q, q, parameter, DIVERGENCE: tl.constexpr):
-    """The terms of a mixture's divergence, zero for others, and w, as `kd.losses.row_functions` derives them."""
+    """The terms of a mixture's divergence, zero for others, and w, as `kd.losses.row_functions`
+    derives them.
+    """
     value = q * 0.0
     if DIVERGENCE == "forward_kl":
         w = -tl.exp(log_p)
@@ -437,8 +489,14 @@ def _mixture_tile(
     """The second pass over one tile, for a mixture."""
     values, w_sums = terms
     lse_x, lse_y, _ = lses
-    log_q = _tempered(_finished(student, cols, values.dtype, V, STUDENT_FINISH, MASKED), T, TEMPERED) - lse_x
-    log_p = _tempered(_finished(teacher, cols, values.dtype, V, TEACHER_FINISH, MASKED), T, TEMPERED) - lse_y
+    log_q = (
+        _tempered(_finished(student, cols, values.dtype, V, STUDENT_FINISH, MASKED), T, TEMPERED)
+        - lse_x
+    )
+    log_p = (
+        _tempered(_finished(teacher, cols, values.dtype, V, TEACHER_FINISH, MASKED), T, TEMPERED)
+        - lse_y
+    )
     value, w = _terms(log_p, log_q, tl.exp(log_q), parameter, DIVERGENCE)
     return values + value, w_sums + w
 
@@ -461,7 +519,9 @@ def _gradient_tile(
     TEACHER_FINISH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The last pass over one tile: write its gradient, and note a token that is the most likely of both models."""
+    """The last pass over one tile: write its gradient, and note a token that is the most likely of
+    both models.
+    """
     lse_x, lse_y, lse_s, w_sum, parameter, kd_scale, ce_scale, T = scalars
     s = _finished(student, cols, lse_x.dtype, V, STUDENT_FINISH, MASKED)
     x = _tempered(s, T, TEMPERED)

@@ -1,9 +1,10 @@
 """triton_rows: the `RowFunction` as one launch of a Triton kernel; the twin of `torch_rows`.
 
-With a shard each pass of the kernel is a launch of its own, and `sums` carries a row's numbers from one to the next,
-reduced over the ranks in between.
+With a shard each pass of the kernel is a launch of its own, and `sums` carries a row's numbers from
+one to the next, reduced over the ranks in between.
 
-Shapes: C rows of a chunk, V shared vocabulary or this rank's slice of it; 12 and 3: columns of `sums`.
+Shapes: C rows of a chunk, V shared vocabulary or this rank's slice of it; 12 and 3: columns of
+    `sums`.
 """
 
 import torch
@@ -15,7 +16,9 @@ from kd.losses.row_functions import Rows, RowSpec
 from kd.losses.sharding import VocabShard
 from kd.losses.triton_kernel import NUM_SUMS, row_kernel
 
-MAX_BLOCK = 1024  # with twice as many, registers for diagnostics leave room for fewer rows at a time
+MAX_BLOCK = (
+    1024  # with twice as many, registers for diagnostics leave room for fewer rows at a time
+)
 NUM_WARPS = 8
 
 SUMS, MIXTURE, GRADIENT = 0, 1, 2
@@ -48,7 +51,9 @@ def triton_rows(rows: Rows, spec: RowSpec) -> None:
 
 
 def _reduce_sums_(sums_C12: Tensor, shard: VocabShard) -> None:
-    """From sums over a slice of the vocabulary to sums over all of it: means by each slice's share of the mass."""
+    """From sums over a slice of the vocabulary to sums over all of it: means by each slice's share
+    of the mass.
+    """
     slice_C3 = sums_C12[:, LSES].clone()
     sums_C12[:, LSES] = shard.logsumexp(slice_C3)
     # log of the slice's share of the mass: what log q and log p of its tokens change by
@@ -61,7 +66,9 @@ def _reduce_sums_(sums_C12: Tensor, shard: VocabShard) -> None:
     sums_C12[:, TOPS] = shard.max_(sums_C12[:, TOPS].contiguous())
 
 
-def _launch(rows: Rows, spec: RowSpec, sums_C12: Tensor | None, first_pass: int, last_pass: int) -> None:
+def _launch(
+    rows: Rows, spec: RowSpec, sums_C12: Tensor | None, first_pass: int, last_pass: int
+) -> None:
     objective, student, teacher = spec.objective, spec.student, spec.teacher or spec.student
     num_rows, vocab_size = rows.student_CV.shape
     has_teacher = rows.teacher_CV is not None

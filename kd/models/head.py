@@ -1,4 +1,6 @@
-"""Where a model's last step stands: the backbone before its lm_head, and the head as the loss wants it."""
+"""Where a model's last step stands: the backbone before its lm_head, and the head as the loss wants
+it.
+"""
 
 import math
 from typing import NamedTuple
@@ -9,11 +11,17 @@ from transformers import PreTrainedModel
 # What follows an lm_head, under the names that configurations give it.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
+SOFTCAPS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)  # Gemma 2, RecurrentGemma, xLSTM
 
 
 class Head(NamedTuple):
-    """An lm_head, weight (V, H) and bias (V,) or None, and what follows it: softcap(scale * (hidden W^T + bias))."""
+    """An lm_head, weight (V, H) and bias (V,) or None, and what follows it: softcap(scale * (hidden
+    W^T + bias)).
+    """
 
     weight_VH: Tensor
     bias_V: Tensor | None
@@ -29,14 +37,23 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The model's head; its weights are the model's own, and whole only where ZeRO-3 has gathered them.
+    """The model's head; its weights are the model's own, and whole only where ZeRO-3 has gathered
+    them.
 
-    An architecture that does something else than is named above is found out by kd.models.probe when it is loaded.
+    An architecture that does something else than is named above is found out by kd.models.probe
+    when it is loaded.
     """
     lm_head, config = model.get_output_embeddings(), model.config.get_text_config()
     factors = [getattr(config, name, None) or 1.0 for name in MULTIPLIERS]
     divisors = [getattr(config, name, None) or 1.0 for name in DIVISORS]
-    if config.model_type == "hyperclovax":  # multiplies by what Granite, under the same name, divides by
+    if (
+        config.model_type == "hyperclovax"
+    ):  # multiplies by what Granite, under the same name, divides by
         factors, divisors = factors + divisors, []
     softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
-    return Head(lm_head.weight, getattr(lm_head, "bias", None), softcap, math.prod(factors) / math.prod(divisors))
+    return Head(
+        lm_head.weight,
+        getattr(lm_head, "bias", None),
+        softcap,
+        math.prod(factors) / math.prod(divisors),
+    )

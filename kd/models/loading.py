@@ -1,4 +1,6 @@
-"""Teacher and student from a recipe: attention chosen and named, weights partitioned while they are read."""
+"""Teacher and student from a recipe: attention chosen and named, weights partitioned while they are
+read.
+"""
 
 import contextlib
 import logging
@@ -13,7 +15,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_flash_attn_4_available,
+)
 
 from kd.distributed.device import device_type
 from kd.engine.ds_config import is_bf16, is_zero3
@@ -25,8 +31,9 @@ from kd.recipe import ModelSection
 
 log = logging.getLogger(__name__)
 
-# Best first: whether it is installed, and the major compute capabilities that it has kernels for. transformers looks at
-# these when it builds a model, and lets FA3 pass wherever FA2 runs, though its kernels are Hopper's.
+# Best first: whether it is installed, and the major compute capabilities that it has kernels for.
+# transformers looks at these when it builds a model, and lets FA3 pass wherever FA2 runs, though
+# its kernels are Hopper's.
 _FLASH_ATTENTION: dict[str, tuple[Callable[[], bool], Callable[[int], bool]]] = {
     "flash_attention_4": (is_flash_attn_4_available, lambda major: major >= 9),
     "flash_attention_3": (is_flash_attn_3_available, lambda major: major == 9),
@@ -35,7 +42,9 @@ _FLASH_ATTENTION: dict[str, tuple[Callable[[], bool], Callable[[int], bool]]] = 
 
 
 def load_config(section: ModelSection, *, role: str) -> PretrainedConfig:
-    """The model's configuration. role ("teacher" or "student") names the section of the recipe in errors."""
+    """The model's configuration. role ("teacher" or "student") names the section of the recipe in
+    errors.
+    """
     with hub_errors(f"{role}.model", section.model):
         return AutoConfig.from_pretrained(
             resolve(f"{role}.model", section.model),
@@ -50,8 +59,11 @@ def load_whole(section: ModelSection, ds_config: dict[str, Any], *, role: str) -
     return load_pretrained(f"{role}.model", section, dtype=_dtype(ds_config), attention=attention)
 
 
-def load_partitioned(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> PreTrainedModel:
-    """The model under ds_config: when that is stage 3, each rank keeps its shard of each weight as it is read.
+def load_partitioned(
+    section: ModelSection, ds_config: dict[str, Any], *, role: str
+) -> PreTrainedModel:
+    """The model under ds_config: when that is stage 3, each rank keeps its shard of each weight as
+    it is read.
 
     Rank 0 alone reads the files, and its host holds one whole checkpoint meanwhile.
     """
@@ -61,8 +73,12 @@ def load_partitioned(section: ModelSection, ds_config: dict[str, Any], *, role: 
     return model
 
 
-def random_model(section: ModelSection, ds_config: dict[str, Any], *, role: str, seed: int) -> PreTrainedModel:
-    """The model's architecture with fresh weights, the same on every rank, whole until its engine partitions it."""
+def random_model(
+    section: ModelSection, ds_config: dict[str, Any], *, role: str, seed: int
+) -> PreTrainedModel:
+    """The model's architecture with fresh weights, the same on every rank, whole until its engine
+    partitions it.
+    """
     config = load_config(section, role=role)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(
@@ -73,21 +89,29 @@ def random_model(section: ModelSection, ds_config: dict[str, Any], *, role: str,
     )
 
 
-def choose_attention(section: ModelSection, config: PretrainedConfig, ds_config: dict[str, Any], *, role: str) -> str:
-    """The best attention that runs here and that the model's class supports, or the one that the recipe asks for.
+def choose_attention(
+    section: ModelSection, config: PretrainedConfig, ds_config: dict[str, Any], *, role: str
+) -> str:
+    """The best attention that runs here and that the model's class supports, or the one that the
+    recipe asks for.
 
-    Raises UserError when that one does not: flash attention needs a GPU that it has kernels for, and bf16.
+    Raises UserError when that one does not: flash attention needs a GPU that it has kernels for,
+    and bf16.
     """
     choices = [*_flash_attention(ds_config), "sdpa", "eager"]
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is not None:  # a class that comes with its checkpoint is asked only when it is built
+    if (
+        model_class is not None
+    ):  # a class that comes with its checkpoint is asked only when it is built
         choices = [name for name in choices if _supports(model_class, name)]
     if section.attention == "auto":
         return choices[0]
     if section.attention not in choices:
         raise UserError(
-            f'{role}.attention = "{section.attention}" is not available here for {config.model_type} in '
-            f"{_dtype(ds_config)}, only {', '.join(choices)}: flash attention needs a GPU of a fitting kind, the extra "
+            f'{role}.attention = "{section.attention}" is not available here for '
+            f"{config.model_type} in "
+            f"{_dtype(ds_config)}, only {', '.join(choices)}: flash attention needs a GPU of a "
+            f"fitting kind, the extra "
             f'"flash", and bf16 in the file of deepspeed.{role}; "auto" takes what there is'
         )
     return section.attention
@@ -101,7 +125,11 @@ def _flash_attention(ds_config: dict[str, Any]) -> list[str]:
     if device_type() != "cuda" or not is_bf16(ds_config):
         return []
     major, _ = torch.cuda.get_device_capability()
-    return [name for name, (installed, runs_on) in _FLASH_ATTENTION.items() if runs_on(major) and installed()]
+    return [
+        name
+        for name, (installed, runs_on) in _FLASH_ATTENTION.items()
+        if runs_on(major) and installed()
+    ]
 
 
 def _supports(model_class: type[PreTrainedModel], attention: str) -> bool:

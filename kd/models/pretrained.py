@@ -1,4 +1,6 @@
-"""A model read from a checkpoint, whole or not at all; for training and generation alike, without the engine."""
+"""A model read from a checkpoint, whole or not at all; for training and generation alike, without
+the engine.
+"""
 
 from typing import Any, Literal
 
@@ -11,12 +13,16 @@ from kd.recipe import ModelSection
 
 
 def load_pretrained(
-    field: str, section: ModelSection, *, dtype: torch.dtype | Literal["auto"], attention: str | None
+    field: str,
+    section: ModelSection,
+    *,
+    dtype: torch.dtype | Literal["auto"],
+    attention: str | None,
 ) -> PreTrainedModel:
     """The causal language model that section.model names, on the CPU.
 
-    Raises UserError naming `field` when there is none, or when its checkpoint lacks a weight: transformers would fill
-    it with random numbers and only warn.
+    Raises UserError naming `field` when there is none, or when its checkpoint lacks a weight:
+    transformers would fill it with random numbers and only warn.
     """
     name = resolve(field, section.model)
     with hub_errors(field, section.model):
@@ -31,5 +37,7 @@ def load_pretrained(
     model, info = loaded
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"{field} = {section.model!r}: the checkpoint lacks {names}: is it the whole model?")
+        raise UserError(
+            f"{field} = {section.model!r}: the checkpoint lacks {names}: is it the whole model?"
+        )
     return model

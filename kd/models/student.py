@@ -1,6 +1,7 @@
 """The student and its loss in one forward(), so that ZeRO-3 sees every use of every weight.
 
-Legend: B sequences, L tokens, N supervised tokens, M measures of kd.losses.RowDiagnostics, H hidden size,
+Legend: B sequences, L tokens, N supervised tokens, M measures of kd.losses.RowDiagnostics, H hidden
+    size,
 V vocabulary rows; s student, t teacher.
 """
 
@@ -20,16 +21,17 @@ Distilled = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 class Distiller(nn.Module):
     """forward() returns (loss, kd, ce, rows_MN); loss carries gradient.
 
-    The first three are sums over the supervised tokens of a batch, scalars. rows_MN are the RowDiagnostics of these
-    tokens, in the order of row_index, or None without a teacher.
-    It must be called through the engine: called directly, gradients are silently wrong under accumulation.
+    The first three are sums over the supervised tokens of a batch, scalars. rows_MN are the
+    RowDiagnostics of these tokens, in the order of row_index, or None without a teacher. It must be
+    called through the engine: called directly, gradients are silently wrong under accumulation.
     """
 
     def __init__(self, model: PreTrainedModel, loss: LossSection) -> None:
         super().__init__()
         self.model = model
-        # The loss runs as lm_head's own forward: ZeRO-3's hooks around that module then gather the head once for the
-        # whole micro-batch, tied to the embedding or not, and reduce the gradient that the loss returns for it.
+        # The loss runs as lm_head's own forward: ZeRO-3's hooks around that module then gather the
+        # head once for the whole micro-batch, tied to the embedding or not, and reduce the gradient
+        # that the loss returns for it.
         lm_head = model.get_output_embeddings()
         lm_head.forward = functools.partial(_head_loss, model, loss)
 
@@ -41,9 +43,12 @@ class Distiller(nn.Module):
         teacher_hidden_BLH: torch.Tensor | None = None,
         teacher_head: Head | None = None,
     ) -> Distilled:
-        # No attention mask: batches are padded on the right, and under causal attention no token sees what follows.
+        # No attention mask: batches are padded on the right, and under causal attention no token
+        # sees what follows.
         hidden_BLH = backbone(self.model)(input_ids=input_ids_BL, use_cache=False).last_hidden_state
-        return self.model.get_output_embeddings()(hidden_BLH, labels_BL, row_index_N, teacher_hidden_BLH, teacher_head)
+        return self.model.get_output_embeddings()(
+            hidden_BLH, labels_BL, row_index_N, teacher_hidden_BLH, teacher_head
+        )
 
 
 def _head_loss(

@@ -1,7 +1,9 @@
-"""Bytes of a decoder's activations, as autograd keeps them for transformers' llama, qwen2, qwen3 and their like.
+"""Bytes of a decoder's activations, as autograd keeps them for transformers' llama, qwen2, qwen3
+and their like.
 
-Other architectures differ by a norm or an activation, and a kernel that fuses either keeps less. Experts are counted
-as one MLP of their common width. width: bytes of an element (2 in bf16, else 4).
+Other architectures differ by a norm or an activation, and a kernel that fuses either keeps less.
+Experts are counted as one MLP of their common width. width: bytes of an element (2 in bf16, else
+4).
 """
 
 import numpy as np
@@ -16,8 +18,12 @@ def num_tokens_read(truncation: TruncationSection, full_tokens: int) -> int:
     return int(plan_windows(np.array([[0, full_tokens, 0]]), truncation).num_read_N[0])
 
 
-def saved_activations(shapes: ModelShapes, num_tokens: int, width: int, *, checkpointing: bool) -> int:
-    """Bytes that the decoder keeps from forward to backward: the layers' inputs alone under checkpointing."""
+def saved_activations(
+    shapes: ModelShapes, num_tokens: int, width: int, *, checkpointing: bool
+) -> int:
+    """Bytes that the decoder keeps from forward to backward: the layers' inputs alone under
+    checkpointing.
+    """
     inputs = shapes.num_layers * width * shapes.hidden_size * num_tokens
     layers = shapes.num_layers * layer_activations(shapes, num_tokens, width)
     final_norm = (4 + width) * shapes.hidden_size * num_tokens
@@ -25,7 +31,8 @@ def saved_activations(shapes: ModelShapes, num_tokens: int, width: int, *, check
 
 
 def layer_activations(shapes: ModelShapes, num_tokens: int, width: int) -> int:
-    """Bytes that one decoder layer keeps for its backward, as autograd saves them (w = width, a token):
+    """Bytes that one decoder layer keeps for its backward, as autograd saves them (w = width, a
+    token):
 
     two RMSNorms        (4 + 2 w) H each: the fp32 input, the normalised one, and the output as the next product's input
     norms of q and k    (4 + w) (Q + K), where there are any; Q, K: the widths of all query and of all key heads

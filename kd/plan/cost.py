@@ -1,4 +1,6 @@
-"""What a whole run costs at its truncation length: memory of a rank, FLOPs, tokens, steps, hours."""
+"""What a whole run costs at its truncation length: memory of a rank, FLOPs, tokens, steps,
+hours.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +15,9 @@ from kd.recipe import Recipe
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Of a run under the recipe in `memory`; per step: the mean over an epoch, all ranks together."""
+    """Of a run under the recipe in `memory`; per step: the mean over an epoch, all ranks
+    together.
+    """
 
     memory: MemoryPlan
     flops_per_step: StepFlops
@@ -29,10 +33,16 @@ class RunPlan:
         return self.flops_per_step.model / (self.world_size * gpu.tflops * 1e12 * mfu)
 
     def hours(self, gpu: Gpu, mfu: float) -> float | None:
-        return None if self.num_steps is None else self.num_steps * self.seconds_per_step(gpu, mfu) / 3600
+        return (
+            None
+            if self.num_steps is None
+            else self.num_steps * self.seconds_per_step(gpu, mfu) / 3600
+        )
 
     def as_dict(self, gpu: Gpu | None, mfu: float) -> dict[str, Any]:
-        """The plan as JSON; null is not known. Without a GPU there are neither times nor a verdict."""
+        """The plan as JSON; null is not known. Without a GPU there are neither times nor a
+        verdict.
+        """
         memory, flops = self.memory, self.flops_per_step
         verdict = memory.verdict(gpu.gib) if gpu else None
         return {
@@ -67,15 +77,20 @@ def plan_run(
     num_nodes: int = 1,
     gpus_per_node: int = 1,
 ) -> RunPlan:
-    """The plan of a recipe whose sequences have these lengths; longest: tokens of the longest full one.
+    """The plan of a recipe whose sequences have these lengths; longest: tokens of the longest full
+    one.
 
     Raises UserError as `memory_plan` does.
     """
     training = recipe.training
     num_steps = training.max_steps or (steps_per_epoch and training.epochs * steps_per_epoch)
     return RunPlan(
-        memory_plan(changed(recipe, {"truncation.max_full_tokens": longest}), num_nodes, gpus_per_node),
-        pair_of(recipe).step_flops(lengths.padded_N, lengths.supervised_N, training.global_batch_size),
+        memory_plan(
+            changed(recipe, {"truncation.max_full_tokens": longest}), num_nodes, gpus_per_node
+        ),
+        pair_of(recipe).step_flops(
+            lengths.padded_N, lengths.supervised_N, training.global_batch_size
+        ),
         float(lengths.read_N.mean()) * training.global_batch_size,
         num_steps,
     )
@@ -84,4 +99,6 @@ def plan_run(
 def pair_of(recipe: Recipe) -> PairShapes:
     """The shapes of the recipe's models. Raises UserError when they are not to be had."""
     teacher = model_shapes(recipe.teacher, role="teacher") if recipe.teacher else None
-    return PairShapes(model_shapes(recipe.student, role="student"), teacher, recipe.student.gradient_checkpointing)
+    return PairShapes(
+        model_shapes(recipe.student, role="student"), teacher, recipe.student.gradient_checkpointing
+    )

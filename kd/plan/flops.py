@@ -1,8 +1,9 @@
 """FLOPs of an optimizer step: its products of matrices, 2 * m * n * k of each, and nothing else.
 
-As torch.utils.flop_counter counts, and PaLM's MFU (arXiv 2204.02311, appendix B): of attention the whole L x L scores,
-though causal kernels skip up to half of them; what gradient checkpointing computes once more is told apart, and is no
-part of MFU. Attention is that of llama, qwen2, qwen3 and their like: a window or a recurrence in its place costs less.
+As torch.utils.flop_counter counts, and PaLM's MFU (arXiv 2204.02311, appendix B): of attention the
+whole L x L scores, though causal kernels skip up to half of them; what gradient checkpointing
+computes once more is told apart, and is no part of MFU. Attention is that of llama, qwen2, qwen3
+and their like: a window or a recurrence in its place costs less.
 """
 
 from dataclasses import dataclass
@@ -36,11 +37,15 @@ class PairShapes:
     teacher: ModelShapes | None
     checkpointing: bool
 
-    def step_flops(self, padded_N: IntArray, supervised_N: IntArray, global_batch_size: int) -> StepFlops:
-        """The mean over global batches of N sequences: their lengths in their micro-batches, and their labels.
+    def step_flops(
+        self, padded_N: IntArray, supervised_N: IntArray, global_batch_size: int
+    ) -> StepFlops:
+        """The mean over global batches of N sequences: their lengths in their micro-batches, and
+        their labels.
 
-        Backward is twice forward: the gradient of each factor of a product is a product of the same size. Without
-        ZeRO-3, torch would leave out the last product of a layer that it recomputes (set_checkpoint_early_stop).
+        Backward is twice forward: the gradient of each factor of a product is a product of the same
+        size. Without ZeRO-3, torch would leave out the last product of a layer that it recomputes
+        (set_checkpoint_early_stop).
         """
         num_steps = len(padded_N) / global_batch_size
         student = forward_flops(self.student, padded_N) / num_steps
@@ -55,16 +60,24 @@ class PairShapes:
 def forward_flops(shapes: ModelShapes, padded_N: IntArray) -> float:
     """Of a backbone, without its lm_head, for sequences of these lengths, padding included:
 
-    2 * weights * L, of the matrices that a token meets, and of attention's two products, for heads that are together
-    `width` wide, 2 * 2 * width * L * L in each layer.
+    2 * weights * L, of the matrices that a token meets, and of attention's two products, for heads
+    that are together `width` wide, 2 * 2 * width * L * L in each layer.
     """
     lengths_N = padded_N.astype(np.float64)  # squares of an epoch do not fit in int64
     attention = 4 * shapes.num_layers * shapes.num_heads * shapes.head_dim
-    return float(2 * shapes.num_active_weights * lengths_N.sum() + attention * np.square(lengths_N).sum())
+    return float(
+        2 * shapes.num_active_weights * lengths_N.sum() + attention * np.square(lengths_N).sum()
+    )
 
 
 def loss_flops(student: ModelShapes, teacher: ModelShapes | None, num_supervised: float) -> float:
-    """Of `kd.losses.chunked` over supervised rows alone, 2 * N * V * (3 * Hs + Ht): logits of both models, and the
-    gradients of the student's hidden states and head, over the shared vocabulary."""
+    """Of `kd.losses.chunked` over supervised rows alone, 2 * N * V * (3 * Hs + Ht): logits of both
+    models, and the gradients of the student's hidden states and head, over the shared
+    vocabulary."""
     vocab_size = min(shapes.vocab_size for shapes in (student, teacher) if shapes)
-    return 2 * num_supervised * vocab_size * (3 * student.hidden_size + (teacher.hidden_size if teacher else 0))
+    return (
+        2
+        * num_supervised
+        * vocab_size
+        * (3 * student.hidden_size + (teacher.hidden_size if teacher else 0))
+    )

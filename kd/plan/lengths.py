@@ -1,4 +1,5 @@
-"""Lengths of the sequences that a run reads: of its data where they are here, else of figures that somebody states.
+"""Lengths of the sequences that a run reads: of its data where they are here, else of figures that
+somebody states.
 
 Shapes: N sequences.
 """
@@ -28,7 +29,9 @@ class Lengths(NamedTuple):
 
 @dataclass(frozen=True)
 class DataTraces:
-    """The training examples of a recipe's own data, those that only a truncation leaves without a label among them."""
+    """The training examples of a recipe's own data, those that only a truncation leaves without a
+    label among them.
+    """
 
     examples: Examples
 
@@ -42,18 +45,26 @@ class DataTraces:
         return f"of the data: {len(self.examples)} training rows, {mean:.0f} tokens on average, at most {self.longest}"
 
     def read(self, recipe: Recipe) -> tuple[Lengths, int]:
-        """The sequences of the first epoch under the recipe's truncation, and the optimizer steps of an epoch."""
+        """The sequences of the first epoch under the recipe's truncation, and the optimizer steps
+        of an epoch.
+        """
         examples, training = replace(self.examples, recipe=recipe), recipe.training
         examples = examples.select(examples.num_supervised > 0)
         loader = Loader(
-            examples, training.global_batch_size, training.micro_batch_size, recipe.run.seed, pad_token_id=0
+            examples,
+            training.global_batch_size,
+            training.micro_batch_size,
+            recipe.run.seed,
+            pad_token_id=0,
         )
         return epoch_lengths(loader), loader.steps_per_epoch
 
 
 @dataclass(frozen=True)
 class StatedTraces:
-    """A sequence of average length that stands for all, supervised as a whole, and the longest one."""
+    """A sequence of average length that stands for all, supervised as a whole, and the longest
+    one.
+    """
 
     mean: int
     longest: int
@@ -64,19 +75,27 @@ class StatedTraces:
         return self.words
 
     def read(self, recipe: Recipe) -> tuple[Lengths, int | None]:
-        """That sequence under the recipe's truncation, and the optimizer steps of an epoch where they are known."""
+        """That sequence under the recipe's truncation, and the optimizer steps of an epoch where
+        they are known.
+        """
         batch_size = recipe.training.global_batch_size
         if self.num_rows is not None and self.num_rows < batch_size:
-            raise UserError(f"--rows {self.num_rows} is less than training.global_batch_size = {batch_size}")
+            raise UserError(
+                f"--rows {self.num_rows} is less than training.global_batch_size = {batch_size}"
+            )
         num_tokens_N3 = np.array([[0, self.mean, 0]])
         windows = plan_windows(num_tokens_N3, recipe.truncation)
-        supervised_N = count_supervised(num_tokens_N3, windows, ["cot"], recipe.data.random_mask_fraction)
+        supervised_N = count_supervised(
+            num_tokens_N3, windows, ["cot"], recipe.data.random_mask_fraction
+        )
         steps_per_epoch = self.num_rows // batch_size if self.num_rows else None
         return Lengths(windows.num_read_N, windows.num_read_N, supervised_N), steps_per_epoch
 
 
 def find_traces(recipe: Recipe) -> DataTraces | StatedTraces:
-    """Those of the data where they can be read here, else what the recipe says of them, and why they cannot."""
+    """Those of the data where they can be read here, else what the recipe says of them, and why
+    they cannot.
+    """
     whole = changed(recipe, {"truncation.keep_fraction": 1.0})
     try:
         return DataTraces(load_data(whole, load_tokenizers(recipe)).train)
@@ -89,9 +108,11 @@ def find_traces(recipe: Recipe) -> DataTraces | StatedTraces:
 def state_traces(
     recipe: Recipe, mean: int | None = None, longest: int | None = None, num_rows: int | None = None
 ) -> StatedTraces:
-    """Full sequences of `mean` and at most `longest` tokens; what is None is as large as the recipe lets it be.
+    """Full sequences of `mean` and at most `longest` tokens; what is None is as large as the recipe
+    lets it be.
 
-    num_rows: for training; None: data.num_train, or not known. Raises UserError when the mean is above the longest.
+    num_rows: for training; None: data.num_train, or not known. Raises UserError when the mean is
+        above the longest.
     """
     origin = "as stated"
     if longest is None:
@@ -102,11 +123,16 @@ def state_traces(
             "the student's positions",
         )
     if mean is not None and mean > longest:
-        raise UserError(f"--mean-tokens {mean} is more than the longest sequence, {longest} ({origin}): correct one")
+        raise UserError(
+            f"--mean-tokens {mean} is more than the longest sequence, {longest} ({origin}): "
+            f"correct one"
+        )
     num_rows = num_rows or recipe.data.num_train
     parts = [
         f"{num_rows or 'an unknown number of'} training rows",
-        f"{mean} tokens on average, as stated" if mean else "all as long as the longest, an upper bound",
+        f"{mean} tokens on average, as stated"
+        if mean
+        else "all as long as the longest, an upper bound",
         f"at most {longest} ({origin})",
         "every token supervised",
     ]
@@ -120,9 +146,13 @@ def epoch_lengths(loader: Loader) -> Lengths:
 
 
 def step_lengths(loader: Loader, step: int) -> Lengths:
-    """Of one optimizer step over all ranks: those of `Loader.micro_batches`, without reading a token."""
+    """Of one optimizer step over all ranks: those of `Loader.micro_batches`, without reading a
+    token.
+    """
     chosen_N = loader.global_batch(step)
     read_N = loader.examples.num_read_tokens[chosen_N]
     longest = read_N.reshape(-1, loader.micro_batch_size).max(axis=1)
     longest = -(-longest // loader.pad_to_multiple_of) * loader.pad_to_multiple_of
-    return Lengths(read_N, longest.repeat(loader.micro_batch_size), loader.examples.num_supervised[chosen_N])
+    return Lengths(
+        read_N, longest.repeat(loader.micro_batch_size), loader.examples.num_supervised[chosen_N]
+    )

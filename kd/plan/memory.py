@@ -43,14 +43,19 @@ class MemoryPlan:
         return self.gib_per_rank.total
 
     def verdict(self, gpu_gib: float) -> str | None:
-        """None where the run fits on GPUs of gpu_gib, else a sentence with what would make it fit."""
+        """None where the run fits on GPUs of gpu_gib, else a sentence with what would make it
+        fit.
+        """
         if self._fits(gpu_gib):
             return None
         needs = (
-            f"{self.total_gib:.1f} GiB per GPU, most of it in {self.moment}, and {RESERVED_GIB:.0f} GiB for CUDA "
+            f"{self.total_gib:.1f} GiB per GPU, most of it in {self.moment}, and "
+            f"{RESERVED_GIB:.0f} GiB for CUDA "
             f"itself do not fit in {gpu_gib:.1f} GiB"
         )
-        for factor, changes in itertools.product(range(1, MAX_NODES_FACTOR + 1), _settings(self.recipe)):
+        for factor, changes in itertools.product(
+            range(1, MAX_NODES_FACTOR + 1), _settings(self.recipe)
+        ):
             num_nodes = self.num_nodes * factor
             try:
                 other = memory_plan(changed(self.recipe, changes), num_nodes, self.gpus_per_node)
@@ -67,29 +72,37 @@ class MemoryPlan:
 
 
 def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> MemoryPlan:
-    """The memory of a run. Sequences are as long as the recipe lets pass: what its truncation leaves of
-    max_full_tokens, or, where it states none, of all positions that the student has.
+    """The memory of a run. Sequences are as long as the recipe lets pass: what its truncation
+    leaves of max_full_tokens, or, where it states none, of all positions that the student has.
 
-    Raises UserError for a recipe whose files are missing or whose global batch cannot be divided over the ranks.
+    Raises UserError for a recipe whose files are missing or whose global batch cannot be divided
+    over the ranks.
     """
     world_size = num_nodes * gpus_per_node
     accumulation = recipe.gradient_accumulation_steps(world_size)
-    student = ZeroEngine(model_shapes(recipe.student, role="student"), read_ds_config(recipe, "student"), world_size)
+    student = ZeroEngine(
+        model_shapes(recipe.student, role="student"), read_ds_config(recipe, "student"), world_size
+    )
     teacher = None
     if recipe.teacher is not None:
         num_sharing = gpus_per_node if recipe.teacher.shard == "node" else world_size
         shapes = model_shapes(recipe.teacher, role="teacher")
         teacher = ZeroEngine(shapes, read_ds_config(recipe, "teacher"), num_sharing)
     num_tokens = num_tokens_read(
-        recipe.truncation, recipe.truncation.max_full_tokens or student.shapes.max_position_embeddings
+        recipe.truncation,
+        recipe.truncation.max_full_tokens or student.shapes.max_position_embeddings,
     )
     batch_tokens = num_tokens * recipe.training.micro_batch_size
     gib_per_rank, moment, gather_peak_gib = rank_memory(recipe, student, teacher, batch_tokens)
     saved = functools.partial(saved_activations, student.shapes, batch_tokens, student.width)
     engines = [student, teacher] if teacher else [student]
-    # Rank 0 alone reads the files of a model that is partitioned while it is loaded, and else every rank.
-    loading = max(engine.model_bytes * (1 if is_zero3(engine.config) else gpus_per_node) for engine in engines)
-    # Of the student weights in forward and in backward, and gradients; of the teacher weights in forward.
+    # Rank 0 alone reads the files of a model that is partitioned while it is loaded, and else every
+    # rank.
+    loading = max(
+        engine.model_bytes * (1 if is_zero3(engine.config) else gpus_per_node) for engine in engines
+    )
+    # Of the student weights in forward and in backward, and gradients; of the teacher weights in
+    # forward.
     received = student.received_bytes(3) + (teacher.received_bytes(1) if teacher else 0)
     return MemoryPlan(
         recipe,
@@ -102,7 +115,10 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         activations_checkpointed_gib=saved(checkpointing=True) / GIB,
         activations_whole_gib=saved(checkpointing=False) / GIB,
         checkpoint_gib=student.checkpoint_bytes / GIB,
-        disk_gib=((recipe.training.keep_last + 2) * student.checkpoint_bytes + 3 * student.model_bytes) / GIB,
+        disk_gib=(
+            (recipe.training.keep_last + 2) * student.checkpoint_bytes + 3 * student.model_bytes
+        )
+        / GIB,
         host_gib=max(loading, gpus_per_node * sum(engine.host_bytes for engine in engines)) / GIB,
         received_gib_per_step=accumulation * received / GIB,
     )
@@ -118,7 +134,9 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 
 def _settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """What may be set without a change to what is learned, as {section.key: value}: nothing, one, two, ..."""
+    """What may be set without a change to what is learned, as {section.key: value}: nothing, one,
+    two, ...
+    """
     student = read_ds_config(recipe, "student")
     settings: list[dict[str, Any]] = []
     if recipe.training.micro_batch_size > 1:

@@ -40,13 +40,22 @@ def print_report(report: dict[str, Any]) -> None:
     ]
     console.print("\n".join(lines), markup=False)
     console.print(make_table(plans), soft_wrap=False)
-    notes = [f"GiB at the moment of a step that takes most: {', '.join(_different(plans, 'gib_per_rank', 'moment'))}"]
-    notes += ["FLOPs: 2 m n k of each product, attention in full; what is recomputed is not in the sum, nor in MFU"]
+    notes = [
+        f"GiB at the moment of a step that takes most: "
+        f"{', '.join(_different(plans, 'gib_per_rank', 'moment'))}"
+    ]
+    notes += [
+        "FLOPs: 2 m n k of each product, attention in full; what is recomputed is not in the sum, "
+        "nor in MFU"
+    ]
     if gpu is None:
         notes += ["--gpu KIND adds hours, and whether the run fits"]
     else:
         peak = f"{report['gpu_peak_tflops']:.0f} TFLOP/s"
-        notes += [f"hours: of steps alone, at an MFU of {report['mfu']} of {peak} per GPU; stated, not measured"]
+        notes += [
+            f"hours: of steps alone, at an MFU of {report['mfu']} of {peak} per GPU; stated, not "
+            f"measured"
+        ]
         notes += [f"keep {plan['keep_fraction']} on {gpu}: {plan['verdict']}" for plan in plans]
     console.print("\n".join(notes), markup=False)
 
@@ -58,9 +67,13 @@ def make_table(plans: list[dict[str, Any]]) -> Table:
         column.justify = "right"
 
     def add(title: str, values: list[Any], form: str) -> None:
-        table.add_row(title, *("unknown" if value is None else format(value, form) for value in values))
+        table.add_row(
+            title, *("unknown" if value is None else format(value, form) for value in values)
+        )
 
-    def add_part(heading: str, rows: dict[str, str], part: str, form: str, unit: float = 1.0) -> None:
+    def add_part(
+        heading: str, rows: dict[str, str], part: str, form: str, unit: float = 1.0
+    ) -> None:
         table.add_row(f"[italic]{heading}")
         for title, key in rows.items():
             add(title, [plan[part][key] / unit for plan in plans], form)

@@ -1,5 +1,6 @@
-"""What one rank holds in a step: what each model holds (zero.py) and its layers keep for backward (activations.py),
-put together for the moments of kd.training.loop.train_step. Upper bounds: what a plan says will fit should fit.
+"""What one rank holds in a step: what each model holds (zero.py) and its layers keep for backward
+(activations.py), put together for the moments of kd.training.loop.train_step. Upper bounds: what a
+plan says will fit should fit.
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class RankMemory:
-    """GiB that a rank holds on its GPU: five parts for the whole run, three at the moment that takes most."""
+    """GiB that a rank holds on its GPU: five parts for the whole run, three at the moment that
+    takes most.
+    """
 
     teacher_shard: float
     student_weights: float
@@ -37,8 +40,8 @@ class RankMemory:
 def rank_memory(
     recipe: Recipe, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int
 ) -> tuple[RankMemory, str, float]:
-    """What a rank holds when a step takes most, the moment when it does, and GiB that are gathered at most, perhaps at
-    another one. num_tokens: of a micro-batch."""
+    """What a rank holds when a step takes most, the moment when it does, and GiB that are gathered
+    at most, perhaps at another one. num_tokens: of a micro-batch."""
     moments = _moments(recipe, student, teacher, num_tokens)
     moment = max(moments, key=lambda moment: sum(moment[1:]))
     parts = (
@@ -65,14 +68,23 @@ class _Moment(NamedTuple):
     gradients: int
 
 
-def _moments(recipe: Recipe, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int) -> list[_Moment]:
-    shapes, width, checkpointing = student.shapes, student.width, recipe.student.gradient_checkpointing
+def _moments(
+    recipe: Recipe, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int
+) -> list[_Moment]:
+    shapes, width, checkpointing = (
+        student.shapes,
+        student.width,
+        recipe.student.gradient_checkpointing,
+    )
     hidden, head = width * shapes.hidden_size * num_tokens, student.head_elements
     saved = saved_activations(shapes, num_tokens, width, checkpointing=checkpointing) + hidden
     recomputed = layer_activations(shapes, num_tokens, width) if checkpointing else 0
-    # The head's gradient: the loss's own in fp32; in backward one of the weight's dtype too, and a copy to reduce.
+    # The head's gradient: the loss's own in fp32; in backward one of the weight's dtype too, and a
+    # copy to reduce.
     moments = [
-        _Moment("backward", student.live_bytes, saved + recomputed, hidden + (4 + 2 * width) * head, 0),
+        _Moment(
+            "backward", student.live_bytes, saved + recomputed, hidden + (4 + 2 * width) * head, 0
+        ),
         _Moment("the optimizer's step", 0, 0, 0, student.step_bytes),
     ]
     gathered, teacher_hidden = student.live_bytes, 0
@@ -82,13 +94,19 @@ def _moments(recipe: Recipe, student: ZeroEngine, teacher: ZeroEngine | None, nu
         states = teacher_hidden + layer_activations(teacher.shapes, num_tokens, teacher.width)
         moments.append(_Moment("the teacher's forward", teacher.live_bytes, states, 0, 0))
     chunks = _chunk_bytes(recipe.loss, student, teacher, num_tokens)
-    moments.append(_Moment("the loss", gathered, saved + teacher_hidden, chunks + hidden + 4 * head, 0))
+    moments.append(
+        _Moment("the loss", gathered, saved + teacher_hidden, chunks + hidden + 4 * head, 0)
+    )
     return moments
 
 
-def _chunk_bytes(loss: LossSection, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int) -> int:
+def _chunk_bytes(
+    loss: LossSection, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int
+) -> int:
     """Logits of both models that exist at a time, of at most num_tokens rows each."""
     dtype = getattr(torch, loss.logits_dtype or "float32")
     vocab_size = min(engine.shapes.vocab_size for engine in (student, teacher) if engine)
-    chunks = plan_chunks(vocab_size, dtype, has_teacher=teacher is not None, chunk_size=loss.chunk_size)
+    chunks = plan_chunks(
+        vocab_size, dtype, has_teacher=teacher is not None, chunk_size=loss.chunk_size
+    )
     return sum(min(num_rows, num_tokens) for num_rows in chunks) * vocab_size * dtype.itemsize

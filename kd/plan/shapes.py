@@ -1,7 +1,8 @@
-"""The sizes of a model that its cost depends on, from its configuration: no weight is read and none is allocated.
+"""The sizes of a model that its cost depends on, from its configuration: no weight is read and none
+is allocated.
 
-Those of the hub models that recipes name are stored in recipes/shapes/, so that a plan needs no network. When a model
-is loaded, `check_shapes` compares it with its file.
+Those of the hub models that recipes name are stored in recipes/shapes/, so that a plan needs no
+network. When a model is loaded, `check_shapes` compares it with its file.
 """
 
 import dataclasses
@@ -21,12 +22,18 @@ from kd.models.loading import load_config
 from kd.recipe import RECIPES_DIR, ModelSection, find_input
 
 SHAPES_DIR = RECIPES_DIR / "shapes"
-NUM_SEEING = ("num_experts_per_tok", "moe_k", "moe_topk")  # in configurations: experts that see a token
+NUM_SEEING = (
+    "num_experts_per_tok",
+    "moe_k",
+    "moe_topk",
+)  # in configurations: experts that see a token
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShapes:
-    """A decoder's sizes. parameter_sizes: how many parameters there are of each number of elements, tied ones once."""
+    """A decoder's sizes. parameter_sizes: how many parameters there are of each number of elements,
+    tied ones once.
+    """
 
     num_layers: int
     hidden_size: int
@@ -38,7 +45,9 @@ class ModelShapes:
     vocab_size: int  # rows of the lm_head
     tie_word_embeddings: bool
     max_position_embeddings: int
-    num_active_weights: int  # of the layers' matrices that one token meets: of experts those that see it
+    num_active_weights: (
+        int  # of the layers' matrices that one token meets: of experts those that see it
+    )
     parameter_sizes: tuple[tuple[int, int], ...]
 
     @property
@@ -48,9 +57,11 @@ class ModelShapes:
 
 @functools.cache
 def model_shapes(section: ModelSection, *, role: str) -> ModelShapes:
-    """The shapes of a recipe's model: of a local folder, else as stored in recipes/shapes/, else of the hub's config.
+    """The shapes of a recipe's model: of a local folder, else as stored in recipes/shapes/, else of
+    the hub's config.
 
-    role ("teacher" or "student") names the section of the recipe in errors. Raises UserError when none is to be had.
+    role ("teacher" or "student") names the section of the recipe in errors. Raises UserError when
+    none is to be had.
     """
     stored = shapes_file(section.model)
     if find_input(section.model) is None and stored.is_file():
@@ -61,31 +72,45 @@ def model_shapes(section: ModelSection, *, role: str) -> ModelShapes:
 
 
 def check_shapes(section: ModelSection, model: PreTrainedModel, *, role: str) -> None:
-    """Raise UserError when a loaded model, partitioned or whole, is not what its file in recipes/shapes/ says."""
+    """Raise UserError when a loaded model, partitioned or whole, is not what its file in
+    recipes/shapes/ says.
+    """
     path = shapes_file(section.model)
     if find_input(section.model) is not None or not path.is_file():
         return  # planned from the model's own configuration
     stored, loaded = dataclasses.asdict(read_shapes(path)), dataclasses.asdict(shapes_of(model))
     # Positions cost nothing until tokens take them: a checkpoint may be edited to allow more.
-    differing = [name for name in stored if stored[name] != loaded[name] and name != "max_position_embeddings"]
+    differing = [
+        name
+        for name in stored
+        if stored[name] != loaded[name] and name != "max_position_embeddings"
+    ]
     if differing:
-        listing = "; ".join(f"{name} is {loaded[name]}, stored as {stored[name]}" for name in differing)
+        listing = "; ".join(
+            f"{name} is {loaded[name]}, stored as {stored[name]}" for name in differing
+        )
         raise UserError(
-            f"{role}.model = {section.model!r} is not the model of {path}, from which memory was planned: {listing}. "
+            f"{role}.model = {section.model!r} is not the model of {path}, from which memory was "
+            f"planned: {listing}. "
             "Remove that file, or name the model's revision"
         )
 
 
 def config_shapes(config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelShapes:
-    """The shapes of the model that a configuration describes, built without memory for its weights."""
+    """The shapes of the model that a configuration describes, built without memory for its
+    weights.
+    """
     with torch.device("meta"):
-        return shapes_of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        return shapes_of(
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        )
 
 
 def shapes_of(model: PreTrainedModel) -> ModelShapes:
     """The shapes of a model: on any device, partitioned by ZeRO-3 or not.
 
-    Raises UserError for an architecture whose configuration has no attention heads or no limit of positions.
+    Raises UserError for an architecture whose configuration has no attention heads or no limit of
+    positions.
     """
     try:
         return _shapes_of(model)
@@ -117,7 +142,9 @@ def _shapes_of(model: PreTrainedModel) -> ModelShapes:
 
 
 def _num_active_weights(model: PreTrainedModel) -> int:
-    """Elements of all matrices but embeddings and lm_head. Experts are one 3-D parameter, or modules of 2-D ones."""
+    """Elements of all matrices but embeddings and lm_head. Experts are one 3-D parameter, or
+    modules of 2-D ones.
+    """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     num_experts = next((n for name in NUM_EXPERTS if (n := getattr(config, name, None))), 1)
     num_seeing = next((n for name in NUM_SEEING if (n := getattr(config, name, None))), num_experts)
@@ -125,7 +152,11 @@ def _num_active_weights(model: PreTrainedModel) -> int:
     for name, module in model.named_modules():
         is_expert = "experts" in name.split(".")
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Embedding) or module is head or parameter_name.endswith("bias"):
+            if (
+                isinstance(module, nn.Embedding)
+                or module is head
+                or parameter_name.endswith("bias")
+            ):
                 continue
             num_dims = len(whole_shape(parameter))
             if is_expert and num_dims > 1:
@@ -143,5 +174,6 @@ def shapes_file(model: str) -> Path:
 def read_shapes(path: Path) -> ModelShapes:
     fields = json.loads(path.read_text(encoding="utf-8"))
     return ModelShapes(
-        **fields | {"parameter_sizes": tuple((size, count) for size, count in fields["parameter_sizes"])}
+        **fields
+        | {"parameter_sizes": tuple((size, count) for size, count in fields["parameter_sizes"])}
     )

@@ -1,6 +1,8 @@
-"""Bytes of one model in its ZeRO engine, on one of the ranks that share it; read from DeepSpeed 0.19's own code.
+"""Bytes of one model in its ZeRO engine, on one of the ranks that share it; read from DeepSpeed
+0.19's own code.
 
-Weights, gradients and optimizer states are exact to within padding; live_bytes and bucket_bytes are bounds.
+Weights, gradients and optimizer states are exact to within padding; live_bytes and bucket_bytes are
+bounds.
 """
 
 from dataclasses import dataclass
@@ -49,11 +51,15 @@ class ZeroEngine:
     @property
     def shard_elements(self) -> int:
         """ZeRO-3 divides each parameter and rounds up (Init._partition_numel)."""
-        return sum(-(-size // self.num_ranks) * count for size, count in self.shapes.parameter_sizes)
+        return sum(
+            -(-size // self.num_ranks) * count for size, count in self.shapes.parameter_sizes
+        )
 
     @property
     def weight_bytes(self) -> int:
-        """Between steps: the shard, parameters up to the persistence threshold whole besides it, and hpZ's copy."""
+        """Between steps: the shard, parameters up to the persistence threshold whole besides it,
+        and hpZ's copy.
+        """
         if not self.is_shared:
             return self.model_bytes
         elements = self._persistent_elements
@@ -64,14 +70,18 @@ class ZeroEngine:
 
     @property
     def live_bytes(self) -> int:
-        """Gathered at most: what prefetching and reuse may keep, the module at work, and a bucket being unpacked.
+        """Gathered at most: what prefetching and reuse may keep, the module at work, and a bucket
+        being unpacked.
 
-        PartitionedParameterCoordinator.fetch_sub_module prefetches up to max_live_parameters and fetches the module
-        itself in any case; __params_to_release keeps what is used again within max_reuse_distance.
+        PartitionedParameterCoordinator.fetch_sub_module prefetches up to max_live_parameters and
+        fetches the module itself in any case; __params_to_release keeps what is used again within
+        max_reuse_distance.
         """
         if not self.is_shared:
             return 0
-        kept = max(self.value("stage3_max_live_parameters"), self.value("stage3_max_reuse_distance"))
+        kept = max(
+            self.value("stage3_max_live_parameters"), self.value("stage3_max_reuse_distance")
+        )
         largest = max(size for size, _ in self.shapes.parameter_sizes)
         partitioned = self.num_elements - self._persistent_elements
         bucket = min(self.value("stage3_prefetch_bucket_size"), partitioned)
@@ -85,7 +95,11 @@ class ZeroEngine:
     def gradient_bytes(self) -> int:
         """Accumulated over micro-batches, sharded (grad_partitions_flat_buffer)."""
         is_fp32 = self.config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-        return 0 if self.offloads("optimizer") else self.shard_elements * (4 if is_fp32 else self.width)
+        return (
+            0
+            if self.offloads("optimizer")
+            else self.shard_elements * (4 if is_fp32 else self.width)
+        )
 
     @property
     def optimizer_bytes(self) -> int:
@@ -94,14 +108,18 @@ class ZeroEngine:
 
     @property
     def bucket_bytes(self) -> int:
-        """The buffer of gradients to reduce (two for stage 2 with overlap_comm), and a copy while it is reduced."""
+        """The buffer of gradients to reduce (two for stage 2 with overlap_comm), and a copy while
+        it is reduced.
+        """
         bucket = self.value("reduce_bucket_size")
         num_buffers = 2 if not is_zero3(self.config) and self._zero.get("overlap_comm") else 1
         return (num_buffers * bucket + min(bucket, self.num_elements)) * self.width
 
     @property
     def step_bytes(self) -> int:
-        """Gradients once more, flattened for a sub-group at a time (_prepare_fp32_grad_for_sub_group)."""
+        """Gradients once more, flattened for a sub-group at a time
+        (_prepare_fp32_grad_for_sub_group).
+        """
         if self.offloads("optimizer"):
             return 0
         return 4 * min(self.shard_elements, self.value("sub_group_size"))
@@ -114,7 +132,9 @@ class ZeroEngine:
 
     @property
     def host_bytes(self) -> int:
-        """Offloaded: master weights, moments, and gradients twice, in fp32 (stage3.py, initialize_optimizer_states)."""
+        """Offloaded: master weights, moments, and gradients twice, in fp32 (stage3.py,
+        initialize_optimizer_states).
+        """
         parameters = self.width * self.shard_elements if self.offloads("param") else 0
         return parameters + (20 * self.shard_elements if self.offloads("optimizer") else 0)
 

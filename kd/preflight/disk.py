@@ -1,4 +1,6 @@
-"""Whether all ranks share the folder of runs, whether checkpoints fit there, and how long one takes to write."""
+"""Whether all ranks share the folder of runs, whether checkpoints fit there, and how long one takes
+to write.
+"""
 
 import os
 import shutil
@@ -41,17 +43,20 @@ def check_disk(plan: MemoryPlan) -> list[Check]:
         return [
             fail(
                 "shared folder",
-                f"run.output_dir = {output_dir!r}: {found[0]}; {len(found)} of {len(problems)} ranks do not see what "
+                f"run.output_dir = {output_dir!r}: {found[0]}; {len(found)} of {len(problems)} "
+                f"ranks do not see what "
                 "rank 0 writes: put it on a file system that all hosts mount at the same path",
             )
         ]
     shared = ok("shared folder", f"{folder}: all ranks read what rank 0 writes")
-    free, there = on_rank_zero(lambda: (shutil.disk_usage(folder).free, _bytes_of_run(plan.recipe.run_dir)))
+    free, there = on_rank_zero(
+        lambda: (shutil.disk_usage(folder).free, _bytes_of_run(plan.recipe.run_dir))
+    )
     needed = max(plan.disk_gib - there / GIB, plan.checkpoint_gib)
     needs = (
         f"{size(free / GIB)} free in {folder}, {size(needed)} needed: {size(plan.disk_gib)} for "
-        f"{plan.recipe.training.keep_last + 2} checkpoints of {size(plan.checkpoint_gib)} and the exports"
-        + (f", less {size(there / GIB)} that are there" if there else "")
+        f"{plan.recipe.training.keep_last + 2} checkpoints of {size(plan.checkpoint_gib)} and the "
+        f"exports" + (f", less {size(there / GIB)} that are there" if there else "")
     )
     if free < needed * GIB:
         return [shared, fail("free space", f"{needs}: make room, or lower training.keep_last")]
@@ -73,7 +78,11 @@ def _problem_of(token: Path) -> str | None:
     while True:
         try:
             same = token.read_text() == token.name
-            return None if same else f"rank {dist.get_rank()} on {socket.gethostname()} reads other contents"
+            return (
+                None
+                if same
+                else f"rank {dist.get_rank()} on {socket.gethostname()} reads other contents"
+            )
         except OSError as error:
             if time.monotonic() > deadline:
                 return f"rank {dist.get_rank()} on {socket.gethostname()}: {error.strerror}"
@@ -83,7 +92,9 @@ def _problem_of(token: Path) -> str | None:
 def _bytes_of_run(run_dir: Path) -> int:
     """What a run has written already of what it needs room for."""
     folders = [*step_folders(run_dir / "checkpoints"), run_dir / "export"]
-    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    return sum(
+        path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def _check_speed(plan: MemoryPlan, folder: Path, free: int) -> Check:
@@ -101,7 +112,8 @@ def _check_speed(plan: MemoryPlan, folder: Path, free: int) -> Check:
     text = f"{rate / 2**20:.0f} MiB/s by {world_size} ranks, fsync included: {seconds:.1f} s for a checkpoint"
     if seconds > LAUNCHER_SECONDS:
         text += (
-            f", more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher leaves after a TERM: signal the ranks "
+            f", more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher leaves after a TERM: "
+            f"signal the ranks "
             "themselves, as launch/hosts.sh and launch/slurm do"
         )
     return ok("write speed", text)

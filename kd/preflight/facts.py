@@ -29,7 +29,9 @@ T = TypeVar("T")
 
 
 def facts_of_rank(recipe: Recipe) -> Facts:
-    """JSON: software, environment and recipe of kd.runs.environment, and what is asked of this host alone."""
+    """JSON: software, environment and recipe of kd.runs.environment, and what is asked of this host
+    alone.
+    """
     return {
         **facts_of_run(recipe),
         "node": str((socket.gethostname(), *(os.environ.get(name) for name in NODE_VARIABLES))),
@@ -103,9 +105,14 @@ def _check_weights(section: ModelSection, role: str) -> None:
     folder = Path(resolve(field, section.model))
     if not folder.exists():
         with hub_errors(field, section.model):
-            folder = Path(snapshot_download(section.model, revision=section.revision, local_files_only=True))
+            folder = Path(
+                snapshot_download(section.model, revision=section.revision, local_files_only=True)
+            )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UserError(f"{field} = {section.model!r}: no weights in {folder}: run launch/prepare.py with this recipe")
+        raise UserError(
+            f"{field} = {section.model!r}: no weights in {folder}: run launch/prepare.py with this "
+            f"recipe"
+        )
 
 
 def _gpu() -> dict[str, Any] | None:
@@ -113,7 +120,11 @@ def _gpu() -> dict[str, Any] | None:
         return None
     index = int(os.environ["LOCAL_RANK"])
     free, total = torch.cuda.mem_get_info(index)
-    return {"name": torch.cuda.get_device_name(index), "free_gib": free / GIB, "total_gib": total / GIB}
+    return {
+        "name": torch.cuda.get_device_name(index),
+        "free_gib": free / GIB,
+        "total_gib": total / GIB,
+    }
 
 
 def _available_gib() -> float:
@@ -130,7 +141,8 @@ def _judge_inputs(everyone: list[Facts]) -> Check:
     others = f" (and {len(problems) - 1} more)" if problems[1:] else ""
     return fail(
         "models and data",
-        f"rank {rank} on {facts['host']}{others}: {facts['inputs']}. Correct it, or bring it to every host",
+        f"rank {rank} on {facts['host']}{others}: {facts['inputs']}. Correct it, or bring it to "
+        f"every host",
     )
 
 
@@ -140,8 +152,10 @@ def _judge_attention(everyone: list[Facts]) -> Check:
         if facts["attention"] != first:
             return fail(
                 "attention",
-                f"{facts['attention']} on rank {rank} ({facts['host']}), {first} on rank 0: install the same packages "
-                "and use GPUs of one kind, or name teacher.attention and student.attention in the recipe",
+                f"{facts['attention']} on rank {rank} ({facts['host']}), {first} on rank 0: "
+                f"install the same packages "
+                "and use GPUs of one kind, or name teacher.attention and student.attention in the "
+                "recipe",
             )
     if isinstance(first, str):
         return fail("attention", first)
@@ -149,14 +163,20 @@ def _judge_attention(everyone: list[Facts]) -> Check:
 
 
 def _judge_gpu_memory(plan: MemoryPlan, everyone: list[Facts]) -> Check:
-    gpus = [(facts["gpu"], rank, facts["host"]) for rank, facts in enumerate(everyone) if facts["gpu"]]
+    gpus = [
+        (facts["gpu"], rank, facts["host"]) for rank, facts in enumerate(everyone) if facts["gpu"]
+    ]
     needs = f"{size(plan.total_gib)} planned, most of it in {plan.moment}"
     if not gpus:
         return skipped("GPU memory", f"no GPU; {needs}")
     gpu, rank, host = min(gpus, key=lambda found: found[0]["free_gib"])
     where = f"{gpu['free_gib']:.1f} of {gpu['total_gib']:.1f} GiB are free on {gpu['name']} of rank {rank} ({host})"
     problem = plan.verdict(gpu["free_gib"])
-    return fail("GPU memory", f"{where}: {problem}") if problem else ok("GPU memory", f"{needs}; {where}")
+    return (
+        fail("GPU memory", f"{where}: {problem}")
+        if problem
+        else ok("GPU memory", f"{needs}; {where}")
+    )
 
 
 def _judge_host_memory(plan: MemoryPlan, everyone: list[Facts]) -> Check:
@@ -166,4 +186,6 @@ def _judge_host_memory(plan: MemoryPlan, everyone: list[Facts]) -> Check:
     text = f"{size(gib)} needed at most per node, {least['host_gib']:.1f} GiB available on {least['host']}"
     if gib <= least["host_gib"]:
         return ok("host memory", text)
-    return fail("host memory", f"{text}: fewer ranks per node, or a student JSON without offload_optimizer")
+    return fail(
+        "host memory", f"{text}: fewer ranks per node, or a student JSON without offload_optimizer"
+    )

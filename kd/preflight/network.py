@@ -28,12 +28,18 @@ def check_port() -> Check:
         if error.errno != errno.EADDRINUSE:
             raise
         where = f"{address}:{port} is in use on {socket.gethostname()}"
-        return fail("port", f"{where}: stop this run where it is at work, or set MASTER_PORT to a free port")
+        return fail(
+            "port", f"{where}: stop this run where it is at work, or set MASTER_PORT to a free port"
+        )
     return ok("port", f"{address}:{port} is free")
 
 
-def check_bandwidth(plan: MemoryPlan, device: torch.device, timeout_minutes: float, minimum: float) -> list[Check]:
-    """Bus bandwidth among the ranks of a node and among all; fails below `minimum` GB/s. Every rank calls it."""
+def check_bandwidth(
+    plan: MemoryPlan, device: torch.device, timeout_minutes: float, minimum: float
+) -> list[Check]:
+    """Bus bandwidth among the ranks of a node and among all; fails below `minimum` GB/s. Every rank
+    calls it.
+    """
     if dist.get_world_size() == 1:
         return [skipped("bandwidth", "a single rank")]
     nodes = ranks_of_nodes()
@@ -47,13 +53,23 @@ def check_bandwidth(plan: MemoryPlan, device: torch.device, timeout_minutes: flo
 
 
 def _check(
-    name: str, group: dist.ProcessGroup | None, device: torch.device, minimum: float, plan: MemoryPlan | None = None
+    name: str,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    minimum: float,
+    plan: MemoryPlan | None = None,
 ) -> Check:
     num_ranks, num_bytes = dist.get_world_size(group), NUM_BYTES[device.type]
     whole = torch.ones(num_bytes // 4 // num_ranks * num_ranks, device=device)
     part = torch.ones(whole.numel() // num_ranks, device=device)
     # Bytes that cross a rank's link for `whole`: what NCCL's tests call bus bandwidth.
-    reduce = 2 * (num_ranks - 1) / num_ranks * num_bytes / _seconds(lambda: dist.all_reduce(whole, group=group), device)
+    reduce = (
+        2
+        * (num_ranks - 1)
+        / num_ranks
+        * num_bytes
+        / _seconds(lambda: dist.all_reduce(whole, group=group), device)
+    )
     gather = (
         (num_ranks - 1)
         / num_ranks
@@ -63,14 +79,17 @@ def _check(
     rates = torch.tensor([reduce, gather], dtype=torch.float64, device=device)
     dist.all_reduce(rates, dist.ReduceOp.MIN)  # of all nodes the slowest
     reduce, gather = (rates / 1e9).tolist()
-    text = (
-        f"all_reduce {reduce:.2f} GB/s, all_gather {gather:.2f} GB/s ({num_ranks} ranks, {num_bytes / 2**20:.0f} MiB)"
-    )
+    sizes = f"{num_ranks} ranks, {num_bytes / 2**20:.0f} MiB"
+    text = f"all_reduce {reduce:.2f} GB/s, all_gather {gather:.2f} GB/s ({sizes})"
     if plan is not None:
         text += f"; a step receives {size(plan.received_gib_per_step)}: "
         text += f"{plan.received_gib_per_step * 2**30 / 1e9 / gather:.2f} s if nothing overlaps"
     if min(reduce, gather) < minimum:
-        return fail(name, f"{text}: less than --min-bandwidth {minimum:g}: NCCL_DEBUG=INFO tells which network is used")
+        return fail(
+            name,
+            f"{text}: less than --min-bandwidth {minimum:g}: NCCL_DEBUG=INFO tells which network "
+            f"is used",
+        )
     return ok(name, text)
 
 

@@ -1,4 +1,5 @@
-"""All checks, by every rank of a run: what each finds by itself, then the process group and what needs it.
+"""All checks, by every rank of a run: what each finds by itself, then the process group and what
+needs it.
 
 A rank that does not come is a line after timeout_seconds, and never a hang.
 """
@@ -31,7 +32,11 @@ def check_ranks(recipe: Recipe, *, timeout_seconds: float, min_bandwidth: float)
     except UserError as error:
         return _show([fail("port", str(error))])
     # Where torchrun started the ranks, its agent listens there already.
-    if os.environ["RANK"] == "0" and "TORCHELASTIC_RUN_ID" not in os.environ and not _show([check_port()]):
+    if (
+        os.environ["RANK"] == "0"
+        and "TORCHELASTIC_RUN_ID" not in os.environ
+        and not _show([check_port()])
+    ):
         return False
 
     facts, stage, passed = facts_of_rank(recipe), "rendezvous", True
@@ -59,7 +64,8 @@ def check_ranks(recipe: Recipe, *, timeout_seconds: float, min_bandwidth: float)
 def _describe(error: LostPeer, timeout_seconds: float) -> str:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     return (
-        f"rank {os.environ['RANK']} on {socket.gethostname()} does not meet the others at {where} within "
+        f"rank {os.environ['RANK']} on {socket.gethostname()} does not meet the others at {where} "
+        f"within "
         f"{timeout_seconds:g} s: did all start, and does a firewall let them reach each other? "
         f"[{str(error.__cause__).strip().splitlines()[0]}]"
     )

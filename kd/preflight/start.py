@@ -1,4 +1,6 @@
-"""From one command to a rank on every GPU: the deepspeed launcher, on this machine or on the hosts of a hostfile."""
+"""From one command to a rank on every GPU: the deepspeed launcher, on this machine or on the hosts
+of a hostfile.
+"""
 
 import os
 import re
@@ -27,10 +29,12 @@ def start_here(recipe: Recipe, arguments: list[str]) -> int:
 
 
 def start_on_hosts(recipe: Recipe, hostfile: Path, arguments: list[str]) -> int:
-    """Run preflight on all hosts of a hostfile, over pdsh and ssh as launch/hosts.sh does; returns a status.
+    """Run preflight on all hosts of a hostfile, over pdsh and ssh as launch/hosts.sh does; returns
+    a status.
 
-    MASTER_ADDR (the first host) and MASTER_PORT (the run's own) are taken from the environment, and the hosts' own
-    variables from launch/nodes.env, or the file that DS_ENV_FILE names. Raises UserError for a hostfile that is none.
+    MASTER_ADDR (the first host) and MASTER_PORT (the run's own) are taken from the environment, and
+    the hosts' own variables from launch/nodes.env, or the file that DS_ENV_FILE names. Raises
+    UserError for a hostfile that is none.
     """
     hosts = read_hostfile(hostfile)
     with ThreadPoolExecutor(max_workers=32) as pool:
@@ -40,7 +44,9 @@ def start_on_hosts(recipe: Recipe, hostfile: Path, arguments: list[str]) -> int:
     if any(check.status == "FAIL" for check in checks):
         return 1
     environment = {"DS_ENV_FILE": str(NODES_ENV), **os.environ, "PDSH_RCMD_TYPE": "ssh"}
-    environment["PDSH_SSH_ARGS_APPEND"] = f"-oBatchMode=yes {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
+    environment["PDSH_SSH_ARGS_APPEND"] = (
+        f"-oBatchMode=yes {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
+    )
     # force_multi: a hostfile of one host means that host, not this one.
     how = ["--hostfile", str(hostfile), "--force_multi", "--no_ssh_check"]
     how += ["--master_addr", os.environ.get("MASTER_ADDR", hosts[0])]
@@ -50,7 +56,9 @@ def start_on_hosts(recipe: Recipe, hostfile: Path, arguments: list[str]) -> int:
 
 
 def read_hostfile(path: Path) -> list[str]:
-    """The names of its hosts. Raises UserError for a line that is not `NAME slots=N`, a comment or empty."""
+    """The names of its hosts. Raises UserError for a line that is not `NAME slots=N`, a comment or
+    empty.
+    """
     if not path.is_file():
         raise UserError(f"--hostfile {path}: no such file; launch/hostfile.example shows one")
     hosts = []
@@ -61,7 +69,8 @@ def read_hostfile(path: Path) -> list[str]:
             hosts.append(found[1])
         elif text:
             raise UserError(
-                f"--hostfile {path}, line {number}: {line!r}: write NAME slots=N, as launch/hostfile.example"
+                f"--hostfile {path}, line {number}: {line!r}: write NAME slots=N, as "
+                f"launch/hostfile.example"
             )
     if not hosts:
         raise UserError(f"--hostfile {path} names no host; launch/hostfile.example shows how")
@@ -69,19 +78,34 @@ def read_hostfile(path: Path) -> list[str]:
 
 
 def check_ssh(host: str) -> Check:
-    """Whether this machine reaches a host without a password, and finds the same environment and checkout there."""
+    """Whether this machine reaches a host without a password, and finds the same environment and
+    checkout there.
+    """
     name, started = f"ssh {host}", time.perf_counter()
     test = f"test -x {shlex.quote(sys.executable)} && test -f {shlex.quote(str(SCRIPT))}"
-    done = subprocess.run([*SSH, host, test], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*SSH, host, test], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if done.returncode == 0:
-        return ok(name, f"{time.perf_counter() - started:.2f} s, no password; environment and checkout are there")
+        return ok(
+            name,
+            f"{time.perf_counter() - started:.2f} s, no password; environment and checkout are "
+            f"there",
+        )
     if done.returncode != 255:
-        return fail(name, f"{sys.executable} or {SCRIPT} is not there: hosts need both at the same path as here")
+        return fail(
+            name,
+            f"{sys.executable} or {SCRIPT} is not there: hosts need both at the same path as here",
+        )
     said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return fail(name, f"{said}: `ssh {host}` must work without a question: name, key, known_hosts, sshd")
+    return fail(
+        name, f"{said}: `ssh {host}` must work without a question: name, key, known_hosts, sshd"
+    )
 
 
 def _through_pdsh(argument: str) -> str:
-    """As DeepSpeed must get it: an argument with a space it puts between double quotes, others as they are."""
+    """As DeepSpeed must get it: an argument with a space it puts between double quotes, others as
+    they are.
+    """
     text = argument.replace("%", "%%")
     return re.sub(r"([\\$`])", r"\\\1", text) if " " in text else shlex.quote(text)

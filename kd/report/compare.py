@@ -1,4 +1,6 @@
-"""Runs side by side: seeds pooled into cells, cells beside whole sequences, and the cheapest level with those."""
+"""Runs side by side: seeds pooled into cells, cells beside whole sequences, and the cheapest level
+with those.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -23,7 +25,9 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """The finished runs that differ by their seed alone. costs are means over them; scores are by task."""
+    """The finished runs that differ by their seed alone. costs are means over them; scores are by
+    task.
+    """
 
     keep_fraction: float
     variant: Variant
@@ -40,7 +44,9 @@ class Difference(NamedTuple):
 
 
 class Knee(NamedTuple):
-    """The cheapest cell that is level with whole sequences, and the cost by which it is the cheapest."""
+    """The cheapest cell that is level with whole sequences, and the cost by which it is the
+    cheapest.
+    """
 
     cell: SeedGroup
     cost: str
@@ -52,7 +58,9 @@ class Family:
 
     pair: ComparedPair
     cells: tuple[SeedGroup, ...]  # by variant, then by keep_fraction
-    references: dict[str, list[tuple[str, Score]]]  # task -> role and its score, the same score once
+    references: dict[
+        str, list[tuple[str, Score]]
+    ]  # task -> role and its score, the same score once
     differences: tuple[Difference, ...]
 
     @property
@@ -68,11 +76,15 @@ class Family:
         return list(dict.fromkeys(cell.variant for cell in self.cells))
 
     def full_of(self, cell: SeedGroup) -> SeedGroup | None:
-        """The cell of keep_fraction = 1 and all else equal; all windows of it are the same whole sequence."""
+        """The cell of keep_fraction = 1 and all else equal; all windows of it are the same whole
+        sequence.
+        """
         return next((full for full in self.curve(cell.variant) if full.keep_fraction == 1.0), None)
 
     def curve(self, variant: Variant) -> list[SeedGroup]:
-        """The cells of a variant by keep_fraction, with whole sequences, which stand under the head window."""
+        """The cells of a variant by keep_fraction, with whole sequences, which stand under the head
+        window.
+        """
         whole = variant if variant.max_tokens else variant._replace(window="head")
         cells = [
             cell
@@ -82,19 +94,26 @@ class Family:
         return sorted(cells, key=lambda cell: cell.keep_fraction)
 
     def kept(self, cell: SeedGroup, task: str) -> float | None:
-        """The cell's accuracy / that of whole sequences; None where there is no such accuracy, or it is 0."""
+        """The cell's accuracy / that of whole sequences; None where there is no such accuracy, or
+        it is 0.
+        """
         full = self.full_of(cell)
         if full is None or task not in full.scores or task not in cell.scores:
             return None
         return _ratio(cell.scores[task].accuracy, full.scores[task].accuracy)
 
     def relative_cost(self, cell: SeedGroup, cost: str) -> float | None:
-        """A field of Costs, of the cell / of whole sequences; None where one of them is not recorded."""
+        """A field of Costs, of the cell / of whole sequences; None where one of them is not
+        recorded.
+        """
         full = self.full_of(cell)
-        return None if full is None else _ratio(getattr(cell.costs, cost), getattr(full.costs, cost))
+        return (
+            None if full is None else _ratio(getattr(cell.costs, cost), getattr(full.costs, cost))
+        )
 
     def knee(self, variant: Variant, task: str) -> Knee | None:
-        """The cheapest cell of a curve whose 95 % interval's upper bound is at least the lower bound of full's.
+        """The cheapest cell of a curve whose 95 % interval's upper bound is at least the lower
+        bound of full's.
 
         By FLOPs where all cells have them, else by tokens read. None without a score of full.
         """
@@ -118,7 +137,9 @@ def compare(runs: Iterable[Run]) -> list[Family]:
 
 
 def pool(evaluations: Sequence[Evaluation]) -> Score:
-    """One score of all their responses, with Wilson's interval as if the evaluations were independent of each other."""
+    """One score of all their responses, with Wilson's interval as if the evaluations were
+    independent of each other.
+    """
     from kd.evaluate.score import wilson_interval  # it imports torch, which takes seconds
 
     num_correct = sum(evaluation.num_correct for evaluation in evaluations)
@@ -137,10 +158,11 @@ def pool(evaluations: Sequence[Evaluation]) -> Score:
 
 
 def _effective_size(evaluation: Evaluation) -> float:
-    """As many independent responses as have the evaluation's interval: its problems, when each has one response.
+    """As many independent responses as have the evaluation's interval: its problems, when each has
+    one response.
 
-    Samples of one problem are alike, and the evaluation's interval knows how much. A bound b of Wilson's interval of
-    share p solves (b - p)^2 = z^2 b (1 - b) / size (Wilson 1927, eq. 4).
+    Samples of one problem are alike, and the evaluation's interval knows how much. A bound b of
+    Wilson's interval of share p solves (b - p)^2 = z^2 b (1 - b) / size (Wilson 1927, eq. 4).
     """
     from kd.evaluate.score import Z_95
 
@@ -168,7 +190,9 @@ def _order(key: tuple[Variant, float]) -> tuple[int, str, bool, str, int, float]
 def _cell(runs: list[Run]) -> SeedGroup:
     runs = sorted(runs, key=lambda run: (run.seed, run.name))
     tasks = sorted({task for run in runs for task in run.scores})
-    scores = {task: pool([run.scores[task] for run in runs if task in run.scores]) for task in tasks}
+    scores = {
+        task: pool([run.scores[task] for run in runs if task in run.scores]) for task in tasks
+    }
     costs = Costs._make(_mean(values) for values in zip(*[run.costs for run in runs], strict=True))
     return SeedGroup(runs[0].keep_fraction, runs[0].variant, tuple(runs), costs, scores)
 
@@ -179,13 +203,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _references(runs: list[Run]) -> dict[str, list[tuple[str, Score]]]:
-    """Evaluations of one model with one result, as each run's folder may have, are one, and not more problems."""
+    """Evaluations of one model with one result, as each run's folder may have, are one, and not
+    more problems.
+    """
     same: dict[tuple[str, str, str, int, int], dict[str, Evaluation]] = defaultdict(dict)
     for run in runs:
         for role, e in run.references:
             same[e.task, role, e.model, e.num_problems, e.num_correct][str(e.path)] = e
     found: dict[str, list[tuple[str, Score]]] = defaultdict(list)
-    for (task, role, *_), evaluations in sorted(same.items(), reverse=True):  # "teacher" before "student ..."
+    for (task, role, *_), evaluations in sorted(
+        same.items(), reverse=True
+    ):  # "teacher" before "student ..."
         first, *others = evaluations.values()
         found[task].append((role, pool([first])._replace(evaluations=(first, *others))))
     return found
@@ -196,8 +224,16 @@ def _all_differences(runs: list[Run]) -> list[Difference]:
     found = _differences([(run.name, run.facts) for run in runs])
     for task in sorted({task for run in runs for task in run.scores}):
         scored = [(run.name, run.scores[task].settings) for run in runs if task in run.scores]
-        shared = {e.path: (e.label, e.settings) for run in runs for _, e in run.references if e.task == task}
-        found += [d._replace(name=f"evaluation of {task}: {d.name}") for d in _differences([*scored, *shared.values()])]
+        shared = {
+            e.path: (e.label, e.settings)
+            for run in runs
+            for _, e in run.references
+            if e.task == task
+        }
+        found += [
+            d._replace(name=f"evaluation of {task}: {d.name}")
+            for d in _differences([*scored, *shared.values()])
+        ]
     return found + _repeated(runs)
 
 
@@ -208,7 +244,9 @@ def _differences(facts: Sequence[tuple[str, dict[str, str]]]) -> list[Difference
         for name, values in facts:
             names[values.get(key, NOT_RECORDED)].append(name)
         if len(names) > 1:
-            found.append(Difference(key, {value: sorted(set(names[value])) for value in sorted(names)}))
+            found.append(
+                Difference(key, {value: sorted(set(names[value])) for value in sorted(names)})
+            )
     return found
 
 
@@ -217,7 +255,10 @@ def _repeated(runs: list[Run]) -> list[Difference]:
     for run in runs:
         same[run.variant, run.keep_fraction, run.seed].append(run.name)
     return [
-        Difference("one seed is counted more than once", {f"{variant}, keep_fraction {fraction:g}, seed {seed}": names})
+        Difference(
+            "one seed is counted more than once",
+            {f"{variant}, keep_fraction {fraction:g}, seed {seed}": names},
+        )
         for (variant, fraction, seed), names in same.items()
         if len(names) > 1
     ]

@@ -1,4 +1,6 @@
-"""Evaluations as the report reads them: which is the run's own student, and which is a reference beside it."""
+"""Evaluations as the report reads them: which is the run's own student, and which is a reference
+beside it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,8 +45,12 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     return [evaluation for path in paths for evaluation in _read_evaluation(path)]
 
 
-def own_scores(evaluations: list[Evaluation], folder: Path, run_name: str) -> tuple[dict[str, Evaluation], list[str]]:
-    """Task -> evaluation of export/best, else of export/last, of most responses; a note where others are left out."""
+def own_scores(
+    evaluations: list[Evaluation], folder: Path, run_name: str
+) -> tuple[dict[str, Evaluation], list[str]]:
+    """Task -> evaluation of export/best, else of export/last, of most responses; a note where
+    others are left out.
+    """
     scores: dict[str, Evaluation] = {}
     notes = []
     by_size = sorted(evaluations, key=lambda evaluation: -evaluation.num_responses)
@@ -54,7 +60,10 @@ def own_scores(evaluations: list[Evaluation], folder: Path, run_name: str) -> tu
                 continue
             taken = scores.setdefault(evaluation.task, evaluation)
             if taken is not evaluation and Path(taken.model).name == export:
-                notes.append(f"{evaluation.path.name} evaluates what {taken.path.name} does, which is what counts")
+                notes.append(
+                    f"{evaluation.path.name} evaluates what {taken.path.name} does, which is what "
+                    f"counts"
+                )
     return scores, notes
 
 
@@ -69,8 +78,13 @@ def _is_export(model: str, export: str, folder: Path, run_name: str) -> bool:
 def role_of(evaluation: Evaluation, recipe: dict[str, Any]) -> str | None:
     if evaluation.label in ROLES:
         return ROLES[evaluation.label]
-    models = {"teacher": (recipe.get("teacher") or {}).get("model"), "student-before": recipe["student"]["model"]}
-    return next((ROLES[label] for label, model in models.items() if model == evaluation.model), None)
+    models = {
+        "teacher": (recipe.get("teacher") or {}).get("model"),
+        "student-before": recipe["student"]["model"],
+    }
+    return next(
+        (ROLES[label] for label, model in models.items() if model == evaluation.model), None
+    )
 
 
 def _read_evaluation(path: Path) -> Iterator[Evaluation]:
@@ -78,12 +92,19 @@ def _read_evaluation(path: Path) -> Iterator[Evaluation]:
     content = read_json(path)
     if not {"label", "model"} <= content.keys():
         return
-    num_problems, num_correct = (field(path, content, key) for key in ("num_problems", "num_correct"))
+    num_problems, num_correct = (
+        field(path, content, key) for key in ("num_problems", "num_correct")
+    )
     num_samples = content.get("num_samples", 1)
     num_responses = num_problems * num_samples
     if not 0 <= num_correct <= num_responses or num_responses == 0:
-        raise UserError(f"{path}: num_correct = {num_correct} of {num_responses} responses: evaluate the model again")
-    settings: dict[str, Any] = {key: content[key] for key in ("problems", "judge", "backend") if key in content}
+        raise UserError(
+            f"{path}: num_correct = {num_correct} of {num_responses} responses: evaluate the model "
+            f"again"
+        )
+    settings: dict[str, Any] = {
+        key: content[key] for key in ("problems", "judge", "backend") if key in content
+    }
     settings |= {"num_problems": num_problems, "num_samples": num_samples}
     sampling = {key: value for key, value in content.get("sampling", {}).items() if key != "seed"}
     yield Evaluation(

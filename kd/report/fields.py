@@ -1,4 +1,6 @@
-"""Fields of JSON files that others wrote: what is missing or no JSON is an error that names file and field."""
+"""Fields of JSON files that others wrote: what is missing or no JSON is an error that names file
+and field.
+"""
 
 import json
 from collections.abc import Iterator
@@ -12,9 +14,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}): restore it, or leave the run out") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}): restore it, or leave the run out"
+        ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds {str(content)[:40]!r}, not an object: restore it, or leave the run out")
+        raise UserError(
+            f"{path}: holds {str(content)[:40]!r}, not an object: restore it, or leave the run out"
+        )
     return content
 
 

@@ -12,12 +12,17 @@ from kd.report.read_runs import Costs, Run, StudyCell
 def numbers(
     families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell], output: Path
 ) -> dict[str, Any]:
-    """Paths are relative to `output`; null is what is not recorded, or has no full run to be compared with."""
+    """Paths are relative to `output`; null is what is not recorded, or has no full run to be
+    compared with.
+    """
     return {
         "comparisons": [_family(family, output) for family in families],
         "runs": [_run(run, output) for run in runs],
         "not_done": [
-            {"study": _relative(cell.study, output), **{key: getattr(cell, key) for key in ("name", "axes")}}
+            {
+                "study": _relative(cell.study, output),
+                **{key: getattr(cell, key) for key in ("name", "axes")},
+            }
             | {"status": cell.status, "text": cell.text}
             for cell in cells
         ],
@@ -25,7 +30,11 @@ def numbers(
 
 
 def _family(family: Family, output: Path) -> dict[str, Any]:
-    knees = [(task, variant, family.knee(variant, task)) for task in family.tasks for variant in family.variants]
+    knees = [
+        (task, variant, family.knee(variant, task))
+        for task in family.tasks
+        for variant in family.variants
+    ]
     return {
         **family.pair._asdict(),
         "references": {
@@ -34,7 +43,12 @@ def _family(family: Family, output: Path) -> dict[str, Any]:
         },
         "cells": [_cell(family, cell, output) for cell in family.cells],
         "knees": [
-            {"task": task, **variant._asdict(), "keep_fraction": knee.cell.keep_fraction, "cheapest_by": knee.cost}
+            {
+                "task": task,
+                **variant._asdict(),
+                "keep_fraction": knee.cell.keep_fraction,
+                "cheapest_by": knee.cost,
+            }
             for task, variant, knee in knees
             if knee
         ],
@@ -43,13 +57,18 @@ def _family(family: Family, output: Path) -> dict[str, Any]:
 
 
 def _cell(family: Family, cell: SeedGroup, output: Path) -> dict[str, Any]:
-    scores = {task: {**_score(score, output), "kept": family.kept(cell, task)} for task, score in cell.scores.items()}
+    scores = {
+        task: {**_score(score, output), "kept": family.kept(cell, task)}
+        for task, score in cell.scores.items()
+    }
     return {
         "keep_fraction": cell.keep_fraction,
         **cell.variant._asdict(),
         "runs": [run.name for run in cell.runs],
         "costs": cell.costs._asdict(),
-        "costs_relative_to_full": {name: family.relative_cost(cell, name) for name in Costs._fields},
+        "costs_relative_to_full": {
+            name: family.relative_cost(cell, name) for name in Costs._fields
+        },
         "scores": scores,
     }
 

@@ -1,4 +1,5 @@
-"""The report's figures: one line per variant against keep_fraction, or one panel per variant with a line per length.
+"""The report's figures: one line per variant against keep_fraction, or one panel per variant with a
+line per length.
 
 Told apart in print too: lines of variants by marker and dashes, lengths by lightness and dashes.
 """
@@ -19,10 +20,20 @@ from kd.report.read_runs import CurvePoint, Run, Variant
 # Okabe and Ito's colours for the colour-blind, without their yellow, which is too light for lines.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)))
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 2)),
+    (0, (1, 1.2)),
+    (0, (6, 2, 1, 2)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (9, 3)),
+)
 MAX_LINES = len(COLORS)
 SHIFT = 0.022  # of keep_fraction, between lines that would hide each other
-REFERENCE_LINES = {"teacher": ("black", (0, (8, 3))), "student before training": ("0.45", (0, (1, 2)))}
+REFERENCE_LINES = {
+    "teacher": ("black", (0, (8, 3))),
+    "student before training": ("0.45", (0, (1, 2))),
+}
 COST_NAMES = {
     "num_input_tokens": "tokens read",
     "flops": "FLOPs",
@@ -51,16 +62,27 @@ class Look:
 
 
 def accuracy(family: Family, variants: Sequence[Variant], task: str) -> Figure:
-    """Accuracy with its interval and each seed, and accuracy relative to whole sequences, against keep_fraction."""
+    """Accuracy with its interval and each seed, and accuracy relative to whole sequences, against
+    keep_fraction.
+    """
     figure, (left, right) = _panels(2)
     for variant, look in _looks(variants):
         cells = [cell for cell in family.curve(variant) if task in cell.scores]
         x = [cell.keep_fraction + look.shift for cell in cells]
-        _line(left, x, [cell.scores[task].accuracy for cell in cells], look, str(variant), _intervals(cells, task))
+        _line(
+            left,
+            x,
+            [cell.scores[task].accuracy for cell in cells],
+            look,
+            str(variant),
+            _intervals(cells, task),
+        )
         for cell in cells:
             shares = [e.accuracy for e in cell.scores[task].evaluations]
             dots = [cell.keep_fraction + look.shift + SHIFT / 2] * len(shares)
-            left.plot(dots, shares, ".", color=look.color, markersize=4, markeredgewidth=0, alpha=0.8)
+            left.plot(
+                dots, shares, ".", color=look.color, markersize=4, markeredgewidth=0, alpha=0.8
+            )
         kept = [(at, family.kept(cell, task)) for at, cell in zip(x, cells, strict=True)]
         _line(right, *_drawable(kept), look)
     _draw_references(left, family, task)
@@ -71,25 +93,44 @@ def accuracy(family: Family, variants: Sequence[Variant], task: str) -> Figure:
 
 
 def tradeoff(family: Family, variants: Sequence[Variant], task: str) -> Figure:
-    """Accuracy against what training cost: FLOPs, or tokens read where FLOPs are not recorded. Rings mark the knees."""
+    """Accuracy against what training cost: FLOPs, or tokens read where FLOPs are not recorded.
+    Rings mark the knees.
+    """
     figure, (axes,) = _panels(1)
-    curves = [[cell for cell in family.curve(variant) if task in cell.scores] for variant in variants]
+    curves = [
+        [cell for cell in family.curve(variant) if task in cell.scores] for variant in variants
+    ]
     has_flops = all(cell.costs.flops is not None for cells in curves for cell in cells)
     cost = "flops" if has_flops else "num_input_tokens"
     for (variant, look), cells in zip(_looks(variants), curves, strict=True):
-        x, y = [getattr(cell.costs, cost) for cell in cells], [cell.scores[task].accuracy for cell in cells]
+        x, y = (
+            [getattr(cell.costs, cost) for cell in cells],
+            [cell.scores[task].accuracy for cell in cells],
+        )
         _line(axes, x, y, look, str(variant), _intervals(cells, task))
         for cell, at, height in zip(cells, x, y, strict=True):
-            axes.annotate(f"{cell.keep_fraction:g}", (at, height), (5, -11), textcoords="offset points", fontsize=7)
+            axes.annotate(
+                f"{cell.keep_fraction:g}",
+                (at, height),
+                (5, -11),
+                textcoords="offset points",
+                fontsize=7,
+            )
         knee = family.knee(variant, task)
         if knee:
             point = getattr(knee.cell.costs, cost), knee.cell.scores[task].accuracy
-            axes.plot(*point, "o", markersize=13, markerfacecolor="none", markeredgecolor=look.color)
+            axes.plot(
+                *point, "o", markersize=13, markerfacecolor="none", markeredgecolor=look.color
+            )
     _draw_references(axes, family, task)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter("FLOP" if has_flops else ""))
-    name = "training of a run, all ranks" if has_flops else "tokens read by a run (FLOPs are not recorded)"
+    name = (
+        "training of a run, all ranks"
+        if has_flops
+        else "tokens read by a run (FLOPs are not recorded)"
+    )
     axes.set_xlabel(name)
     axes.set_ylabel("accuracy (95 % interval)")
     return _with_legend(figure)
@@ -115,8 +156,13 @@ def costs(family: Family, variants: Sequence[Variant]) -> Figure:
 
     def draw(axes: Axes, variant: Variant) -> None:
         axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
-        for (name, text), (_, look) in zip(COST_NAMES.items(), _looks(list(COST_NAMES)), strict=True):
-            values = [(cell.keep_fraction, family.relative_cost(cell, name)) for cell in family.curve(variant)]
+        for (name, text), (_, look) in zip(
+            COST_NAMES.items(), _looks(list(COST_NAMES)), strict=True
+        ):
+            values = [
+                (cell.keep_fraction, family.relative_cost(cell, name))
+                for cell in family.curve(variant)
+            ]
             _line(axes, *_drawable(values), look, text)
         _label(axes, "keep_fraction", "cost relative to whole sequences")
         axes.set_ylim(0, max(1.08, axes.get_ylim()[1]))
@@ -128,10 +174,18 @@ def losses(family: Family, variants: Sequence[Variant]) -> Figure:
     """Training loss of every run, and validation loss as dots; a panel per variant."""
 
     def draw(axes: Axes, run: Run, look: Look, label: str) -> None:
-        axes.plot(*_columns(run.loss_curve), color=look.color, linestyle=look.dashes, linewidth=1, label=label)
+        axes.plot(
+            *_columns(run.loss_curve),
+            color=look.color,
+            linestyle=look.dashes,
+            linewidth=1,
+            label=label,
+        )
         axes.plot(*_columns(run.val_loss_curve), look.marker, color=look.color, markersize=4)
 
-    return _by_length(family, variants, draw, ("optimizer step", "loss per supervised token (nats)"))
+    return _by_length(
+        family, variants, draw, ("optimizer step", "loss per supervised token (nats)")
+    )
 
 
 def kl_by_position(family: Family, variants: Sequence[Variant]) -> Figure:
@@ -139,18 +193,32 @@ def kl_by_position(family: Family, variants: Sequence[Variant]) -> Figure:
 
     def draw(axes: Axes, run: Run, look: Look, label: str) -> None:
         x, y = _columns(run.kl_curve)
-        axes.plot(x, y, marker=look.marker, markersize=4, color=look.color, linestyle=look.dashes, label=label)
+        axes.plot(
+            x,
+            y,
+            marker=look.marker,
+            markersize=4,
+            color=look.color,
+            linestyle=look.dashes,
+            label=label,
+        )
         axes.set_yscale("log")  # prompts are hard to foresee, and hide the rest on a linear scale
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_locator(MultipleLocator(0.25))
 
-    return _by_length(family, variants, draw, ("position in the whole trace", "forward KL (nats per token)"))
+    return _by_length(
+        family, variants, draw, ("position in the whole trace", "forward KL (nats per token)")
+    )
 
 
 def _looks(names: Sequence[Any]) -> list[tuple[Any, Look]]:
     looks = zip(COLORS, MARKERS, DASHES, strict=True)
-    shifts = [SHIFT * step for step in (0, 1, -1, 2, -2, 3)]  # the first line stands where it belongs
-    return [(name, Look(*look, shift)) for name, look, shift in zip(names, looks, shifts, strict=False)]
+    shifts = [
+        SHIFT * step for step in (0, 1, -1, 2, -2, 3)
+    ]  # the first line stands where it belongs
+    return [
+        (name, Look(*look, shift)) for name, look, shift in zip(names, looks, shifts, strict=False)
+    ]
 
 
 def _length_looks(family: Family) -> dict[float, Look]:
@@ -195,7 +263,9 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
     """At most three in a row; one alone is wider."""
     columns = min(number, 3)
     rows = -(-number // columns)
-    figure = Figure(figsize=(7.4 if number == 1 else 3.7 * columns, 3.2 * rows + 0.6), layout="constrained")
+    figure = Figure(
+        figsize=(7.4 if number == 1 else 3.7 * columns, 3.2 * rows + 0.6), layout="constrained"
+    )
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(number)]
 
 
@@ -210,7 +280,10 @@ def _line(
     errors = None
     if intervals:
         lows, highs = zip(*intervals, strict=True)
-        errors = [[m - low for m, low in zip(y, lows, strict=True)], [h - m for m, h in zip(y, highs, strict=True)]]
+        errors = [
+            [m - low for m, low in zip(y, lows, strict=True)],
+            [h - m for m, h in zip(y, highs, strict=True)],
+        ]
     axes.errorbar(
         x,
         y,
@@ -247,7 +320,9 @@ def _with_legend(figure: Figure) -> Figure:
             handles.setdefault(label, handle)
     # Some inches a label: 8 points are 0.07 for a letter, and the line before it.
     columns = max(1, int(figure.get_figwidth() / (0.07 * max(map(len, handles), default=0) + 0.9)))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8
+    )
     return figure
 
 

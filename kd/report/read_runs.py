@@ -1,6 +1,8 @@
-"""Run folders as the report sees them: axes, costs, scores, curves, and the facts that a fair comparison shares.
+"""Run folders as the report sees them: axes, costs, scores, curves, and the facts that a fair
+comparison shares.
 
-Files are read as plain JSON and not as recipes of today, so that runs of earlier versions can be reported on.
+Files are read as plain JSON and not as recipes of today, so that runs of earlier versions can be
+reported on.
 """
 
 import math
@@ -23,7 +25,12 @@ AXES = {"run.seed", "data.loss_sections"} | {
     f"truncation.{key}" for key in ("keep_fraction", "max_tokens", "window", "window_context")
 }
 # What changes no number of the report; of evaluations, each one's own settings are compared.
-NO_DIFFERENCE = {"run.name", "run.output_dir", "run.watchdog_minutes", "run.collective_timeout_minutes"} | {
+NO_DIFFERENCE = {
+    "run.name",
+    "run.output_dir",
+    "run.watchdog_minutes",
+    "run.collective_timeout_minutes",
+} | {
     "data.num_proc",
     "data.cache_dir",
 }
@@ -67,7 +74,9 @@ class CurvePoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """Curves hold points of (step, loss), and of (middle of an eighth of the whole trace, forward KL in nats)."""
+    """Curves hold points of (step, loss), and of (middle of an eighth of the whole trace, forward
+    KL in nats).
+    """
 
     name: str
     folder: Path
@@ -104,7 +113,8 @@ class StudyCell:
 
 
 def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[StudyCell]]:
-    """Every run at or below the roots, named by its path below the folder that holds them all, and cells not done.
+    """Every run at or below the roots, named by its path below the folder that holds them all, and
+    cells not done.
 
     Raises UserError when a root holds no run, and for a file that cannot be read or lacks a field.
     """
@@ -113,9 +123,16 @@ def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[StudyCell]]:
     studies = sorted({folder.parent for folder in folders} | {root.resolve() for root in roots})
     runs = [_read_run(folder, str(folder.relative_to(base))) for folder in folders]
     finished = {run.folder for run in runs if run.is_finished}
-    cells = [cell for study in studies if (study / "study.json").is_file() for cell in _cells_not_done(study)]
+    cells = [
+        cell
+        for study in studies
+        if (study / "study.json").is_file()
+        for cell in _cells_not_done(study)
+    ]
     # A job of SLURM trains a cell, and tells its study nothing.
-    return runs, [cell for cell in cells if cell.status != "pending" or cell.study / cell.name not in finished]
+    return runs, [
+        cell for cell in cells if cell.status != "pending" or cell.study / cell.name not in finished
+    ]
 
 
 def _find_runs(root: Path) -> list[Path]:
@@ -127,7 +144,8 @@ def _find_runs(root: Path) -> list[Path]:
             subfolders.clear()
     if not found:
         raise UserError(
-            f"RUNS = {str(root)!r}: no run is there, or below it: name folders that hold a recipe.json and a "
+            f"RUNS = {str(root)!r}: no run is there, or below it: name folders that hold a "
+            f"recipe.json and a "
             "metrics.jsonl, such as runs/NAME, or a folder of such folders"
         )
     return found
@@ -138,7 +156,11 @@ def _cells_not_done(study: Path) -> Iterator[StudyCell]:
     for cell in field(path, read_json(path), "cells"):
         if field(path, cell, "status") != "done":
             yield StudyCell(
-                study, field(path, cell, "name"), cell.get("axes", {}), cell["status"], cell.get("text", "")
+                study,
+                field(path, cell, "name"),
+                cell.get("axes", {}),
+                cell["status"],
+                cell.get("text", ""),
             )
 
 
@@ -162,7 +184,9 @@ def _read_run(folder: Path, name: str) -> Run:
         field(path, recipe, "run.seed"),
         _costs(records),
         _binned([CurvePoint(r["step"], r["loss"]) for r in records if r["loss"] is not None]),
-        tuple(CurvePoint(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None),
+        tuple(
+            CurvePoint(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None
+        ),
         kl_curve,
         is_of_validation,
         scores,
@@ -183,12 +207,16 @@ def _pair(path: Path, recipe: dict[str, Any]) -> ComparedPair:
     teacher = field(path, recipe, "teacher.model") if recipe.get("teacher") else "no teacher"
     data = field(path, recipe, "data")
     return ComparedPair(
-        teacher, field(path, recipe, "student.model"), data.get("path") or field(path, recipe, "data.source")
+        teacher,
+        field(path, recipe, "student.model"),
+        data.get("path") or field(path, recipe, "data.source"),
     )
 
 
 def _variant(path: Path, recipe: dict[str, Any]) -> Variant:
-    """Windows that keep the same tokens are one: all of them at keep_fraction = 1, and "head" with any context."""
+    """Windows that keep the same tokens are one: all of them at keep_fraction = 1, and "head" with
+    any context.
+    """
     truncation = field(path, recipe, "truncation")
     sections = field(path, recipe, "data.loss_sections")
     max_tokens = truncation.get("max_tokens")
@@ -215,30 +243,43 @@ def _binned(points: list[CurvePoint]) -> tuple[CurvePoint, ...]:
     """Means of consecutive points, so that at most MAX_BINS remain."""
     size = max(1, math.ceil(len(points) / MAX_BINS))
     bins = [points[start : start + size] for start in range(0, len(points), size)]
-    return tuple(CurvePoint(sum(p.x for p in part) / len(part), sum(p.y for p in part) / len(part)) for part in bins)
+    return tuple(
+        CurvePoint(sum(p.x for p in part) / len(part), sum(p.y for p in part) / len(part))
+        for part in bins
+    )
 
 
 def _kl_curve(records: list[dict[str, Any]]) -> tuple[tuple[CurvePoint, ...], bool]:
-    """By position in the whole trace, of the last validation, else of the last step; and whether of a validation."""
+    """By position in the whole trace, of the last validation, else of the last step; and whether of
+    a validation.
+    """
     for key in ("val_diagnostics", "diagnostics"):
         recorded = [record[key]["by_position"] for record in records if record.get(key)]
         if recorded:
             means = [part["forward_kl"] if part else None for part in recorded[-1]]
-            points = [CurvePoint((i + 0.5) / len(means), mean) for i, mean in enumerate(means) if mean is not None]
+            points = [
+                CurvePoint((i + 0.5) / len(means), mean)
+                for i, mean in enumerate(means)
+                if mean is not None
+            ]
             return tuple(points), key == "val_diagnostics"
     return (), False
 
 
 def _facts(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
     """All that may differ between runs and should not, by name."""
-    sections = {name: values for name, values in recipe.items() if name not in NO_DIFFERENCE_SECTIONS}
+    sections = {
+        name: values for name, values in recipe.items() if name not in NO_DIFFERENCE_SECTIONS
+    }
     facts = {key: value for key, value in flatten("", sections) if key not in AXES | NO_DIFFERENCE}
     for name in ("environment", "ds_config"):
         path = folder / f"{name}.json"
         if path.exists():
             facts |= flatten(f"{name}.", read_json(path))
     if (folder / "data.json").exists():
-        facts["data.fingerprint"] = field(folder / "data.json", read_json(folder / "data.json"), "fingerprint")
+        facts["data.fingerprint"] = field(
+            folder / "data.json", read_json(folder / "data.json"), "fingerprint"
+        )
     return facts
 
 
@@ -246,7 +287,9 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     try:
         records = read_metrics(path)
     except ValueError as error:
-        raise UserError(f"{path}: a line is not valid JSON ({error}): restore it, or leave the run out") from None
+        raise UserError(
+            f"{path}: a line is not valid JSON ({error}): restore it, or leave the run out"
+        ) from None
     for record in records:
         for key in ("step", "loss", "step_ms", "peak_memory_gib", "num_input_tokens", "num_tokens"):
             field(path, record, key)

@@ -1,4 +1,6 @@
-"""The report's folder: index.html in one file, report.md with its plots beside it, and report.json with all numbers."""
+"""The report's folder: index.html in one file, report.md with its plots beside it, and report.json
+with all numbers.
+"""
 
 import base64
 import io
@@ -31,7 +33,8 @@ TEMPLATES = Path(__file__).with_name("templates")
 def write_report(roots: Sequence[Path], output: Path) -> None:
     """Read all runs at or below the roots and write the report into the folder `output`.
 
-    Raises UserError for a root without runs, an unreadable file, and an output that holds anything but a report.
+    Raises UserError for a root without runs, an unreadable file, and an output that holds anything
+    but a report.
     """
     stale = _plots_of_earlier(output)
     runs, cells = read_runs(roots)
@@ -56,12 +59,15 @@ def _plots_of_earlier(output: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(
-        f"--output = {str(output)!r} is there and holds no earlier report, and nothing in it is overwritten: "
+        f"--output = {str(output)!r} is there and holds no earlier report, and nothing in it is "
+        f"overwritten: "
         "name a new folder, or an empty one"
     )
 
 
-def _write(families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell], output: Path) -> None:
+def _write(
+    families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell], output: Path
+) -> None:
     with matplotlib.rc_context(plots.STYLE):
         parts = sections(families, runs, cells)
         drawn = [block for section in parts for block in section.blocks if isinstance(block, Plot)]
@@ -72,7 +78,10 @@ def _write(families: Sequence[Family], runs: Sequence[Run], cells: Sequence[Stud
     for name, image in files.items():
         (output / PLOTS / name).write_bytes(image)
     # First of the three: it is what tells that the folder is a report's.
-    write_json(output / "report.json", {"kind": KIND, "plots": sorted(files), **numbers(families, runs, cells, output)})
+    write_json(
+        output / "report.json",
+        {"kind": KIND, "plots": sorted(files), **numbers(families, runs, cells, output)},
+    )
     jinja = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=lambda name: name == "index.html.j2",
@@ -81,12 +90,20 @@ def _write(families: Sequence[Family], runs: Sequence[Run], cells: Sequence[Stud
     jinja.filters["href"] = lambda path: href(path, output)
     jinja.filters["md"] = escape_markdown
     jinja.filters["file"] = lambda plot: f"{PLOTS}/{names[plot]}"
-    jinja.filters["image"] = lambda plot: f"data:image/svg+xml;base64,{base64.b64encode(images[plot]).decode()}"
-    references: dict[tuple[str, Path], str] = {}  # of the Markdown's links, in the order in which they are met
-    jinja.filters["ref"] = lambda link: references.setdefault((link.title, link.path), f"r{len(references) + 1}")
+    jinja.filters["image"] = lambda plot: (
+        f"data:image/svg+xml;base64,{base64.b64encode(images[plot]).decode()}"
+    )
+    references: dict[
+        tuple[str, Path], str
+    ] = {}  # of the Markdown's links, in the order in which they are met
+    jinja.filters["ref"] = lambda link: references.setdefault(
+        (link.title, link.path), f"r{len(references) + 1}"
+    )
     jinja.globals["references"] = references.items
     for name in ("report.md", "index.html"):
-        write_text(output / name, jinja.get_template(f"{name}.j2").render(title=TITLE, sections=parts))
+        write_text(
+            output / name, jinja.get_template(f"{name}.j2").render(title=TITLE, sections=parts)
+        )
 
 
 def href(path: Path, output: Path) -> str:

@@ -45,13 +45,30 @@ def knees(family: Family) -> Table | None:
                     Entry(COSTS[knee.cost][0]),
                 ]
             )
-    header = ["curve", "problems", "knee: keep_fraction", "accuracy", "of whole sequences", "kept", "cost", "cost is"]
+    header = [
+        "curve",
+        "problems",
+        "knee: keep_fraction",
+        "accuracy",
+        "of whole sequences",
+        "kept",
+        "cost",
+        "cost is",
+    ]
     return Table(header, rows) if rows else None
 
 
 def scores(family: Family, task: str) -> Table:
     """References first, then every cell."""
-    header = [*AXES, "accuracy", "95 % interval", "each seed", "kept", "unclosed", "response tokens"]
+    header = [
+        *AXES,
+        "accuracy",
+        "95 % interval",
+        "each seed",
+        "kept",
+        "unclosed",
+        "response tokens",
+    ]
     rows = [_reference_row(role, score) for role, score in family.references.get(task, [])]
     return Table(header, rows + [_score_row(family, cell, task) for cell in family.cells])
 
@@ -62,7 +79,9 @@ def costs(family: Family) -> Table:
 
 
 def by_sections(family: Family, task: str) -> list[tuple[str, Table]]:
-    """For each window under which several choices of loss sections were trained: its name, and them side by side."""
+    """For each window under which several choices of loss sections were trained: its name, and them
+    side by side.
+    """
     groups = defaultdict(list)
     for variant in family.variants:
         groups[window_name(variant)].append((variant.sections, variant))
@@ -70,7 +89,9 @@ def by_sections(family: Family, task: str) -> list[tuple[str, Table]]:
 
 
 def by_window(family: Family, task: str) -> list[tuple[str, Table]]:
-    """For each choice of loss sections that was trained under several windows: its name, and them side by side."""
+    """For each choice of loss sections that was trained under several windows: its name, and them
+    side by side.
+    """
     groups = defaultdict(list)
     for variant in family.variants:
         groups[variant.sections].append((window_name(variant), variant))
@@ -79,23 +100,35 @@ def by_window(family: Family, task: str) -> list[tuple[str, Table]]:
 
 def differences(family: Family) -> Table:
     paths = {run.name: run.folder / "recipe.json" for run in family.runs}
-    evaluations = [e for scores in family.references.values() for _, score in scores for e in score.evaluations]
+    evaluations = [
+        e for scores in family.references.values() for _, score in scores for e in score.evaluations
+    ]
     paths |= {e.label: e.path for e in evaluations}
     rows = []
     for name, values in family.differences:
         for value, members in values.items():
-            rows.append([Entry(name), Entry(value), Entry("", tuple(Link(m, m, paths[m]) for m in members))])
+            rows.append(
+                [Entry(name), Entry(value), Entry("", tuple(Link(m, m, paths[m]) for m in members))]
+            )
     return Table(["what", "value", "in"], rows)
 
 
 def not_compared(runs: Sequence[Run], cells: Sequence[StudyCell]) -> Table | None:
     rows = [
-        [Entry("", by_name([run])), Entry(_axes_text(run)), Entry(run.state)] for run in runs if not run.is_finished
+        [Entry("", by_name([run])), Entry(_axes_text(run)), Entry(run.state)]
+        for run in runs
+        if not run.is_finished
     ]
     for cell in cells:
         link = Link(cell.name, cell.study.name, cell.study / "study.json")
         axes = ", ".join(f"{axis} {value}" for axis, value in cell.axes.items())
-        rows.append([Entry("", (link,)), Entry(axes), Entry(": ".join(filter(None, [cell.status, cell.text])))])
+        rows.append(
+            [
+                Entry("", (link,)),
+                Entry(axes),
+                Entry(": ".join(filter(None, [cell.status, cell.text]))),
+            ]
+        )
     return Table(["run", "axes", "why"], rows) if rows else None
 
 
@@ -104,9 +137,18 @@ def environments(runs: Sequence[Run]) -> Table:
     groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
         values = [run.facts.get(f"environment.{name}", NOT_RECORDED) for name in ENVIRONMENT]
-        packages = [f"{key.removeprefix(PACKAGES)} {run.facts[key]}" for key in run.facts if key.startswith(PACKAGES)]
-        groups[*[NONE.get(value, value) for value in values], ", ".join(packages) or NOT_RECORDED].append(run)
-    rows = [[*map(Entry, facts), Entry("", by_name(members, "environment.json"))] for facts, members in groups.items()]
+        packages = [
+            f"{key.removeprefix(PACKAGES)} {run.facts[key]}"
+            for key in run.facts
+            if key.startswith(PACKAGES)
+        ]
+        groups[
+            *[NONE.get(value, value) for value in values], ", ".join(packages) or NOT_RECORDED
+        ].append(run)
+    rows = [
+        [*map(Entry, facts), Entry("", by_name(members, "environment.json"))]
+        for facts, members in groups.items()
+    ]
     return Table([*ENVIRONMENT, "packages", "runs"], rows)
 
 
@@ -119,7 +161,9 @@ def _side_by_side(
 ) -> list[tuple[str, Table]]:
     found = []
     for group, members in groups.items():
-        curves = {name: {cell.keep_fraction: cell for cell in family.curve(v)} for name, v in members}
+        curves = {
+            name: {cell.keep_fraction: cell for cell in family.curve(v)} for name, v in members
+        }
         fractions = sorted({fraction for curve in curves.values() for fraction in curve})
         header = [column, *[f"keep_fraction {fraction:g}" for fraction in fractions]]
         rows = [
@@ -142,7 +186,10 @@ def _score_row(family: Family, cell: SeedGroup, task: str) -> list[Entry]:
     links = scores_of(cell, task)
     seeds = [f"{e.accuracy:.3f}" for e in cell.scores[task].evaluations]
     each = tuple(link._replace(label=text) for link, text in zip(links, seeds, strict=True))
-    return [*_axes(cell), *_score_entries(cell.scores[task], links, Entry("", each), _kept(family, cell, task))]
+    return [
+        *_axes(cell),
+        *_score_entries(cell.scores[task], links, Entry("", each), _kept(family, cell, task)),
+    ]
 
 
 def _score_entries(score: Score, links: tuple[Link, ...], seeds: Entry, kept: Entry) -> list[Entry]:
@@ -169,7 +216,11 @@ def _kept(family: Family, cell: SeedGroup, task: str) -> Entry:
     full, kept = family.full_of(cell), family.kept(cell, task)
     if full is None:
         return Entry("no full run")
-    return ABSENT if kept is None else Entry(f"{kept:.3f}", scores_of(cell, task), scores_of(full, task))
+    return (
+        ABSENT
+        if kept is None
+        else Entry(f"{kept:.3f}", scores_of(cell, task), scores_of(full, task))
+    )
 
 
 def _cost(family: Family, cell: SeedGroup, name: str) -> Entry:
@@ -189,7 +240,11 @@ def _relative_cost(family: Family, cell: SeedGroup, name: str) -> Entry:
 
 
 def _axes(cell: SeedGroup) -> list[Entry]:
-    return [Entry(cell.variant.sections), Entry(window_name(cell.variant)), Entry(f"{cell.keep_fraction:g}")]
+    return [
+        Entry(cell.variant.sections),
+        Entry(window_name(cell.variant)),
+        Entry(f"{cell.keep_fraction:g}"),
+    ]
 
 
 def _axes_text(run: Run) -> str:

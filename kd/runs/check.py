@@ -1,4 +1,6 @@
-"""All that can be known of a recipe without a GPU, a network or a process group: what --check and a submission ask."""
+"""All that can be known of a recipe without a GPU, a network or a process group: what --check and a
+submission ask.
+"""
 
 from kd.engine.ds_config import read_ds_config
 from kd.hub import find_file, resolve
@@ -6,7 +8,9 @@ from kd.recipe import Recipe
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises UserError naming the field and its value when a model, a file or a DeepSpeed JSON cannot be what it is."""
+    """Raises UserError naming the field and its value when a model, a file or a DeepSpeed JSON
+    cannot be what it is.
+    """
     for field, value in inputs(recipe).items():
         find = find_file if field in ("data.chat_template", "evaluation.path") else resolve
         find(field, value)

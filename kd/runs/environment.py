@@ -1,4 +1,6 @@
-"""What a run depends on besides its data: versions, commit, hardware and variables of a process, and its recipe."""
+"""What a run depends on besides its data: versions, commit, hardware and variables of a process,
+and its recipe.
+"""
 
 import os
 import platform
@@ -11,10 +13,24 @@ from kd.distributed.device import device_type
 from kd.engine.ds_config import read_ds_config
 from kd.recipe import Recipe
 
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "flash-attn", "triton", "pydantic")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "flash-attn",
+    "triton",
+    "pydantic",
+)
 
 # Variables that change the numbers of a run.
-VARIABLES = ("DS_ACCELERATOR", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TRITON_INTERPRET")
+VARIABLES = (
+    "DS_ACCELERATOR",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TRITON_INTERPRET",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -34,14 +50,21 @@ def environment() -> dict[str, Any]:
 
 
 def facts_of_rank(recipe: Recipe) -> dict[str, Any]:
-    """{"software", "environment", "recipe"}: what every rank of a run must have alike (kd.distributed.agreement)."""
+    """{"software", "environment", "recipe"}: what every rank of a run must have alike
+    (kd.distributed.agreement).
+    """
     return {**facts_of_host(), "recipe": facts_of_recipe(recipe)}
 
 
 def facts_of_host() -> dict[str, dict[str, Any]]:
     """This process's versions, and what of its environment changes the numbers of a run."""
     found = environment()
-    software = {"python": found["python"], **found["packages"], "cuda": found["cuda"], "commit": found["commit"]}
+    software = {
+        "python": found["python"],
+        **found["packages"],
+        "cuda": found["cuda"],
+        "commit": found["commit"],
+    }
     variables = {name: os.environ.get(name) for name in VARIABLES}
     return {"software": software, "environment": {**variables, "device": device_type()}}
 
@@ -49,7 +72,11 @@ def facts_of_host() -> dict[str, dict[str, Any]]:
 def facts_of_recipe(recipe: Recipe) -> dict[str, Any]:
     """{section.key: value} of the resolved recipe, and the JSON of its engines."""
     sections = recipe.model_dump(mode="json")
-    facts = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
+    facts = {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        for key, value in (section or {}).items()
+    }
     for role in ("student", "teacher") if recipe.teacher else ("student",):
         facts[f"{role}'s DeepSpeed JSON"] = read_ds_config(recipe, role)
     return facts
@@ -63,12 +90,16 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """KD_COMMIT, or the checkout's commit, with "+" when tracked files differ from it; None outside a checkout."""
+    """KD_COMMIT, or the checkout's commit, with "+" when tracked files differ from it; None outside
+    a checkout.
+    """
     if os.environ.get("KD_COMMIT"):
         return os.environ["KD_COMMIT"]
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -21,7 +21,8 @@ from kd.runs.lock import hold
 
 SUCCESS, INTERRUPTED = "SUCCESS", "INTERRUPTED"
 
-# What may differ between a run and its continuation: nothing that changes the weights of a step that is taken.
+# What may differ between a run and its continuation: nothing that changes the weights of a step
+# that is taken.
 FREE_TO_CHANGE = {
     ("run", "name"),
     ("run", "output_dir"),
@@ -39,11 +40,12 @@ FREE_SECTIONS = {"evaluation", "monitor"}
 
 
 def open_run(recipe: Recipe, resume: str | None) -> None:
-    """Make the run's folder, or check that it may be continued. Rank 0 calls it, before anything is allocated.
+    """Make the run's folder, or check that it may be continued. Rank 0 calls it, before anything is
+    allocated.
 
-    Holds the folder for the life of this process. Raises UserError when another process does, when the folder holds a
-    run and --resume is absent, or another recipe's run. A folder whose run never took a step, for an error in the
-    recipe say, is taken over.
+    Holds the folder for the life of this process. Raises UserError when another process does, when
+    the folder holds a run and --resume is absent, or another recipe's run. A folder whose run never
+    took a step, for an error in the recipe say, is taken over.
     """
     folder = recipe.run_dir
     _check_may_begin(recipe, resume)
@@ -74,7 +76,9 @@ def _check_may_begin(recipe: Recipe, resume: str | None) -> None:
 
 
 def _cannot_write(recipe: Recipe, error: OSError) -> UserError:
-    return UserError(f"run.output_dir = {recipe.run.output_dir!r}: cannot write to {recipe.run_dir}: {error}")
+    return UserError(
+        f"run.output_dir = {recipe.run.output_dir!r}: cannot write to {recipe.run_dir}: {error}"
+    )
 
 
 def check_same_run(recipe: Recipe) -> None:
@@ -82,29 +86,37 @@ def check_same_run(recipe: Recipe) -> None:
     folder = recipe.run_dir
     if not _has_begun(folder):
         return
-    changed = [c for name, new in _facts(recipe).items() for c in _differences(_read(folder / name), new)]
+    changed = [
+        c for name, new in _facts(recipe).items() for c in _differences(_read(folder / name), new)
+    ]
     if changed:
         listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
         raise UserError(
-            f"{folder} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set run.name=NAME; "
+            f"{folder} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set "
+            f"run.name=NAME; "
             "to train a finished student further, begin a new run with student.model = its export"
         )
 
 
 def record_data(folder: Path, report: str, fingerprint: str) -> None:
-    """Write data.json, or check that a run that is continued has the data that it began with. Rank 0 calls it."""
+    """Write data.json, or check that a run that is continued has the data that it began with. Rank
+    0 calls it.
+    """
     path = folder / "data.json"
     if _has_begun(folder) and path.exists() and _read(path)["fingerprint"] != fingerprint:
         raise UserError(
             f"{folder} began with other data: its rows or their tokens have changed since. "
-            f"Restore them, or --set run.name=NAME\nthere:\n{_read(path)['report']}\nhere:\n{report}"
+            f"Restore them, or --set "
+            f"run.name=NAME\nthere:\n{_read(path)['report']}\nhere:\n{report}"
         )
     write_json(path, {"fingerprint": fingerprint, "report": report})
 
 
 def _has_begun(folder: Path) -> bool:
     metrics = folder / "metrics.jsonl"
-    return bool(step_folders(folder / "checkpoints")) or (metrics.exists() and metrics.stat().st_size > 0)
+    return bool(step_folders(folder / "checkpoints")) or (
+        metrics.exists() and metrics.stat().st_size > 0
+    )
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""One process at a time in a folder: a lock that goes with the process that holds it, however that ends."""
+"""One process at a time in a folder: a lock that goes with the process that holds it, however that
+ends.
+"""
 
 import fcntl
 import logging
@@ -18,9 +20,11 @@ _held: dict[Path, IO[str]] = {}  # open for the life of this process
 
 
 def hold(folder: Path, name: str = ".lock", patience_seconds: float = PATIENCE_SECONDS) -> None:
-    """Keep other processes that ask for the same lock out of the folder until this one ends; makes the folder.
+    """Keep other processes that ask for the same lock out of the folder until this one ends; makes
+    the folder.
 
-    Raises UserError that names the holder when it does not go in time. File systems without locks get a warning.
+    Raises UserError that names the holder when it does not go in time. File systems without locks
+    get a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / name
@@ -33,10 +37,16 @@ def hold(folder: Path, name: str = ".lock", patience_seconds: float = PATIENCE_S
         holder = file.read().strip() or "another process"
         if time.monotonic() >= deadline:
             raise UserError(
-                f"{folder} is in use by {holder}: wait until that ends, or end it; if its node is lost, remove {path}"
+                f"{folder} is in use by {holder}: wait until that ends, or end it; if its node is "
+                f"lost, remove {path}"
             )
         if not is_told:
-            log.warning("%s is in use by %s: waiting for its end, at most %g s", folder, holder, patience_seconds)
+            log.warning(
+                "%s is in use by %s: waiting for its end, at most %g s",
+                folder,
+                holder,
+                patience_seconds,
+            )
             is_told = True
         time.sleep(0.5)
     file.truncate(0)
@@ -60,5 +70,9 @@ def _try(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        log.warning("%s: this file system has no locks (%s): start no second run in this folder", file.name, error)
+        log.warning(
+            "%s: this file system has no locks (%s): start no second run in this folder",
+            file.name,
+            error,
+        )
     return True

@@ -1,1 +1,3 @@
-"""How quality and cost depend on what of a trace is trained on: many runs of one recipe, one for each cell."""
+"""How quality and cost depend on what of a trace is trained on: many runs of one recipe, one for
+each cell.
+"""

@@ -1,6 +1,7 @@
 """The cells of a study: which part of the traces each trains on, and from which seed.
 
-An axis is a field of the recipe. One is varied at a time around the recipe's own values, or all are crossed.
+An axis is a field of the recipe. One is varied at a time around the recipe's own values, or all are
+crossed.
 """
 
 import itertools
@@ -70,8 +71,12 @@ class Outcome:
     text: str = ""
 
 
-def parse_axes(keep: str | None, sections: str | None, windows: str | None, num_seeds: int, cross: bool) -> Axes:
-    """Axes from comma-separated text, as in "0.5,1.0", "cot,prompt+cot" and "head,tail". Raises UserError."""
+def parse_axes(
+    keep: str | None, sections: str | None, windows: str | None, num_seeds: int, cross: bool
+) -> Axes:
+    """Axes from comma-separated text, as in "0.5,1.0", "cot,prompt+cot" and "head,tail". Raises
+    UserError.
+    """
     if num_seeds < 1:
         raise UserError(f"--seeds {num_seeds}: at least 1 is needed")
     return Axes(
@@ -91,22 +96,33 @@ def parse_fractions(keep: str | None) -> tuple[float, ...]:
 def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None = None) -> Study:
     """The study of a recipe: by default in run.output_dir/studies/RECIPE.
 
-    The cells of one seed come before those of the next, so that the first figures are there early. Raises UserError.
+    The cells of one seed come before those of the next, so that the first figures are there early.
+    Raises UserError.
     """
     base = load_recipe(name, overrides)
     folder = folder or Path(base.run.output_dir) / "studies" / base.run.name
-    points = dict.fromkeys(_points(base, axes))  # an axis at the recipe's own value is the same cell on every axis
-    if axes.window and all(point.window == "head" for point in points) and set(axes.window) != {"head"}:
+    points = dict.fromkeys(
+        _points(base, axes)
+    )  # an axis at the recipe's own value is the same cell on every axis
+    if (
+        axes.window
+        and all(point.window == "head" for point in points)
+        and set(axes.window) != {"head"}
+    ):
         raise UserError(
-            f"--windows {','.join(axes.window)}: at truncation.keep_fraction = {base.truncation.keep_fraction:g} "
-            "nothing is cut, and all windows are one: --set truncation.keep_fraction=0.5, or --cross with --keep"
+            f"--windows {','.join(axes.window)}: at truncation.keep_fraction = "
+            f"{base.truncation.keep_fraction:g} "
+            "nothing is cut, and all windows are one: --set truncation.keep_fraction=0.5, or "
+            "--cross with --keep"
         )
     cells = tuple(Cell(point, _recipe_at(name, overrides, point, folder)) for point in points)
     return Study(base.run.name, folder, cells)
 
 
 def write_study(study: Study, outcomes: Mapping[Point, Outcome] = MappingProxyType({})) -> None:
-    """study.json, and the recipe of each cell; cells that an earlier start had, and what became of them, stay."""
+    """study.json, and the recipe of each cell; cells that an earlier start had, and what became of
+    them, stay.
+    """
     path = study.folder / "study.json"
     earlier = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
     rows = {row["name"]: row for row in earlier}
@@ -123,17 +139,28 @@ def recipe_file(study: Study, cell: Cell) -> Path:
 
 
 def _points(base: Recipe, axes: Axes) -> Iterator[Point]:
-    own = Point(base.truncation.keep_fraction, base.data.loss_sections, base.truncation.window, base.run.seed)
-    varied: dict[str, tuple[Any, ...]] = {name: getattr(axes, name) for name in AXES if getattr(axes, name)}
+    own = Point(
+        base.truncation.keep_fraction,
+        base.data.loss_sections,
+        base.truncation.window,
+        base.run.seed,
+    )
+    varied: dict[str, tuple[Any, ...]] = {
+        name: getattr(axes, name) for name in AXES if getattr(axes, name)
+    }
     if axes.cross:
-        places = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+        places = [
+            dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())
+        ]
     else:
         places = [{name: value} for name, values in varied.items() for value in values] or [{}]
     for seed in range(own.seed, own.seed + axes.num_seeds):
         for place in places:
             point = replace(own, seed=seed, **place)
             is_cut = point.keep_fraction < 1 or base.truncation.max_tokens is not None
-            yield point if is_cut else replace(point, window="head")  # of a whole trace all windows are one
+            yield (
+                point if is_cut else replace(point, window="head")
+            )  # of a whole trace all windows are one
 
 
 def _recipe_at(name: str, overrides: list[str], point: Point, folder: Path) -> Recipe:
@@ -145,7 +172,9 @@ def _recipe_at(name: str, overrides: list[str], point: Point, folder: Path) -> R
         "run.name": point.name,
         "run.output_dir": str(folder),
     }
-    return load_recipe(name, [*overrides, *(f"{field}={json.dumps(value)}" for field, value in values.items())])
+    return load_recipe(
+        name, [*overrides, *(f"{field}={json.dumps(value)}" for field, value in values.items())]
+    )
 
 
 def _split(flag: str, text: str | None) -> list[str]:
@@ -169,7 +198,9 @@ def _names(text: str) -> tuple[str, ...]:
     known = get_args(SectionName)
     names = tuple(text.split("+"))
     if not set(names) <= set(known) or len(set(names)) != len(names):
-        raise UserError(f"--sections {text}: join any of {', '.join(known)} with +, as in prompt+cot")
+        raise UserError(
+            f"--sections {text}: join any of {', '.join(known)} with +, as in prompt+cot"
+        )
     return tuple(name for name in known if name in names)
 
 

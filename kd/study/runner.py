@@ -1,4 +1,5 @@
-"""A study from its first cell to its last: each is trained, unless it was, and scored; a new start goes on.
+"""A study from its first cell to its last: each is trained, unless it was, and scored; a new start
+goes on.
 
 STUDY/study.json       the cells, and how far each is
 STUDY/CELL/            the run of a cell, with evaluation/[TASK/]export-best.json
@@ -47,7 +48,9 @@ def check_study(study: Study) -> None:
 
 
 class Runner:
-    """Runs the cells of a study one after the other on this machine's GPUs, or on the hosts of a hostfile."""
+    """Runs the cells of a study one after the other on this machine's GPUs, or on the hosts of a
+    hostfile.
+    """
 
     def __init__(self, study: Study, hostfile: Path | None = None) -> None:
         self.study, self.hostfile = study, hostfile
@@ -58,7 +61,8 @@ class Runner:
     def run(self) -> Iterator[tuple[Cell, Outcome]]:
         """Each cell with its outcome, as it comes. A cell that fails does not stop the others.
 
-        Raises Interrupted after a signal, once the cell at work has saved; UserError for what ends the whole study.
+        Raises Interrupted after a signal, once the cell at work has saved; UserError for what ends
+        the whole study.
         """
         hold(self.study.folder, patience_seconds=5)
         check_study(self.study)
@@ -80,7 +84,9 @@ class Runner:
                 load_data(cell.recipe, load_tokenizers(cell.recipe))
                 self._train(cell)
             # Without a best one its checkpoint was damaged, and the log says so.
-            export = next(path for path in (run / "export" / "best", run / "export" / "last") if path.exists())
+            export = next(
+                path for path in (run / "export" / "best", run / "export" / "last") if path.exists()
+            )
             scores = result_files(cell.recipe, run / "evaluation", f"export-{export.name}")
             if not is_scored(cell.recipe, scores):
                 self._call(*self._score_command(cell, export), name, leaves=scores)
@@ -105,7 +111,12 @@ class Runner:
             scores = result_files(cell.recipe, folder, label)
             if not is_scored(cell.recipe, scores):
                 command, environment = self._score_command(cell, model)
-                self._call([*command, "--label", label, "--output", str(folder)], environment, label, leaves=scores)
+                self._call(
+                    [*command, "--label", label, "--output", str(folder)],
+                    environment,
+                    label,
+                    leaves=scores,
+                )
 
     def _train(self, cell: Cell) -> None:
         """Raises Interrupted also when the ranks alone were told to stop, as on preemption."""
@@ -120,18 +131,29 @@ class Runner:
     def _train_command(self, cell: Cell) -> tuple[list[str], dict[str, str]]:
         recipe = ["--recipe", str(recipe_file(self.study, cell))]
         if self.hostfile is not None:
-            return ["bash", str(ROOT / "launch" / "hosts.sh"), str(self.hostfile), *recipe], dict(os.environ)
+            return ["bash", str(ROOT / "launch" / "hosts.sh"), str(self.hostfile), *recipe], dict(
+                os.environ
+            )
         command, environment = local_launch(cell.recipe, ROOT / "launch" / "train.py")
         return [*command, *recipe, "--resume", "auto"], environment
 
     def _score_command(self, cell: Cell, model: Path | str) -> tuple[list[str], dict[str, str]]:
-        script = [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--recipe", str(recipe_file(self.study, cell))]
+        script = [
+            sys.executable,
+            str(ROOT / "launch" / "evaluate.py"),
+            "--recipe",
+            str(recipe_file(self.study, cell)),
+        ]
         return [*script, "--model", str(model)], dict(os.environ)
 
-    def _call(self, command: list[str], environment: dict[str, str], name: str, *, leaves: list[Path]) -> None:
-        """Run a command to its end, with its output in logs/. What it leaves decides, not its status.
+    def _call(
+        self, command: list[str], environment: dict[str, str], name: str, *, leaves: list[Path]
+    ) -> None:
+        """Run a command to its end, with its output in logs/. What it leaves decides, not its
+        status.
 
-        Raises Interrupted when a signal came, and UserError with its last lines when a file is missing.
+        Raises Interrupted when a signal came, and UserError with its last lines when a file is
+        missing.
         """
         path = self.study.folder / "logs" / f"{name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +161,12 @@ class Runner:
             begin = output.tell()
             # A session of its own: Ctrl-C is for this process, which passes it on as TERM.
             self._child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
             )
             if self._num_told:
                 self._child.terminate()
@@ -155,7 +182,9 @@ class Runner:
             raise UserError(f"status {status}; {path} ends with:\n" + "\n".join(said[-3:]))
 
     def _end_session(self, session: int) -> None:
-        """After a signal, wait for what a command leaves behind: ranks whose launcher is gone, told until they end."""
+        """After a signal, wait for what a command leaves behind: ranks whose launcher is gone, told
+        until they end.
+        """
         while self._num_told == 1 and (left := _processes_of(session)):
             for process in left:
                 with contextlib.suppress(psutil.Error):
@@ -164,7 +193,9 @@ class Runner:
             time.sleep(0.5)
 
     def _wait_for(self, run: Path) -> None:
-        """Until no rank is left in a run's folder: they save when their launcher has gone. A second signal ends it."""
+        """Until no rank is left in a run's folder: they save when their launcher has gone. A second
+        signal ends it.
+        """
         is_said = False
         while not is_free(run) and self._num_told < 2:
             if not is_said:

@@ -1,7 +1,8 @@
-"""The seam behind which a teacher stands: hidden states for a batch, and the head that turns them into logits.
+"""The seam behind which a teacher stands: hidden states for a batch, and the head that turns them
+into logits.
 
-ZeroTeacher computes them. A cached teacher (states of the full sequence serve every first-x % run) and a served one
-offer the same two methods.
+ZeroTeacher computes them. A cached teacher (states of the full sequence serve every first-x % run)
+and a served one offer the same two methods.
 """
 
 import contextlib
@@ -25,7 +26,9 @@ class Teacher(Protocol):
 
 
 class TeacherModule(nn.Module):
-    """What the teacher's engine wraps: its forward() is the backbone alone, so that the head is gathered apart."""
+    """What the teacher's engine wraps: its forward() is the backbone alone, so that the head is
+    gathered apart.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -36,7 +39,9 @@ class TeacherModule(nn.Module):
 
 
 class ZeroTeacher:
-    """A teacher in a ZeRO-3 engine of its own, around a TeacherModule: weights partitioned, no optimizer."""
+    """A teacher in a ZeRO-3 engine of its own, around a TeacherModule: weights partitioned, no
+    optimizer.
+    """
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine

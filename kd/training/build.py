@@ -1,4 +1,6 @@
-"""Teacher and student from a recipe: loaded, in their engines, their weights proven to have arrived."""
+"""Teacher and student from a recipe: loaded, in their engines, their weights proven to have
+arrived.
+"""
 
 import logging
 from typing import Any
@@ -11,7 +13,13 @@ from kd.distributed.nodes import group_of_node, ranks_of_nodes
 from kd.distributed.process_group import on_rank_zero
 from kd.engine.ds_config import teacher_ds_config
 from kd.engine.initialize import initialize
-from kd.engine.zero3 import num_parameters, num_shards, repartition, set_moe_leaf_modules, shard_bytes
+from kd.engine.zero3 import (
+    num_parameters,
+    num_shards,
+    repartition,
+    set_moe_leaf_modules,
+    shard_bytes,
+)
 from kd.models.loading import load_partitioned, load_whole, random_model
 from kd.models.probe import reference_states, verify_weights
 from kd.models.student import Distiller
@@ -35,13 +43,19 @@ def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
     check_shapes(recipe.teacher, model, role="teacher")
     set_moe_leaf_modules(model)
     teacher = ZeroTeacher(initialize(TeacherModule(model), ds_config))
-    verify_weights(model, reference, role="teacher", device=device, hidden_states=teacher.hidden_states)
+    verify_weights(
+        model, reference, role="teacher", device=device, hidden_states=teacher.hidden_states
+    )
     _log_size("teacher", model)
     return teacher
 
 
-def build_student(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> tuple[PreTrainedModel, Any]:
-    """The recipe's student and its engine around student and loss, its weights proven to have arrived."""
+def build_student(
+    recipe: Recipe, ds_config: dict[str, Any], device: torch.device
+) -> tuple[PreTrainedModel, Any]:
+    """The recipe's student and its engine around student and loss, its weights proven to have
+    arrived.
+    """
     section = recipe.student
     if section.init == "random":
         model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
@@ -59,9 +73,15 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], device: torch.devic
     return model.train(), engine
 
 
-def _reference_states(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> torch.Tensor:
-    """From a whole copy on rank 0, for every rank to compare with: a node without rank 0 has shards of its own."""
-    return on_rank_zero(lambda: reference_states(load_whole(section, ds_config, role=role), role=role))
+def _reference_states(
+    section: ModelSection, ds_config: dict[str, Any], *, role: str
+) -> torch.Tensor:
+    """From a whole copy on rank 0, for every rank to compare with: a node without rank 0 has shards
+    of its own.
+    """
+    return on_rank_zero(
+        lambda: reference_states(load_whole(section, ds_config, role=role), role=role)
+    )
 
 
 def _log_size(role: str, model: PreTrainedModel) -> None:

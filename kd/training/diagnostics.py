@@ -1,7 +1,9 @@
-"""Diagnostics: where in its traces the student still disagrees with the teacher, as means over regions of tokens.
+"""Diagnostics: where in its traces the student still disagrees with the teacher, as means over
+regions of tokens.
 
-A region is a section and an eighth of the whole trace (kd.data.regions). Each batch gives the sums of its regions, which add
-up over micro-batches and ranks; means are taken once, of the totals. Tokens count alike, whatever their section.
+A region is a section and an eighth of the whole trace (kd.data.regions). Each batch gives the sums
+of its regions, which add up over micro-batches and ranks; means are taken once, of the totals.
+Tokens count alike, whatever their section.
 
 Shapes: N supervised tokens, M measures, K regions.
 """
@@ -22,20 +24,27 @@ NUM_SUMS = NUM_REGIONS * (len(MEASURES) + 1)
 
 
 def region_sums(rows_MN: torch.Tensor | None, region_index_N: torch.Tensor) -> torch.Tensor:
-    """Of each region the sum of every measure and the number of tokens: float64 (NUM_SUMS,), zeros without rows.
+    """Of each region the sum of every measure and the number of tokens: float64 (NUM_SUMS,), zeros
+    without rows.
 
-    The host does not wait for the device. Sums are the same in every run, as scattered atomic additions would not be,
-    and a row that is not finite spoils its own region alone, as a product with a one-hot matrix would not have it.
+    The host does not wait for the device. Sums are the same in every run, as scattered atomic
+    additions would not be, and a row that is not finite spoils its own region alone, as a product
+    with a one-hot matrix would not have it.
     """
     if rows_MN is None:
         return torch.zeros(NUM_SUMS, dtype=torch.float64, device=region_index_N.device)
-    is_in_region_KN = region_index_N == torch.arange(NUM_REGIONS, device=region_index_N.device)[:, None]
-    sums = [torch.where(is_in_region_KN, row_N, 0.0).sum(-1, dtype=torch.float64) for row_N in rows_MN]
+    is_in_region_KN = (
+        region_index_N == torch.arange(NUM_REGIONS, device=region_index_N.device)[:, None]
+    )
+    sums = [
+        torch.where(is_in_region_KN, row_N, 0.0).sum(-1, dtype=torch.float64) for row_N in rows_MN
+    ]
     return torch.stack([*sums, is_in_region_KN.sum(-1).double()], dim=1).flatten()
 
 
 def summarise(sums: Sequence[float]) -> dict[str, Any] | None:
-    """What metrics.jsonl holds, from added-up `region_sums`: means over all tokens, by section and by position.
+    """What metrics.jsonl holds, from added-up `region_sums`: means over all tokens, by section and
+    by position.
 
     {MEASURE: mean, ..., "num_tokens": n, "by_section": {SECTION: {...}}, "by_position": [{...} or None, ...]}, where
     {...} are means and num_tokens of a part; a section without a token is left out. None when there is no token.
@@ -44,7 +53,9 @@ def summarise(sums: Sequence[float]) -> dict[str, Any] | None:
     overall = _means(sums_SPM.sum(axis=(0, 1)))
     if overall is None:
         return None
-    sections = {name: _means(sums_M) for name, sums_M in zip(SECTIONS, sums_SPM.sum(axis=1), strict=True)}
+    sections = {
+        name: _means(sums_M) for name, sums_M in zip(SECTIONS, sums_SPM.sum(axis=1), strict=True)
+    }
     return {
         **overall,
         "by_section": {name: means for name, means in sections.items() if means is not None},

@@ -1,4 +1,6 @@
-"""The training loop: read train() from top to bottom for the whole of a run, train_step() for one optimizer step."""
+"""The training loop: read train() from top to bottom for the whole of a run, train_step() for one
+optimizer step.
+"""
 
 import hashlib
 import logging
@@ -21,7 +23,13 @@ from kd.distributed.agreement import check_same_everywhere
 from kd.distributed.interruption import Interruption
 from kd.distributed.nodes import ranks_of_nodes
 from kd.distributed.peers import gather_peers, watching
-from kd.distributed.process_group import all_reduce_sum, any_rank, find_ranks, init_distributed, on_rank_zero
+from kd.distributed.process_group import (
+    all_reduce_sum,
+    any_rank,
+    find_ranks,
+    init_distributed,
+    on_rank_zero,
+)
 from kd.distributed.watchdog import Watchdog
 from kd.engine.checkpoint import (
     choose_checkpoint,
@@ -60,7 +68,9 @@ class Progress(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Global means of one optimizer step over its supervised tokens, and whether the step was taken."""
+    """Global means of one optimizer step over its supervised tokens, and whether the step was
+    taken.
+    """
 
     loss: float
     kd: float
@@ -73,10 +83,12 @@ class StepResult(NamedTuple):
 
 
 def train(recipe: Recipe, interruption: Interruption, resume: str | None = None) -> None:
-    """Train the recipe's student and export it. resume: None (a new run), "auto", or the path of a checkpoint.
+    """Train the recipe's student and export it. resume: None (a new run), "auto", or the path of a
+    checkpoint.
 
-    Called by every rank. Raises UserError, on every rank, for whatever the user can put right; Interrupted when the
-    interruption was requested on any rank and a checkpoint was written; LostPeer when another rank has gone.
+    Called by every rank. Raises UserError, on every rank, for whatever the user can put right;
+    Interrupted when the interruption was requested on any rank and a checkpoint was written;
+    LostPeer when another rank has gone.
     """
     find_ranks()
     with watching([]):
@@ -88,7 +100,9 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         _train(recipe, interruption, resume, device)
 
 
-def _train(recipe: Recipe, interruption: Interruption, resume: str | None, device: torch.device) -> None:
+def _train(
+    recipe: Recipe, interruption: Interruption, resume: str | None, device: torch.device
+) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     configure_logging(rank)
     training, folder = recipe.training, recipe.run_dir
@@ -102,7 +116,11 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
     tokenizer, data = _load_data(recipe)
     on_rank_zero(lambda: record_data(folder, str(data.report), data_fingerprint(data)))
     loader = Loader(
-        data.train, training.global_batch_size, training.micro_batch_size, recipe.run.seed, tokenizer.pad_token_id
+        data.train,
+        training.global_batch_size,
+        training.micro_batch_size,
+        recipe.run.seed,
+        tokenizer.pad_token_id,
     )
     total_steps = training.max_steps or training.epochs * loader.steps_per_epoch
     teacher = build_teacher(recipe, device)
@@ -113,17 +131,32 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
     metrics = report = None
     if rank == 0:
         set_aside_after(folder / "checkpoints", progress.step)
-        metrics = MetricsLog(folder / "metrics.jsonl", start_step=progress.step, total_steps=total_steps)
+        metrics = MetricsLog(
+            folder / "metrics.jsonl", start_step=progress.step, total_steps=total_steps
+        )
         plan = plan_training(recipe, loader, nodes)
-        report = PlanReport(plan, loader, teacher.model if teacher else None, student, device) if plan else None
+        report = (
+            PlanReport(plan, loader, teacher.model if teacher else None, student, device)
+            if plan
+            else None
+        )
     with Watchdog(recipe.run.watchdog_minutes) as watchdog:
         for step in range(progress.step, total_steps):
             started = time.perf_counter()
             batches = loader.micro_batches(step, rank, world_size)
             rate = learning_rate(step, total_steps, training)
             result = train_step(student, teacher, batches, rate, device)
-            progress = progress._replace(step=step + 1, num_skipped=progress.num_skipped + result.skipped)
-            record = _record(progress.step, loader.steps_per_epoch, rate, result, time.perf_counter() - started, device)
+            progress = progress._replace(
+                step=step + 1, num_skipped=progress.num_skipped + result.skipped
+            )
+            record = _record(
+                progress.step,
+                loader.steps_per_epoch,
+                rate,
+                result,
+                time.perf_counter() - started,
+                device,
+            )
             record["flops"] = report.flops(step) if report else None
             stops = progress.num_skipped > training.skip_nonfinite
             ends = progress.step == total_steps
@@ -145,7 +178,11 @@ def _train(recipe: Recipe, interruption: Interruption, resume: str | None, devic
                 best = (progress.best_step, progress.best_loss)
                 log.info("step %d saved; best: step %s, val_loss %s", progress.step, *best)
                 if rank == 0:
-                    prune(folder / "checkpoints", keep_last=training.keep_last, best_step=progress.best_step)
+                    prune(
+                        folder / "checkpoints",
+                        keep_last=training.keep_last,
+                        best_step=progress.best_step,
+                    )
             if interrupted and not ends:
                 _leave_interrupted(folder, progress)
             watchdog.pat()
@@ -161,9 +198,10 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches of the global batch.
 
-    Each micro-batch's loss is a sum over its tokens, divided once by the number of supervised tokens in the whole
-    global batch: how tokens are spread over ranks and micro-batches does not change the gradient. DeepSpeed averages
-    gradients over ranks, hence the factor world_size; its own division by accumulation steps is switched off.
+    Each micro-batch's loss is a sum over its tokens, divided once by the number of supervised
+    tokens in the whole global batch: how tokens are spread over ranks and micro-batches does not
+    change the gradient. DeepSpeed averages gradients over ranks, hence the factor world_size; its
+    own division by accumulation steps is switched off.
     """
     (num_tokens,) = all_reduce_sum([sum(batch.num_supervised for batch in batches)], device)
     scale = dist.get_world_size() / max(num_tokens, 1.0)
@@ -174,7 +212,8 @@ def train_step(
     for batch in batches:
         loss, batch_sums = distill_batch(student, teacher, batch.to(device))
         sums += batch_sums
-        # 1 for a finite loss; NaN for an infinite one, so that its gradient cannot pass for a finite one.
+        # 1 for a finite loss; NaN for an infinite one, so that its gradient cannot pass for a
+        # finite one.
         poison = 1.0 + 0.0 * loss.detach()
         student.backward(loss * (scale * poison), scale_wrt_gas=False)
         student.step()
@@ -182,7 +221,11 @@ def train_step(
         [*sums.tolist(), sum(batch.num_input_tokens for batch in batches)], device
     )
     grad_norm = float(student.get_global_grad_norm() or 0.0)
-    finite = math.isfinite(loss_sum) and math.isfinite(grad_norm) and student.skipped_steps == num_skipped_before
+    finite = (
+        math.isfinite(loss_sum)
+        and math.isfinite(grad_norm)
+        and student.skipped_steps == num_skipped_before
+    )
     tokens = max(num_tokens, 1.0)
     return StepResult(
         loss_sum / tokens,
@@ -196,8 +239,11 @@ def train_step(
     )
 
 
-def distill_batch(student: Any, teacher: Teacher | None, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one micro-batch on this rank, a sum over its supervised tokens, and all sums to be logged.
+def distill_batch(
+    student: Any, teacher: Teacher | None, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of one micro-batch on this rank, a sum over its supervised tokens, and all sums to
+    be logged.
 
     These are loss, kd, ce and the region_sums: float64 (3 + NUM_SUMS,). Every rank must call it.
     """
@@ -206,21 +252,36 @@ def distill_batch(student: Any, teacher: Teacher | None, batch: Batch) -> tuple[
     else:
         teacher_hidden = teacher.hidden_states(batch.input_ids)
         with teacher.head() as teacher_head:
-            loss, kd, ce, rows = student(batch.input_ids, batch.labels, batch.row_index, teacher_hidden, teacher_head)
-    return loss, torch.cat([torch.stack([loss.detach(), kd, ce]).double(), region_sums(rows, batch.region_index)])
+            loss, kd, ce, rows = student(
+                batch.input_ids, batch.labels, batch.row_index, teacher_hidden, teacher_head
+            )
+    return loss, torch.cat(
+        [torch.stack([loss.detach(), kd, ce]).double(), region_sums(rows, batch.region_index)]
+    )
 
 
 @torch.no_grad()
 def validate(
-    student: Any, teacher: Teacher | None, data: Data, recipe: Recipe, pad_token_id: int, device: torch.device
+    student: Any,
+    teacher: Teacher | None,
+    data: Data,
+    recipe: Recipe,
+    pad_token_id: int,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Loss per supervised token of the validation set, under the training objective; empty without such a set."""
+    """Loss per supervised token of the validation set, under the training objective; empty without
+    such a set.
+    """
     if data.validation is None:
         return {}
     student.eval()
     sums, num_supervised = torch.zeros(3 + NUM_SUMS, dtype=torch.float64, device=device), 0
     batches = validation_batches(
-        data.validation, recipe.training.micro_batch_size, dist.get_rank(), dist.get_world_size(), pad_token_id
+        data.validation,
+        recipe.training.micro_batch_size,
+        dist.get_rank(),
+        dist.get_world_size(),
+        pad_token_id,
     )
     for batch in batches:
         sums += distill_batch(student, teacher, batch.to(device))[1]
@@ -233,7 +294,8 @@ def validate(
 
 def _load_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Data]:
     tokenizer = load_tokenizers(recipe)
-    # One rank of each node first: it tokenises, unless that was done before; the others find its cache.
+    # One rank of each node first: it tokenises, unless that was done before; the others find its
+    # cache.
     data = load_data(recipe, tokenizer) if os.environ["LOCAL_RANK"] == "0" else None
     dist.barrier()
     if data is None:
@@ -283,9 +345,12 @@ def _stop_nonfinite(step: int, result: StepResult, batches: list[Batch], allowed
     dist.all_gather_object(parts, [row + 1 for batch in batches for row in batch.ids])
     rows = ", ".join(str(row) for part in parts for row in part)
     raise UserError(
-        f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} are not both finite, and "
-        f"training.skip_nonfinite = {allowed} allows no more such steps. Rows of the batch, counted from 1: {rows}. "
-        "Look at these rows; continue with --resume auto and a higher training.skip_nonfinite, or begin a new run "
+        f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} are not both "
+        f"finite, and "
+        f"training.skip_nonfinite = {allowed} allows no more such steps. Rows of the batch, "
+        f"counted from 1: {rows}. "
+        "Look at these rows; continue with --resume auto and a higher training.skip_nonfinite, or "
+        "begin a new run "
         "(--set run.name=NAME) with a lower training.learning_rate"
     )
 
@@ -299,7 +364,12 @@ def _leave_interrupted(folder: Path, progress: Progress) -> None:
 
 
 def _record(
-    step: int, steps_per_epoch: int, rate: float, result: StepResult, seconds: float, device: torch.device
+    step: int,
+    steps_per_epoch: int,
+    rate: float,
+    result: StepResult,
+    seconds: float,
+    device: torch.device,
 ) -> dict[str, Any]:
     return {
         "step": step,
@@ -320,14 +390,25 @@ def _record(
 
 
 def _send_to_monitor(student: Any, record: dict[str, Any]) -> None:
-    """To whichever of TensorBoard, CSV and W&B the recipe switched on, through DeepSpeed's monitor."""
+    """To whichever of TensorBoard, CSV and W&B the recipe switched on, through DeepSpeed's
+    monitor.
+    """
     if student.monitor.enabled:
-        scalars = [scalar for key, value in record.items() if key != "step" for scalar in flatten(f"kd/{key}", value)]
+        scalars = [
+            scalar
+            for key, value in record.items()
+            if key != "step"
+            for scalar in flatten(f"kd/{key}", value)
+        ]
         student.monitor.write_events([(name, value, record["step"]) for name, value in scalars])
 
 
 def _finish(
-    student: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress
+    student: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    progress: Progress,
 ) -> None:
     """Export the last and the best student, then mark the run as a success."""
     exports = folder / "export"
@@ -341,7 +422,9 @@ def _finish(
     if damage is None:
         export_student(student, model, tokenizer, exports / "best")
     elif dist.get_rank() == 0:
-        log.warning("the best checkpoint, %s, is damaged (%s): export/last is all there is", best, damage)
+        log.warning(
+            "the best checkpoint, %s, is damaged (%s): export/last is all there is", best, damage
+        )
     if dist.get_rank() == 0:
         write_json(folder / SUCCESS, progress._asdict())
         log.info("done: %s", exports)

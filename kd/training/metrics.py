@@ -21,9 +21,12 @@ log = logging.getLogger(__name__)
 class MetricsLog:
     """Rank 0's view of a run: appends records to metrics.jsonl and moves the progress bar.
 
-    Steps are counted from 1, as checkpoints are. A run interrupted after its last checkpoint, `start_step`, repeats
-    steps: their records from before move to metrics.abandoned.jsonl. A full disk does not end a run here, on one rank
-    of many: what could not be written is kept and tried again, and the next checkpoint says what is wrong on all ranks.
+    Steps are counted from 1, as checkpoints are. A run interrupted after its last checkpoint,
+    `start_step`, repeats
+    steps: their records from before move to metrics.abandoned.jsonl. A full disk does not end a run
+        here, on one rank
+    of many: what could not be written is kept and tried again, and the next checkpoint says what is
+    wrong on all ranks.
     """
 
     def __init__(self, path: Path, *, start_step: int, total_steps: int) -> None:
@@ -36,13 +39,21 @@ class MetricsLog:
         self._unwritten = b""
         # In a log file each refresh is a line: one in half a minute is enough there.
         interval = 0.1 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", mininterval=interval, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
+        )
 
     def write(self, record: dict[str, Any]) -> None:
         self._unwritten += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
         self._write_what_fits()
         with contextlib.suppress(OSError):  # whoever watched may have gone, and ssh with it
-            self._bar.set_postfix_str(f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False)
+            self._bar.set_postfix_str(
+                f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False
+            )
             self._bar.update(1)
 
     def close(self) -> None:
@@ -55,7 +66,9 @@ class MetricsLog:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            log.warning("%s: %s; its last lines are kept and tried again", self._file.name, error.strerror)
+            log.warning(
+                "%s: %s; its last lines are kept and tried again", self._file.name, error.strerror
+            )
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,5 @@
-"""RUN/plan.json: the plan of a run beside what it takes, in the same units. Rank 0 plans and measures for itself.
+"""RUN/plan.json: the plan of a run beside what it takes, in the same units. Rank 0 plans and
+measures for itself.
 
 {"planned": {name: value}, "measured": {name: value}}, null where it is not known:
   peak_gib                 on this rank's GPU; on a CPU the measured one is of its whole process
@@ -31,27 +32,42 @@ from kd.training.metrics import peak_memory_gib
 
 log = logging.getLogger(__name__)
 
-FIRST_REPORT = 3  # steps after which a plan can be judged, and a run be stopped that is not what was planned
+FIRST_REPORT = (
+    3  # steps after which a plan can be judged, and a run be stopped that is not what was planned
+)
 
 
 def plan_training(recipe: Recipe, loader: Loader, nodes: list[list[int]]) -> RunPlan | None:
-    """The plan of a run on the batches that it will see, or None, and why in the log, for models of which nothing can
-    be planned. nodes: the ranks of each."""
+    """The plan of a run on the batches that it will see, or None, and why in the log, for models of
+    which nothing can be planned. nodes: the ranks of each."""
     longest = DataTraces(loader.examples).longest
     num_nodes, gpus_per_node = size_to_plan(nodes)
     sizes = {"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}
     try:
         return plan_run(recipe, epoch_lengths(loader), loader.steps_per_epoch, longest, **sizes)
-    except Exception as error:  # a model whose shapes were not tried must not end a run that could be trained
-        log.warning("no plan, and no FLOPs in the metrics: %s", error, exc_info=not isinstance(error, UserError))
+    except (
+        Exception
+    ) as error:  # a model whose shapes were not tried must not end a run that could be trained
+        log.warning(
+            "no plan, and no FLOPs in the metrics: %s",
+            error,
+            exc_info=not isinstance(error, UserError),
+        )
         return None
 
 
 class PlanReport:
-    """Collects records of the metrics, and writes RUN/plan.json after the third of them and when told to."""
+    """Collects records of the metrics, and writes RUN/plan.json after the third of them and when
+    told to.
+    """
 
     def __init__(
-        self, plan: RunPlan, loader: Loader, teacher: PreTrainedModel | None, student: Any, device: torch.device
+        self,
+        plan: RunPlan,
+        loader: Loader,
+        teacher: PreTrainedModel | None,
+        student: Any,
+        device: torch.device,
     ) -> None:
         """student: its engine."""
         self._plan, self._loader, self._pair = plan, loader, pair_of(plan.memory.recipe)
@@ -61,13 +77,19 @@ class PlanReport:
         self._records: list[dict[str, Any]] = []
 
     def flops(self, step: int) -> float:
-        """Of the optimizer step that begins after `step` others, over all ranks: teacher, student and loss."""
+        """Of the optimizer step that begins after `step` others, over all ranks: teacher, student
+        and loss.
+        """
         lengths = step_lengths(self._loader, step)
-        return self._pair.step_flops(lengths.padded_N, lengths.supervised_N, self._loader.global_batch_size).model
+        return self._pair.step_flops(
+            lengths.padded_N, lengths.supervised_N, self._loader.global_batch_size
+        ).model
 
     def add(self, record: dict[str, Any]) -> None:
         """record: of the metrics of one step, with its "flops"."""
-        self._records.append({name: record[name] for name in ("flops", "num_input_tokens", "step_ms")})
+        self._records.append(
+            {name: record[name] for name in ("flops", "num_input_tokens", "step_ms")}
+        )
         if len(self._records) == FIRST_REPORT:
             self.write()
 
@@ -79,21 +101,30 @@ class PlanReport:
         log.info("%s", _describe(report))
         try:
             write_json(self._path, report)
-        except OSError as error:  # as for the metrics: the next checkpoint says what is wrong, on all ranks
+        except (
+            OSError
+        ) as error:  # as for the metrics: the next checkpoint says what is wrong, on all ranks
             log.warning("%s: %s; it is left out", self._path, error.strerror)
 
     def _measured(self) -> dict[str, Any]:
         records = self._records[1:] or self._records
         flops, tokens, ms = (
-            sum(record[name] for record in records) / len(records) for name in ("flops", "num_input_tokens", "step_ms")
+            sum(record[name] for record in records) / len(records)
+            for name in ("flops", "num_input_tokens", "step_ms")
         )
         peak = self._gpu and self._gpu.tflops * 1e12 * self._plan.world_size
         moments = self._student.optimizer.optimizer.state  # of each master weight
         states = [state for weight in moments for state in (weight, *moments[weight].values())]
-        held = (state.nbytes for state in states if torch.is_tensor(state) and state.device == self._device)
+        held = (
+            state.nbytes
+            for state in states
+            if torch.is_tensor(state) and state.device == self._device
+        )
         return {
             "peak_gib": peak_memory_gib(self._device),
-            "teacher_weights_gib": shard_bytes(self._teacher.parameters()) / GIB if self._teacher else 0.0,
+            "teacher_weights_gib": shard_bytes(self._teacher.parameters()) / GIB
+            if self._teacher
+            else 0.0,
             "student_weights_gib": shard_bytes(self._student.module.parameters()) / GIB,
             "optimizer_gib": sum(held) / GIB,
             "flops_per_step": flops,

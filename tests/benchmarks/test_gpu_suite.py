@@ -1,4 +1,6 @@
-"""The suite for a GPU machine, in small form on the CPU: it stops in time, continues, and repeats only what failed."""
+"""The suite for a GPU machine, in small form on the CPU: it stops in time, continues, and repeats
+only what failed.
+"""
 
 import os
 import re
@@ -30,14 +32,21 @@ def outcomes(process: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Three calls on one folder: too short, with a file on which the training step fails, and without that file."""
+    """Three calls on one folder: too short, with a file on which the training step fails, and
+    without that file.
+    """
     folder = tmp_path_factory.mktemp("results")
     broken = folder / "train_step.json"
     short = suite(folder, 9, SUITE_DEVICE="cpu")
     broken.write_text("{")
     failing = suite(folder, 500, SUITE_DEVICE="cpu")
     broken.unlink()
-    return {"short": short, "failing": failing, "last": suite(folder, 500, SUITE_DEVICE="cpu"), "folder": folder}
+    return {
+        "short": short,
+        "failing": failing,
+        "last": suite(folder, 500, SUITE_DEVICE="cpu"),
+        "folder": folder,
+    }
 
 
 def test_a_call_that_is_too_short_stops_in_time_and_says_so(calls) -> None:
@@ -94,10 +103,15 @@ def test_without_a_gpu_it_stops_with_one_line(tmp_path) -> None:
 
 def test_the_carried_wheels_are_the_versions_of_the_tests() -> None:
     def versions(path: Path) -> dict[str, str]:
-        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        lines = [
+            line for line in path.read_text().splitlines() if line and not line.startswith("#")
+        ]
         return dict(line.split("==") for line in lines)
 
-    carried, tested = versions(ROOT / "benchmarks" / "wheels.txt"), versions(ROOT / "constraints.txt")
+    carried, tested = (
+        versions(ROOT / "benchmarks" / "wheels.txt"),
+        versions(ROOT / "constraints.txt"),
+    )
     shared = carried.keys() & tested.keys()
     assert {"deepspeed", "datasets", "pydantic"} <= shared
     assert {name: carried[name] for name in shared} == {name: tested[name] for name in shared}

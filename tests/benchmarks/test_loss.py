@@ -15,7 +15,14 @@ from tiny import ROOT
 TINY = ("--device", "cpu", "--shapes", "16,24,64", "--num-tokens", "32", "--divergences", "jsd")
 CELL = loss.Cell("ours", "jsd", Shape(16, 24, 64), 32, "float32", "cpu", 1, 0.05)
 SPREAD = {"median": 2.0, "p20": 1.5, "p80": 2.5}
-ERRORS = {"kl": 0.05, "num_tokens": 32, "vocab_size": 64, "loss": 1e-6, "grad_hidden": 2e-6, "grad_head": None}
+ERRORS = {
+    "kl": 0.05,
+    "num_tokens": 32,
+    "vocab_size": 64,
+    "loss": 1e-6,
+    "grad_hidden": 2e-6,
+    "grad_head": None,
+}
 MEASURED = {
     "status": "measured",
     "peak_gib": 0.25,
@@ -46,7 +53,9 @@ def command_line(*arguments):
 
 @pytest.fixture
 def run_main(monkeypatch, tmp_path, capsys):
-    """run_main(source, *arguments) runs main() on two peers, with `source` as each cell's process: (rows, output)."""
+    """run_main(source, *arguments) runs main() on two peers, with `source` as each cell's process:
+    (rows, output).
+    """
 
     def run(source, *arguments, commit="c0ffee"):
         monkeypatch.setattr(loss, "cell_command", lambda cell: [sys.executable, "-c", source])
@@ -54,7 +63,9 @@ def run_main(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["loss.py", *TINY, *fixed, *arguments])
         loss.main()
         path = tmp_path / "loss_cpu.json"
-        return json.loads(path.read_text())["rows"] if path.exists() else [], capsys.readouterr().out
+        return json.loads(path.read_text())[
+            "rows"
+        ] if path.exists() else [], capsys.readouterr().out
 
     return run
 
@@ -71,7 +82,9 @@ def test_cells_are_measured_written_and_skipped_the_second_time(tmp_path):
     for row in (ours, eager):
         assert row["status"] == "measured"
         assert row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
-        assert row["tflops"] == pytest.approx(2 * 32 * 64 * (3 * 16 + 24) / row["ms"]["median"] / 1e9)
+        assert row["tflops"] == pytest.approx(
+            2 * 32 * 64 * (3 * 16 + 24) / row["ms"]["median"] / 1e9
+        )
         assert row["bare_floor_fraction"] > 0
         assert row["planned_floor_fraction"] > 0
         assert row["peak_gib"] >= 0
@@ -95,7 +108,10 @@ def test_the_table_is_made_from_the_json_alone(run_main, tmp_path):
     assert rendered.returncode == 0, rendered.stderr
     assert (tmp_path / "loss_cpu.md").read_text() == table
     errors = "1.0e-06, 2.0e-06, not finite"
-    assert f"| ours | 32 | 2 (1.5-2.5) | 0.125 | 75% | 88% | 0.25 | {errors} | {errors} | c0ffee |" in table
+    assert (
+        f"| ours | 32 | 2 (1.5-2.5) | 0.125 | 75% | 88% | 0.25 | {errors} | {errors} | c0ffee |"
+        in table
+    )
     assert "- eager, 32 tokens: bare floor in slices of 16 rows" in table
     assert "random pair 0.05" in table
 
@@ -117,7 +133,10 @@ def test_rows_of_another_commit_are_measured_again_and_replaced(run_main):
     [
         ("raise RuntimeError('boom')", "failed with exit status 1: RuntimeError: boom"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "out of memory"),
-        ('raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: 8 bytes")', "out of memory"),
+        (
+            'raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: 8 bytes")',
+            "out of memory",
+        ),
         ("raise SystemExit(3)", "failed with exit status 3: no message"),
     ],
 )
@@ -136,7 +155,9 @@ def test_a_peer_that_is_not_installed_is_a_row(monkeypatch):
 
 def test_a_process_that_hangs_is_ended_and_is_a_row(monkeypatch):
     monkeypatch.setattr(loss, "CELL_LIMIT_S", 1)
-    monkeypatch.setattr(loss, "cell_command", lambda cell: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(
+        loss, "cell_command", lambda cell: [sys.executable, "-c", "import time; time.sleep(60)"]
+    )
     assert loss.run_cell(CELL, deadline=None) == {"status": "failed: no result after 1 s"}
 
 
@@ -162,7 +183,9 @@ def test_on_cuda_the_main_peers_come_first_and_every_cell_once():
     main_peers = ("ours", "ours_bf16_logits", "liger_compiled", "trl", "eager")
     head = [(tokens, peer) for tokens in (8192, 32768) for peer in main_peers]
     assert [(cell.num_tokens, cell.peer) for cell in cells[:10]] == head
-    assert {(cell.shape, cell.divergence) for cell in cells[:10]} == {(Shape(1536, 3584, 151936), "forward_kl")}
+    assert {(cell.shape, cell.divergence) for cell in cells[:10]} == {
+        (Shape(1536, 3584, 151936), "forward_kl")
+    }
     assert len(cells) == len(set(cells)) == 3 * 3 * 5 * len(PEERS)
     assert {cell.dtype for cell in cells} == {"bfloat16"}
 
@@ -181,7 +204,10 @@ def test_a_cell_survives_the_way_to_its_process():
         (("--divergences", "kl"), "argument --divergences: invalid choice: 'kl'"),
         (("--peers", "nobody"), "argument --peers: invalid choice: 'nobody'"),
         (("--seconds", "-1"), "argument --seconds: '-1' must be a whole number"),
-        (("--measure-seconds", "nan"), "argument --measure-seconds: 'nan' must be a number of seconds"),
+        (
+            ("--measure-seconds", "nan"),
+            "argument --measure-seconds: 'nan' must be a number of seconds",
+        ),
         (("--threads", "1.5"), "argument --threads: '1.5' must be a whole number"),
         (("--render", "missing.json"), "argument --render: 'missing.json' is no file"),
         (("--device", "cuda"), "argument --device: cuda, but torch sees no CUDA device"),
@@ -196,9 +222,15 @@ def test_a_bad_argument_is_one_error_that_names_it(monkeypatch, capsys, argument
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_changed_checkout_is_told_apart_by_its_changes_but_results_are_no_code(monkeypatch, tmp_path):
+def test_a_changed_checkout_is_told_apart_by_its_changes_but_results_are_no_code(
+    monkeypatch, tmp_path
+):
     def git(*arguments):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+            cwd=tmp_path,
+            check=True,
+        )
 
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)

@@ -1,4 +1,6 @@
-"""What the benchmark measures: turns, floors, memory and errors, each against a figure known beforehand."""
+"""What the benchmark measures: turns, floors, memory and errors, each against a figure known
+beforehand.
+"""
 
 import time
 from functools import partial

@@ -14,7 +14,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.fixture
 def no_compiler():
-    """torch.compile's wrappers run, its compiler does not: it takes longer than all of these tests."""
+    """torch.compile's wrappers run, its compiler does not: it takes longer than all of these
+    tests.
+    """
     before = torch.compiler.set_stance("force_eager")
     yield before
     torch.compiler.set_stance("default")
@@ -25,7 +27,9 @@ def outcome(name, divergence, device, dtype, **options):
     peer = PEERS[name]
     if peer.package:
         pytest.importorskip(peer.package)
-    problem = make_problem(SHAPE, NUM_TOKENS, divergence, dtype=dtype, device=torch.device(device), **options)
+    problem = make_problem(
+        SHAPE, NUM_TOKENS, divergence, dtype=dtype, device=torch.device(device), **options
+    )
     value = forward_backward(peer.loss, problem)
     return (value, problem.student_hidden_NH.grad, problem.student_head_VH.grad), reference(problem)
 
@@ -33,7 +37,9 @@ def outcome(name, divergence, device, dtype, **options):
 @pytest.mark.parametrize("is_matched", [False, True])
 @pytest.mark.parametrize("divergence", BETA)
 @pytest.mark.parametrize("name", ON_CPU)
-def test_a_peer_has_the_value_and_gradients_of_the_reference(no_compiler, name, divergence, is_matched):
+def test_a_peer_has_the_value_and_gradients_of_the_reference(
+    no_compiler, name, divergence, is_matched
+):
     measured, expected = outcome(name, divergence, "cpu", torch.float32, is_matched=is_matched)
     assert expected[0] > 0.005 * NUM_TOKENS
     for got, want in zip(measured, expected, strict=True):
@@ -56,7 +62,9 @@ def test_a_matched_pair_nearly_agrees_and_a_random_pair_does_not(dtype):
     def kl(is_matched):
         shape = Shape(96, 160, 4000)
         device = torch.device("cpu")
-        return reference_kl(make_problem(shape, 64, "jsd", dtype=dtype, device=device, is_matched=is_matched))
+        return reference_kl(
+            make_problem(shape, 64, "jsd", dtype=dtype, device=device, is_matched=is_matched)
+        )
 
     assert 0.03 < kl(True) < 0.07
     assert kl(False) > 3

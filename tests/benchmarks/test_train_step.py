@@ -1,4 +1,6 @@
-"""The benchmark of a training step, as a user calls it, on tiny shapes: every figure is there and they agree."""
+"""The benchmark of a training step, as a user calls it, on tiny shapes: every figure is there and
+they agree.
+"""
 
 import json
 import math
@@ -18,7 +20,16 @@ SCRIPT = ROOT / "benchmarks" / "train_step.py"
 
 def run(output: Path, *arguments: str, commit: str = "c0ffee") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), "--output", str(output), "--small", "--steps", "2", *arguments],
+        [
+            sys.executable,
+            str(SCRIPT),
+            "--output",
+            str(output),
+            "--small",
+            "--steps",
+            "2",
+            *arguments,
+        ],
         cwd=ROOT,
         env={**os.environ, "KD_COMMIT": commit, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -54,9 +65,15 @@ def test_every_row_has_its_tokens_memory_rates_and_loss(report) -> None:
         num_tokens = 4 * int(length)
         assert row["num_input_tokens"] == num_tokens
         assert row["num_supervised_tokens"] == num_tokens - 4
-        assert row["tokens_per_second"] == pytest.approx(num_tokens / row["step_ms"]["median"] * 1000)
-        assert row["memory_gib"]["peak"] > sum(row["memory_gib"][part] for part in ("teacher_weights", "optimizer"))
-        assert row["mfu_of_measured_peak"] == pytest.approx(row["model_tflops"] / row["matmul_tflops"])
+        assert row["tokens_per_second"] == pytest.approx(
+            num_tokens / row["step_ms"]["median"] * 1000
+        )
+        assert row["memory_gib"]["peak"] > sum(
+            row["memory_gib"][part] for part in ("teacher_weights", "optimizer")
+        )
+        assert row["mfu_of_measured_peak"] == pytest.approx(
+            row["model_tflops"] / row["matmul_tflops"]
+        )
         assert 0.1 < row["last_loss"] < 10
 
 
@@ -66,7 +83,9 @@ def test_flops_count_recomputation_apart(report) -> None:
         parts = ("teacher_forward", "student_forward", "loss", "backward")
         assert flops["model"] == pytest.approx(sum(flops[part] for part in parts))
         assert flops["backward"] == pytest.approx(2 * flops["student_forward"])
-        assert flops["with_recomputation"] - flops["model"] == pytest.approx(flops["student_forward"])
+        assert flops["with_recomputation"] - flops["model"] == pytest.approx(
+            flops["student_forward"]
+        )
         # 1187 shared rows; hidden sizes 32 and 64
         assert flops["loss"] == 2 * row["num_supervised_tokens"] * 1187 * (3 * 32 + 64)
 
@@ -84,7 +103,10 @@ def test_the_table_says_where_and_of_what(output, report) -> None:
     assert "commit c0ffee" in table
     assert f"torch {report['environment']['packages']['torch']}" in table
     assert "torch.optim.adamw.AdamW" in table
-    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("|")][2:] == ["| 96", "| 48"]
+    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("|")][2:] == [
+        "| 96",
+        "| 48",
+    ]
 
 
 def test_a_second_call_measures_only_what_is_missing(output, report) -> None:
@@ -96,7 +118,9 @@ def test_a_second_call_measures_only_what_is_missing(output, report) -> None:
 
 
 def test_a_device_that_is_not_there_is_an_error(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_step.py", "--output", str(tmp_path), "--device", "cuda", "--small"])
+    monkeypatch.setattr(
+        sys, "argv", ["train_step.py", "--output", str(tmp_path), "--device", "cuda", "--small"]
+    )
     with pytest.raises(UserError, match="DS_ACCELERATOR=cpu"):
         main()
     assert list(tmp_path.iterdir()) == []

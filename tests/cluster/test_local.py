@@ -24,7 +24,11 @@ def test_gpus_are_those_that_are_visible_and_the_port_is_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize(("micro_batch_size", "num_ranks"), [(16, "2"), (32, "1")])
-def test_without_a_gpu_there_are_as_many_ranks_on_the_cpu_as_the_batch_has_halves(micro_batch_size, num_ranks):
-    command, environment = local_launch(load_recipe("tiny", [f"training.micro_batch_size={micro_batch_size}"]), SCRIPT)
+def test_without_a_gpu_there_are_as_many_ranks_on_the_cpu_as_the_batch_has_halves(
+    micro_batch_size, num_ranks
+):
+    command, environment = local_launch(
+        load_recipe("tiny", [f"training.micro_batch_size={micro_batch_size}"]), SCRIPT
+    )
     assert command[command.index("--num_gpus") + 1] == num_ranks
     assert environment["DS_ACCELERATOR"] == "cpu"

@@ -1,4 +1,6 @@
-"""Real tokenizers (tests/fetch_assets.sh) for the text of sections, and a tiny one for everything else."""
+"""Real tokenizers (tests/fetch_assets.sh) for the text of sections, and a tiny one for everything
+else.
+"""
 
 import os
 from collections.abc import Callable
@@ -28,7 +30,9 @@ def qwen3() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def deepseek() -> PreTrainedTokenizerFast:
-    """The real DeepSeek-V3 tokenizer and template: <think> is three tokens. Shared: change a copy."""
+    """The real DeepSeek-V3 tokenizer and template: <think> is three tokens. Shared: change a
+    copy.
+    """
     return _asset("deepseek_v3_tokenizer")
 
 
@@ -47,7 +51,10 @@ def recipe(tmp_path: Path) -> Callable[..., Recipe]:
         if not path.exists():
             write_jsonl(path, good_rows(20))
         data = {"path": str(path), "cache_dir": str(tmp_path / "cache")} | sections.pop("data", {})
-        defaults = {"student": {"model": str(tmp_path / "student")}, "teacher": {"model": str(tmp_path / "teacher")}}
+        defaults = {
+            "student": {"model": str(tmp_path / "student")},
+            "teacher": {"model": str(tmp_path / "teacher")},
+        }
         return Recipe.model_validate({**defaults, **sections, "data": data})
 
     return build

@@ -22,9 +22,18 @@ def stratos_row(value: str = STRATOS_VALUE) -> dict:
 
 
 ROWS = {
-    "local prompt": ("local", {"prompt": "1+1?", "reasoning": "One and one.", "answer": "It is 2."}),
-    "local messages with columns": ("local", {"messages": [USER], "reasoning": "One and one.", "answer": "It is 2."}),
-    "local messages with markers": ("local", {"messages": [USER, {"role": "assistant", "content": R1_VALUE}]}),
+    "local prompt": (
+        "local",
+        {"prompt": "1+1?", "reasoning": "One and one.", "answer": "It is 2."},
+    ),
+    "local messages with columns": (
+        "local",
+        {"messages": [USER], "reasoning": "One and one.", "answer": "It is 2."},
+    ),
+    "local messages with markers": (
+        "local",
+        {"messages": [USER, {"role": "assistant", "content": R1_VALUE}]},
+    ),
     "local messages with an answer turn and columns": (
         "local",
         {
@@ -36,7 +45,10 @@ ROWS = {
     "bespoke_stratos": ("bespoke_stratos", stratos_row()),
     "openthoughts": ("openthoughts", stratos_row()),
     "sky_t1": ("sky_t1", stratos_row()),
-    "synthetic_1": ("synthetic_1", {"task_type": "verifiable_math", "prompt": "1+1?", "llm_response": R1_VALUE}),
+    "synthetic_1": (
+        "synthetic_1",
+        {"task_type": "verifiable_math", "prompt": "1+1?", "llm_response": R1_VALUE},
+    ),
     "synthetic_1 lists": (
         "synthetic_1",
         {"task_type": "verifiable_math", "prompt": ["1+1?"], "llm_response": [R1_VALUE]},
@@ -51,7 +63,16 @@ CHATML = (
 )
 
 
-SPECIAL = ("<pad>", "<eos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>")
+SPECIAL = (
+    "<pad>",
+    "<eos>",
+    "<unk>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<think>",
+    "</think>",
+)
 
 
 def build_tokenizer(special: tuple[str, ...] = SPECIAL, **settings: Any) -> PreTrainedTokenizerFast:
@@ -72,4 +93,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def good_rows(count: int) -> list[dict[str, Any]]:
-    return [{"prompt": f"{i}+1?", "reasoning": f"{i}+1 " * (i % 5 + 1), "answer": f"{i + 1}"} for i in range(count)]
+    return [
+        {"prompt": f"{i}+1?", "reasoning": f"{i}+1 " * (i % 5 + 1), "answer": f"{i + 1}"}
+        for i in range(count)
+    ]

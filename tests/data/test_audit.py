@@ -1,4 +1,6 @@
-"""The audit's numbers are those of the batches that training reads; its findings are those of the text."""
+"""The audit's numbers are those of the batches that training reads; its findings are those of the
+text.
+"""
 
 import json
 import re
@@ -31,7 +33,10 @@ from kd.recipe import Recipe
 MakeRecipe = Callable[..., Recipe]
 RECIPES = [
     {"truncation": {"keep_fraction": 0.5}},
-    {"truncation": {"keep_fraction": 0.4, "window": "tail"}, "data": {"loss_sections": ["prompt", "answer"]}},
+    {
+        "truncation": {"keep_fraction": 0.4, "window": "tail"},
+        "data": {"loss_sections": ["prompt", "answer"]},
+    },
     {"truncation": {"keep_fraction": 0.5, "window": "middle", "window_context": "keep"}},
     {"truncation": {"cut_after_think": True, "max_tokens": 30}, "data": {"loss_sections": ["cot"]}},
     {"truncation": {"keep_fraction": 0.8, "window": "tail"}, "data": {"random_mask_fraction": 0.3}},
@@ -61,20 +66,34 @@ def printed(write: Callable[[Console], None], **settings: Any) -> str:
 def test_tokens_are_those_of_the_loaders_batches_and_of_the_data_report(
     recipe: MakeRecipe, tokenizer: PreTrainedTokenizerFast, sections: dict[str, Any]
 ) -> None:
-    audited, data = audit(recipe(**{name: dict(values) for name, values in sections.items()}), tokenizer)
+    audited, data = audit(
+        recipe(**{name: dict(values) for name, values in sections.items()}), tokenizer
+    )
     loader = Loader(data.train, global_batch_size=4, micro_batch_size=2, seed=0, pad_token_id=0)
-    batches = [batch for step in range(loader.steps_per_epoch) for batch in loader.micro_batches(step, 0, 1)]
+    batches = [
+        batch
+        for step in range(loader.steps_per_epoch)
+        for batch in loader.micro_batches(step, 0, 1)
+    ]
     assert sum(len(batch.ids) for batch in batches) == len(data.train) == 20
     total, report = audited.tokens["total"], data.report.train
-    assert total.num_kept == report.num_read_tokens == sum(batch.num_input_tokens for batch in batches)
-    assert total.num_supervised == report.num_supervised_tokens == sum(batch.num_supervised for batch in batches)
+    assert (
+        total.num_kept == report.num_read_tokens == sum(batch.num_input_tokens for batch in batches)
+    )
+    assert (
+        total.num_supervised
+        == report.num_supervised_tokens
+        == sum(batch.num_supervised for batch in batches)
+    )
     assert total.num_tokens == report.num_full_tokens
     cells = np.concatenate([batch.region_index for batch in batches])
     supervised = np.bincount(cells // NUM_POSITIONS, minlength=3).tolist()
     assert [audited.tokens[name].num_supervised for name in SECTIONS] == supervised
     kept = np.zeros(3, dtype=int)
     for example in (data.train[i] for i in range(20)):
-        sections_read = np.repeat(range(3), example.num_tokens_3)[example.read_start :][: len(example.input_ids)]
+        sections_read = np.repeat(range(3), example.num_tokens_3)[example.read_start :][
+            : len(example.input_ids)
+        ]
         kept += np.bincount(sections_read, minlength=3)
     assert [audited.tokens[name].num_kept for name in SECTIONS] == kept.tolist()
     for name, whole in zip(SECTIONS, data.train.num_tokens_N3.sum(axis=0).tolist(), strict=True):
@@ -96,7 +115,10 @@ def test_every_length_is_in_its_bin(recipe: MakeRecipe, longest: int) -> None:
     length_N = np.linspace(3, longest, 40).astype(np.int64)
     counts_N3 = np.stack([np.ones_like(length_N), length_N - 2, np.ones_like(length_N)], axis=1)
     examples = Examples(
-        recipe(truncation={"keep_fraction": 0.5}), table=None, row_N=np.arange(40), num_tokens_N3=counts_N3
+        recipe(truncation={"keep_fraction": 0.5}),
+        table=None,
+        row_N=np.arange(40),
+        num_tokens_N3=counts_N3,
     )
     lengths = measure_lengths(examples)
     bins = list(pairwise(lengths.edges))
@@ -108,10 +130,15 @@ def test_every_length_is_in_its_bin(recipe: MakeRecipe, longest: int) -> None:
     assert sum(lengths.whole_histogram) == sum(lengths.kept_histogram) == 40
 
 
-def test_lengths_are_summarised_by_mean_median_95th_percentile_and_maximum(recipe: MakeRecipe) -> None:
+def test_lengths_are_summarised_by_mean_median_95th_percentile_and_maximum(
+    recipe: MakeRecipe,
+) -> None:
     counts_N3 = np.stack([np.full(101, 4), np.arange(101) ** 2, np.full(101, 6)], axis=1)
     examples = Examples(
-        recipe(truncation={"max_tokens": 50}), table=None, row_N=np.arange(101), num_tokens_N3=counts_N3
+        recipe(truncation={"max_tokens": 50}),
+        table=None,
+        row_N=np.arange(101),
+        num_tokens_N3=counts_N3,
     )
     lengths = measure_lengths(examples)
     assert lengths.whole == LengthSummary(mean=3360.0, median=2510.0, p95=9035.0, max=10010)
@@ -120,7 +147,9 @@ def test_lengths_are_summarised_by_mean_median_95th_percentile_and_maximum(recip
 
 
 def one_row(tmp_path: Path, **row: str) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1+1?", "reasoning": "So 2.", "answer": "2"} | row])
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": "1+1?", "reasoning": "So 2.", "answer": "2"} | row]
+    )
 
 
 @pytest.mark.parametrize("window", ["head", "tail"])
@@ -143,7 +172,12 @@ def test_a_marker_that_is_read_as_context_is_not_lost(
 ) -> None:
     one_row(tmp_path)
     truncation = {"window": "tail", "max_tokens": 2, "window_context": "keep"}
-    assert audit(recipe(truncation=truncation), tokenizer)[0].found["close_marker_dropped"].num_examples == 0
+    assert (
+        audit(recipe(truncation=truncation), tokenizer)[0]
+        .found["close_marker_dropped"]
+        .num_examples
+        == 0
+    )
 
 
 FILLER = "wait, " * 12
@@ -153,7 +187,10 @@ ANSWERS = [  # at keep_fraction = 0.5: dropped, not in cot, not boxed
     ({"reasoning": FILLER, "answer": r"It is \boxed{42}."}, (1, 1, 0)),
     ({"reasoning": "so 142 or 4.42 " + FILLER, "answer": "42"}, (1, 1, 1)),
     ({"reasoning": "(42) " + FILLER, "answer": "42"}, (0, 0, 1)),
-    ({"reasoning": r"so \frac{1}{2} " + FILLER, "answer": r"\boxed{3} no: \boxed{\frac{1}{2}}"}, (0, 0, 0)),
+    (
+        {"reasoning": r"so \frac{1}{2} " + FILLER, "answer": r"\boxed{3} no: \boxed{\frac{1}{2}}"},
+        (0, 0, 0),
+    ),
     ({"prompt": "Is it 42?", "reasoning": FILLER, "answer": "42"}, (1, 1, 1)),
 ]
 
@@ -166,7 +203,10 @@ def test_answers_are_read_as_evaluation_reads_them_and_searched_behind_the_promp
     names = ("answer_dropped", "answer_not_in_cot", "answer_not_boxed")
     for name, flags in zip(names, zip(*(flags for _, flags in ANSWERS), strict=True), strict=True):
         rows = tuple(1 + i for i, flag in enumerate(flags) if flag)
-        assert (audited.found[name].num_examples, audited.found[name].first_rows) == (len(rows), rows[:5]), name
+        assert (audited.found[name].num_examples, audited.found[name].first_rows) == (
+            len(rows),
+            rows[:5],
+        ), name
     assert audited.found["answer_not_found"].num_examples == 0
 
 
@@ -175,23 +215,32 @@ def test_an_answer_between_markers_of_its_own_is_read_without_them(
 ) -> None:
     one_row(tmp_path)
     audited, _ = audit(recipe(data={"answer_open": "<<\n", "answer_close": "\n>>"}), tokenizer)
-    assert [audited.found[name].num_examples for name in ("answer_not_in_cot", "answer_not_found")] == [0, 0]
+    assert [
+        audited.found[name].num_examples for name in ("answer_not_in_cot", "answer_not_found")
+    ] == [0, 0]
 
 
 def test_rows_are_named_by_their_number_in_the_file_lowest_first(
     recipe: MakeRecipe, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    audited, data = audit(recipe(data={"num_validation": 5}, truncation={"keep_fraction": 0.3}), tokenizer)
+    audited, data = audit(
+        recipe(data={"num_validation": 5}, truncation={"keep_fraction": 0.3}), tokenizer
+    )
     found = audited.found["close_marker_dropped"]
     assert found.num_examples == len(data.train) == 15
     assert found.first_rows == tuple(sorted(1 + data.train.row_N)[:5])
 
 
 def test_more_examples_than_a_batch_are_all_looked_at(
-    recipe: MakeRecipe, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: MakeRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fillers = [FILLER * (1 + i // 4) for i in range(20)]
-    reasonings = [filler + "so 42." if i % 2 else "so 42. " + filler for i, filler in enumerate(fillers)]
+    reasonings = [
+        filler + "so 42." if i % 2 else "so 42. " + filler for i, filler in enumerate(fillers)
+    ]
     rows = [{"prompt": f"{i}?", "reasoning": reasonings[i], "answer": "42"} for i in range(20)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     train = load_data(recipe(truncation={"keep_fraction": 0.5}), tokenizer).train
@@ -206,11 +255,15 @@ def test_what_ends_behind_the_thought_keeps_the_marker_that_closes_it(
     recipe: MakeRecipe, tmp_path: Path, request: pytest.FixtureRequest, name: str
 ) -> None:
     one_row(tmp_path, reasoning="So it is 2.", answer=r"\boxed{2}")
-    found = audit(recipe(truncation={"cut_after_think": True}), request.getfixturevalue(name))[0].found
+    found = audit(recipe(truncation={"cut_after_think": True}), request.getfixturevalue(name))[
+        0
+    ].found
     assert [of.num_examples for of in found.values()] == [0] * 5
 
 
-def test_without_a_close_marker_no_answer_is_found(recipe: MakeRecipe, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_without_a_close_marker_no_answer_is_found(
+    recipe: MakeRecipe, tokenizer: PreTrainedTokenizerFast
+) -> None:
     found = audit(recipe(data={"think_close": "\n"}), tokenizer)[0].found
     counts = {name: of.num_examples for name, of in found.items() if of.num_examples}
     assert counts == {"answer_not_found": 20}
@@ -235,7 +288,9 @@ def test_without_a_close_marker_no_answer_is_found(recipe: MakeRecipe, tokenizer
         ("", "7", False),
     ],
 )
-def test_a_word_or_number_is_stated_by_itself_and_not_by_a_longer_one(text: str, answer: str, stated: bool) -> None:
+def test_a_word_or_number_is_stated_by_itself_and_not_by_a_longer_one(
+    text: str, answer: str, stated: bool
+) -> None:
     assert states(text, answer) is stated
 
 
@@ -243,7 +298,9 @@ def test_a_word_or_number_is_stated_by_itself_and_not_by_a_longer_one(text: str,
 def test_a_preview_is_the_whole_trace_with_the_labels_of_training(
     recipe: MakeRecipe, tokenizer: PreTrainedTokenizerFast, sections: dict[str, Any]
 ) -> None:
-    train = load_data(recipe(**{name: dict(values) for name, values in sections.items()}), tokenizer).train
+    train = load_data(
+        recipe(**{name: dict(values) for name, values in sections.items()}), tokenizer
+    ).train
     for i in range(3):
         example, shown = train[i], preview(train, i, tokenizer)
         row = good_rows(20)[example.row]
@@ -267,13 +324,20 @@ def test_without_colour_each_span_is_named_and_with_colour_the_words_are_the_sam
     assert "row 3: 2 supervised, 2 context, 2 dropped" in plain
     for fate in FATES:
         assert f"cot 2 {fate} [red]{fate}!" in " ".join(plain.split())
-    coloured = printed(lambda console: print_previews(console, [shown]), force_terminal=True, color_system="standard")
+    coloured = printed(
+        lambda console: print_previews(console, [shown]),
+        force_terminal=True,
+        color_system="standard",
+    )
     assert "\x1b[" in coloured
     assert "\x1b[" not in plain
 
 
 def test_texts_cannot_write_to_the_terminal_and_long_ones_lose_their_middle() -> None:
-    spans = (Span("prompt", "context", 4, "\x1b[2J\na\\b"), Span("cot", "supervised", 900, "A" * 500 + "B" * 500))
+    spans = (
+        Span("prompt", "context", 4, "\x1b[2J\na\\b"),
+        Span("cot", "supervised", 900, "A" * 500 + "B" * 500),
+    )
     plain = printed(lambda console: print_previews(console, [Preview(1, spans)]))
     assert "\\x1b[2J\\na\\b" in plain
     assert "\x1b" not in plain
@@ -296,7 +360,9 @@ def test_what_is_printed_and_written_are_the_counts_and_the_filters(
     ]
     no_label = [{"prompt": "1+" * 60, "reasoning": "1", "answer": "1"}]
     write_jsonl(tmp_path / "rows.jsonl", [*good_rows(20), *bad, *no_label])
-    made = recipe(truncation={"keep_fraction": 0.5, "max_full_tokens": 200}, data={"loss_sections": ["cot"]})
+    made = recipe(
+        truncation={"keep_fraction": 0.5, "max_full_tokens": 200}, data={"loss_sections": ["cot"]}
+    )
     audited, data = audit(made, tokenizer)
     content = json.loads(json.dumps(audited.to_json(), allow_nan=False))
     assert content["truncation"]["keep_fraction"] == 0.5
@@ -309,7 +375,8 @@ def test_what_is_printed_and_written_are_the_counts_and_the_filters(
     plain = " ".join(printed(lambda console: print_audit(console, audited)).split())
     cot = audited.tokens["cot"]
     assert (
-        f"cot {cot.num_tokens} {cot.num_kept} {cot.kept_fraction:.3f} {cot.num_dropped} {cot.num_supervised}" in plain
+        f"cot {cot.num_tokens} {cot.num_kept} {cot.kept_fraction:.3f} {cot.num_dropped} "
+        f"{cot.num_supervised}" in plain
     )
     for text in (
         "dropped 2: empty reasoning",
@@ -327,7 +394,16 @@ def test_bars_are_in_proportion_and_what_is_there_is_seen(
 ) -> None:
     audited, _ = audit(recipe(), tokenizer)
     histogram = (900, 1, 0, 450)
-    lengths = replace(audited.lengths, edges=(0, 10, 20, 30, 40), whole_histogram=histogram, kept_histogram=histogram)
+    lengths = replace(
+        audited.lengths,
+        edges=(0, 10, 20, 30, 40),
+        whole_histogram=histogram,
+        kept_histogram=histogram,
+    )
     plain = printed(lambda console: print_audit(console, replace(audited, lengths=lengths)))
-    bars = {bin: line.count("#") for line in plain.splitlines() for bin in re.findall(r"^ *(\d+-\d+) ", line)}
+    bars = {
+        bin: line.count("#")
+        for line in plain.splitlines()
+        for bin in re.findall(r"^ *(\d+-\d+) ", line)
+    }
     assert bars == {"0-9": 36, "10-19": 2, "20-29": 0, "30-39": 18}

@@ -11,7 +11,9 @@ PAD = 0
 
 def example(length: int, row: int = 0) -> Example:
     labels = np.where(np.arange(length) % 3 == 1, 100 + np.arange(length), IGNORE_INDEX)
-    return Example(np.arange(100, 100 + length), labels, row, np.array([length, 0, 0]), read_start=0)
+    return Example(
+        np.arange(100, 100 + length), labels, row, np.array([length, 0, 0]), read_start=0
+    )
 
 
 @pytest.mark.parametrize("pad_to_multiple_of", [1, 8])

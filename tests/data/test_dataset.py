@@ -59,12 +59,18 @@ def test_an_example_is_the_head_of_the_rendered_row(
         assert train.num_supervised[i] == len(example.input_ids) - 1
 
 
-def test_the_sections_of_a_loss_are_the_labels(recipe: MakeRecipe, tiny: PreTrainedTokenizerFast) -> None:
+def test_the_sections_of_a_loss_are_the_labels(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast
+) -> None:
     texts = {}
     for section in SECTIONS:
         example = load_data(recipe(data={"loss_sections": [section]}), tiny).train[0]
-        texts[section] = "".join(tiny.convert_ids_to_tokens(example.labels[example.labels != IGNORE_INDEX].tolist()))
-    assert texts["prompt"].startswith(tiny.convert_ids_to_tokens(int(example.input_ids[1])))  # all but the first token
+        texts[section] = "".join(
+            tiny.convert_ids_to_tokens(example.labels[example.labels != IGNORE_INDEX].tolist())
+        )
+    assert texts["prompt"].startswith(
+        tiny.convert_ids_to_tokens(int(example.input_ids[1]))
+    )  # all but the first token
     assert texts["prompt"].endswith("<eos><|assistant|>")
     assert texts["cot"].startswith("<think>\n")
     assert texts["cot"].endswith("\n</think>\n\n")
@@ -76,14 +82,23 @@ def test_rows_are_tokenised_once_for_all_truncations_losses_and_seeds(
 ) -> None:
     load_data(recipe(), tiny)
     assert len(count_tokenised) == 20
-    load_data(recipe(truncation={"keep_fraction": 0.25, "window": "tail", "max_full_tokens": 1000}), tiny)
-    load_data(recipe(data={"loss_sections": ["cot"], "random_mask_fraction": 0.5, "split_seed": 1}), tiny)
-    load_data(recipe(run={"seed": 3}, data={"num_validation": 4, "num_train": 8, "on_bad_row": "error"}), tiny)
+    load_data(
+        recipe(truncation={"keep_fraction": 0.25, "window": "tail", "max_full_tokens": 1000}), tiny
+    )
+    load_data(
+        recipe(data={"loss_sections": ["cot"], "random_mask_fraction": 0.5, "split_seed": 1}), tiny
+    )
+    load_data(
+        recipe(run={"seed": 3}, data={"num_validation": 4, "num_train": 8, "on_bad_row": "error"}),
+        tiny,
+    )
     assert len(count_tokenised) == 20
 
 
 @pytest.mark.parametrize(
-    "changes", [{"system_prompt": "Think."}, {"think_open": "<think>"}, {"think_close": "</think>"}], ids=str
+    "changes",
+    [{"system_prompt": "Think."}, {"think_open": "<think>"}, {"think_close": "</think>"}],
+    ids=str,
 )
 def test_what_changes_a_token_is_tokenised_anew(
     recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, count_tokenised: list[int], changes: dict
@@ -109,7 +124,11 @@ def test_a_changed_file_tokenizer_or_template_is_tokenised_anew(
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_a_file_whose_tokens_are_in_the_cache_is_hashed_and_not_read(
-    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    recipe: MakeRecipe,
+    tiny: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the file is read")
@@ -126,7 +145,10 @@ def test_a_file_whose_tokens_are_in_the_cache_is_hashed_and_not_read(
 
 
 def test_an_interrupted_write_never_looks_whole(
-    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: MakeRecipe,
+    tiny: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -140,7 +162,10 @@ def test_an_interrupted_write_never_looks_whole(
 
 
 def test_the_loser_of_a_race_reads_what_the_winner_wrote(
-    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: MakeRecipe,
+    tiny: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rename = os.rename
 
@@ -154,7 +179,9 @@ def test_the_loser_of_a_race_reads_what_the_winner_wrote(
     assert len(os.listdir(tmp_path / "cache")) == 1
 
 
-def test_two_processes_tokenise_as_one_does(recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_two_processes_tokenise_as_one_does(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     one = load_data(recipe(), tiny).train
     two = load_data(recipe(data={"num_proc": 2, "cache_dir": str(tmp_path / "cache2")}), tiny).train
     assert rows_of(one) == rows_of(two)
@@ -207,7 +234,10 @@ def test_a_row_without_a_column_is_an_error_with_number_and_columns(
     write_jsonl(tmp_path / "rows.jsonl", [*good_rows(6), {"prompt": "1?", "solution": "1"}])
     with pytest.raises(UserError) as caught:
         load_data(recipe(data={"num_proc": num_proc}), tiny)
-    assert "row 7 (counted from 1): no column 'reasoning'; the row has prompt, solution; needed" in str(caught.value)
+    assert (
+        "row 7 (counted from 1): no column 'reasoning'; the row has prompt, solution; needed"
+        in str(caught.value)
+    )
 
 
 def test_lines_may_differ_in_type_and_hold_line_separators(
@@ -232,7 +262,12 @@ def test_lines_may_differ_in_type_and_hold_line_separators(
     ],
 )
 def test_an_unusable_file_names_field_value_and_remedy(
-    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path, name: str, content: str | None, problem: str
+    recipe: MakeRecipe,
+    tiny: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    name: str,
+    content: str | None,
+    problem: str,
 ) -> None:
     path = tmp_path / name
     if content == "FOLDER":
@@ -249,21 +284,32 @@ def test_a_hub_dataset_out_of_reach_is_the_users_error(
     recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"data\.path = 'NovaSky-AI/Sky-T1_data_17k': the hub cannot be reached"):
+    with pytest.raises(
+        UserError, match=r"data\.path = 'NovaSky-AI/Sky-T1_data_17k': the hub cannot be reached"
+    ):
         load_data(recipe(data={"path": None, "source": "sky_t1"}), tiny)
 
 
-def test_parquet_rows_serve_as_json_lines_do(recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_parquet_rows_serve_as_json_lines_do(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(good_rows(20)), tmp_path / "rows.parquet")
-    lines, parquet = (load_data(recipe(data=d), tiny).train for d in ({}, {"path": str(tmp_path / "rows.parquet")}))
+    lines, parquet = (
+        load_data(recipe(data=d), tiny).train
+        for d in ({}, {"path": str(tmp_path / "rows.parquet")})
+    )
     assert rows_of(lines) == rows_of(parquet)
     assert all(np.array_equal(lines[i].input_ids, parquet[i].input_ids) for i in range(20))
 
 
-def test_long_rows_are_dropped_before_the_split(recipe: MakeRecipe, tiny: PreTrainedTokenizerFast) -> None:
+def test_long_rows_are_dropped_before_the_split(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast
+) -> None:
     lengths = load_data(recipe(), tiny).train.num_tokens_N3.sum(axis=1)
     limit = int(np.sort(lengths)[12])
-    data = load_data(recipe(truncation={"max_full_tokens": limit}, data={"num_validation": 3}), tiny)
+    data = load_data(
+        recipe(truncation={"max_full_tokens": limit}, data={"num_validation": 3}), tiny
+    )
     assert data.validation is not None
     kept = np.concatenate([data.train.num_tokens_N3, data.validation.num_tokens_N3]).sum(axis=1)
     assert len(kept) == (lengths <= limit).sum() < 20
@@ -277,7 +323,10 @@ def test_truncation_never_moves_a_row_between_training_and_validation(
     splits = []
     for fraction in (0.25, 0.5, 1.0):
         data = load_data(
-            recipe(truncation={"keep_fraction": fraction}, data={"num_validation": 5, "num_train": 10}), tiny
+            recipe(
+                truncation={"keep_fraction": fraction}, data={"num_validation": 5, "num_train": 10}
+            ),
+            tiny,
         )
         assert data.validation is not None
         splits.append((rows_of(data.train), rows_of(data.validation)))
@@ -318,7 +367,9 @@ def test_a_validation_file_leaves_all_rows_for_training(
     assert (len(limited.train), rows_of(limited.validation)) == (20, [0, 1])
 
 
-def test_the_random_mask_is_for_training_alone(recipe: MakeRecipe, tiny: PreTrainedTokenizerFast) -> None:
+def test_the_random_mask_is_for_training_alone(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast
+) -> None:
     data = load_data(recipe(data={"random_mask_fraction": 0.5, "num_validation": 5}), tiny)
     assert data.validation is not None
     assert np.array_equal(data.validation.num_supervised, data.validation.num_read_tokens - 1)
@@ -329,7 +380,10 @@ def test_the_random_mask_is_for_training_alone(recipe: MakeRecipe, tiny: PreTrai
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"truncation": {"max_full_tokens": 3}}, "dropped 20: longer than truncation.max_full_tokens = 3"),
+        (
+            {"truncation": {"max_full_tokens": 3}},
+            "dropped 20: longer than truncation.max_full_tokens = 3",
+        ),
         ({"truncation": {"keep_fraction": 0.01}}, "20 dropped without a label"),
         ({"data": {"num_train": 21}}, "num_train = 21: of 20 usable rows, 20 are left"),
         ({"data": {"num_validation": 20}}, "num_train = all: of 20 usable rows, 0 are left"),
@@ -342,9 +396,13 @@ def test_data_of_which_nothing_is_left_say_what_removed_it(
         load_data(recipe(**changes), tiny)
 
 
-def test_a_file_of_bad_rows_alone_says_so(recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_file_of_bad_rows_alone_says_so(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     write_jsonl(tmp_path / "rows.jsonl", BAD_ROWS)
-    with pytest.raises(UserError, match=r"no row can be used\n.*6 rows, 0 usable\n  dropped 2: empty answer"):
+    with pytest.raises(
+        UserError, match=r"no row can be used\n.*6 rows, 0 usable\n  dropped 2: empty answer"
+    ):
         load_data(recipe(), tiny)
 
 
@@ -352,15 +410,23 @@ def test_rows_of_other_tasks_are_neither_bad_nor_used(
     recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     kinds = ["verifiable_math", "code", "verifiable_math"]
-    rows = [{"task_type": kind, "prompt": "1+1?", "llm_response": "<think>1</think>2"} for kind in kinds]
+    rows = [
+        {"task_type": kind, "prompt": "1+1?", "llm_response": "<think>1</think>2"} for kind in kinds
+    ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     data = load_data(recipe(data={"source": "synthetic_1", "on_bad_row": "error"}), tiny)
     assert sorted(rows_of(data.train)) == [0, 2]
     assert data.report.files[0].read.num_other_task == 1
 
 
-def test_the_report_counts_tokens_as_the_examples_do(recipe: MakeRecipe, tiny: PreTrainedTokenizerFast) -> None:
-    data = load_data(recipe(truncation={"keep_fraction": 0.5}, data={"loss_sections": ["cot"]}), tiny)
+def test_the_report_counts_tokens_as_the_examples_do(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast
+) -> None:
+    data = load_data(
+        recipe(truncation={"keep_fraction": 0.5}, data={"loss_sections": ["cot"]}), tiny
+    )
     examples = [data.train[i] for i in range(len(data.train))]
     assert data.report.train.num_read_tokens == sum(len(e.input_ids) for e in examples)
-    assert data.report.train.num_supervised_tokens == sum(int((e.labels != IGNORE_INDEX).sum()) for e in examples)
+    assert data.report.train.num_supervised_tokens == sum(
+        int((e.labels != IGNORE_INDEX).sum()) for e in examples
+    )

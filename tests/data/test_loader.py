@@ -21,7 +21,9 @@ def examples(recipe: Callable[..., Recipe], tiny: PreTrainedTokenizerFast) -> Ex
 
 
 def make_loader(examples: Examples, seed: int = 0, micro_batch_size: int = 2) -> Loader:
-    return Loader(examples, global_batch_size=8, micro_batch_size=micro_batch_size, seed=seed, pad_token_id=0)
+    return Loader(
+        examples, global_batch_size=8, micro_batch_size=micro_batch_size, seed=seed, pad_token_id=0
+    )
 
 
 def ids(batches: list[Batch]) -> list[int]:
@@ -52,7 +54,10 @@ def test_the_ranks_of_a_step_share_out_the_batch_of_a_single_process(
 def test_an_epoch_visits_no_example_twice_and_drops_the_partial_batch(examples: Examples) -> None:
     loader = make_loader(examples)
     assert loader.steps_per_epoch == 2
-    epochs = [[row for step in steps for row in ids(loader.micro_batches(step, 0, 1))] for steps in ((0, 1), (2, 3))]
+    epochs = [
+        [row for step in steps for row in ids(loader.micro_batches(step, 0, 1))]
+        for steps in ((0, 1), (2, 3))
+    ]
     assert all(len(epoch) == len(set(epoch)) == 16 for epoch in epochs)
     assert epochs[0] != epochs[1]
 
@@ -90,7 +95,10 @@ def test_validation_visits_all_once_in_as_many_batches_on_each_rank(
     examples: Examples, world_size: int, num_examples: int
 ) -> None:
     held_out = examples.select(np.arange(num_examples))
-    shares = [list(validation_batches(held_out, 2, rank, world_size, pad_token_id=0)) for rank in range(world_size)]
+    shares = [
+        list(validation_batches(held_out, 2, rank, world_size, pad_token_id=0))
+        for rank in range(world_size)
+    ]
     assert len({len(share) for share in shares}) == 1
     expected = [held_out[i].row for i in range(num_examples)]
     assert sorted(row for share in shares for row in ids(share)) == sorted(expected)

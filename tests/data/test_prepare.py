@@ -41,7 +41,13 @@ def prepare(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_prepare_tokenises_and_prints_what_became_of_the_rows(recipe_file: Path) -> None:
-    done = prepare("--recipe", str(recipe_file), "--set", "truncation.keep_fraction=0.5", cwd=recipe_file.parent)
+    done = prepare(
+        "--recipe",
+        str(recipe_file),
+        "--set",
+        "truncation.keep_fraction=0.5",
+        cwd=recipe_file.parent,
+    )
     assert done.returncode == 0, done.stderr
     assert "rows.jsonl: 20 rows, 20 usable" in done.stdout
     assert "train: 16 examples" in done.stdout
@@ -51,7 +57,9 @@ def test_prepare_tokenises_and_prints_what_became_of_the_rows(recipe_file: Path)
 
 
 def test_prepare_prints_a_users_error_as_one_block_without_a_stack(recipe_file: Path) -> None:
-    done = prepare("--recipe", str(recipe_file), "--no-models", "--set", "data.path=absent.jsonl", cwd=ROOT)
+    done = prepare(
+        "--recipe", str(recipe_file), "--no-models", "--set", "data.path=absent.jsonl", cwd=ROOT
+    )
     assert done.returncode == 2
     assert "data.path = 'absent.jsonl': no such file" in done.stderr
     assert "Traceback" not in done.stderr

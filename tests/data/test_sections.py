@@ -14,18 +14,25 @@ DATA = DataSection(path="rows.jsonl")
 TRACE = Trace(({"role": "user", "content": "1+1?"},), "One and one.", "It is 2.")
 
 
-def sectioned(tokenizer: PreTrainedTokenizerFast, trace: Trace, data: DataSection = DATA) -> SectionedTokens:
+def sectioned(
+    tokenizer: PreTrainedTokenizerFast, trace: Trace, data: DataSection = DATA
+) -> SectionedTokens:
     return tokenise(tokenizer, render(tokenizer, trace, data))
 
 
 def spans(tokenizer: PreTrainedTokenizerFast, tokens: SectionedTokens) -> tuple[str, str, str]:
     ids, prompt, cot = tokens.input_ids, tokens.num_prompt, tokens.num_cot
     assert prompt + cot + tokens.num_answer == len(ids)
-    return tuple(tokenizer.decode(part) for part in (ids[:prompt], ids[prompt : prompt + cot], ids[prompt + cot :]))
+    return tuple(
+        tokenizer.decode(part)
+        for part in (ids[:prompt], ids[prompt : prompt + cot], ids[prompt + cot :])
+    )
 
 
 @pytest.mark.parametrize(("source", "row"), ROWS.values(), ids=ROWS)
-def test_the_spans_of_every_source_decode_to_their_text(qwen3: PreTrainedTokenizerFast, source: str, row: dict) -> None:
+def test_the_spans_of_every_source_decode_to_their_text(
+    qwen3: PreTrainedTokenizerFast, source: str, row: dict
+) -> None:
     trace = read_row(SOURCES[source], row)
     assert trace is not None
     assert spans(qwen3, sectioned(qwen3, trace)) == (
@@ -35,10 +42,14 @@ def test_the_spans_of_every_source_decode_to_their_text(qwen3: PreTrainedTokeniz
     )
 
 
-def test_a_teacher_with_markers_and_a_system_prompt_of_its_own_gets_them_back(qwen3: PreTrainedTokenizerFast) -> None:
+def test_a_teacher_with_markers_and_a_system_prompt_of_its_own_gets_them_back(
+    qwen3: PreTrainedTokenizerFast,
+) -> None:
     recipe = load_recipe("qwen7b_to_1p5b_trunc50")
     prompt, cot, answer = spans(qwen3, sectioned(qwen3, TRACE, recipe.data))
-    assert prompt.startswith("<|im_start|>system\nYour role as an assistant involves thoroughly exploring")
+    assert prompt.startswith(
+        "<|im_start|>system\nYour role as an assistant involves thoroughly exploring"
+    )
     assert prompt.endswith("<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n")
     assert cot == "<|begin_of_thought|>\n\nOne and one.\n\n<|end_of_thought|>\n\n"
     assert answer == "<|begin_of_solution|>\n\nIt is 2.\n\n<|end_of_solution|><|im_end|>"
@@ -49,9 +60,16 @@ def test_ids_are_those_of_the_whole_text(name: str, request: pytest.FixtureReque
     tokenizer = request.getfixturevalue(name)
     rng = random.Random(0)
     pieces = ["x", " ", "\n", "12", ":", ">", "<", "</", "\\frac{1}{2}", "\t"]
-    pieces += ["\u00e9", "e\u0301", "\U0001f916", "\u4e2d\u6587"]  # composed, decomposed, four bytes, other scripts
+    pieces += [
+        "\u00e9",
+        "e\u0301",
+        "\U0001f916",
+        "\u4e2d\u6587",
+    ]  # composed, decomposed, four bytes, other scripts
     for _ in range(200):
-        question, reasoning, answer = ("".join(rng.choices(pieces, k=rng.randint(1, 12))) + "." for _ in range(3))
+        question, reasoning, answer = (
+            "".join(rng.choices(pieces, k=rng.randint(1, 12))) + "." for _ in range(3)
+        )
         trace = Trace(({"role": "user", "content": question},), reasoning, answer)
         texts = render(tokenizer, trace, DATA)
         tokens = tokenise(tokenizer, texts)
@@ -62,7 +80,9 @@ def test_ids_are_those_of_the_whole_text(name: str, request: pytest.FixtureReque
         assert tokens.num_prompt + tokens.num_cot + tokens.num_answer == len(tokens.input_ids)
 
 
-def test_a_marker_of_several_tokens_stays_in_the_chain_of_thought(deepseek: PreTrainedTokenizerFast) -> None:
+def test_a_marker_of_several_tokens_stays_in_the_chain_of_thought(
+    deepseek: PreTrainedTokenizerFast,
+) -> None:
     tokens = sectioned(deepseek, TRACE)
     assert spans(deepseek, tokens) == (
         deepseek.bos_token + "<\uff5cUser\uff5c>1+1?<\uff5cAssistant\uff5c>",
@@ -94,7 +114,9 @@ def test_a_template_that_opens_the_thought_is_not_opened_twice(
     assert (prompt_text + cot_text).count("<think>") == 1
 
 
-def test_a_token_that_straddles_a_border_belongs_to_the_earlier_section(qwen3: PreTrainedTokenizerFast) -> None:
+def test_a_token_that_straddles_a_border_belongs_to_the_earlier_section(
+    qwen3: PreTrainedTokenizerFast,
+) -> None:
     data = DATA.model_copy(update={"think_open": "\n[think]", "think_close": "[/think]\n"})
     tokens = sectioned(qwen3, TRACE, data)
     # "assistant\n" + "\n[think]": both line feeds are one token, the prompt's last.
@@ -119,7 +141,9 @@ def test_the_recipes_system_prompt_replaces_the_rows_own(qwen3: PreTrainedTokeni
 
 def test_markers_in_the_question_move_no_border(qwen3: PreTrainedTokenizerFast) -> None:
     question = "Why does </think> follow <think>, and <|im_end|>?"
-    prompt, cot, answer = spans(qwen3, sectioned(qwen3, Trace(({"role": "user", "content": question},), "a", "b")))
+    prompt, cot, answer = spans(
+        qwen3, sectioned(qwen3, Trace(({"role": "user", "content": question},), "a", "b"))
+    )
     assert question in prompt
     assert (cot, answer) == ("<think>\na\n</think>\n\n", "b<|im_end|>")
 
@@ -143,7 +167,9 @@ def test_texts_that_would_teach_to_stop_or_think_twice_are_bad_rows(
 
 def test_an_empty_prompt_is_a_bad_row(qwen3: PreTrainedTokenizerFast) -> None:
     with pytest.raises(BadRow, match="empty prompt"):
-        render_prompt(qwen3, [{"role": "system", "content": "x"}, {"role": "user", "content": " "}], DATA)
+        render_prompt(
+            qwen3, [{"role": "system", "content": "x"}, {"role": "user", "content": " "}], DATA
+        )
 
 
 def test_messages_that_the_template_refuses_are_a_bad_row(tiny: PreTrainedTokenizerFast) -> None:

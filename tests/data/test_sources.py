@@ -29,28 +29,68 @@ def test_rows_of_other_tasks_are_no_traces() -> None:
 
 BAD = {
     "no markers": ("nemotron_math", {"input": [USER], "output": "2"}, "no <think> ... </think>"),
-    "an open thought": ("nemotron_math", {"input": [USER], "output": "<think>1"}, "no <think> ... </think>"),
-    "two thoughts": ("nemotron_math", {"input": [USER], "output": R1_VALUE + R1_VALUE}, "more than once"),
-    "two ends": ("nemotron_math", {"input": [USER], "output": R1_VALUE + "</think>"}, "more than once"),
-    "text before": ("nemotron_math", {"input": [USER], "output": "Hm. " + R1_VALUE}, "text before <think>"),
+    "an open thought": (
+        "nemotron_math",
+        {"input": [USER], "output": "<think>1"},
+        "no <think> ... </think>",
+    ),
+    "two thoughts": (
+        "nemotron_math",
+        {"input": [USER], "output": R1_VALUE + R1_VALUE},
+        "more than once",
+    ),
+    "two ends": (
+        "nemotron_math",
+        {"input": [USER], "output": R1_VALUE + "</think>"},
+        "more than once",
+    ),
+    "text before": (
+        "nemotron_math",
+        {"input": [USER], "output": "Hm. " + R1_VALUE},
+        "text before <think>",
+    ),
     "no messages": ("nemotron_math", {"input": [], "output": R1_VALUE}, "no messages"),
-    "a null output": ("nemotron_math", {"input": [USER], "output": None}, "NoneType where text is needed"),
-    "messages of text": ("nemotron_math", {"input": ["1+1?"], "output": R1_VALUE}, "a message is not"),
+    "a null output": (
+        "nemotron_math",
+        {"input": [USER], "output": None},
+        "NoneType where text is needed",
+    ),
+    "messages of text": (
+        "nemotron_math",
+        {"input": ["1+1?"], "output": R1_VALUE},
+        "a message is not",
+    ),
     "two responses": (
         "synthetic_1",
         {"task_type": "verifiable_math", "prompt": "1+1?", "llm_response": [R1_VALUE, R1_VALUE]},
         "list where text is needed",
     ),
-    "no solution": ("sky_t1", stratos_row(STRATOS_VALUE.partition("<|begin_of_solution|>")[0]), "no <|begin_of_sol"),
-    "text after": ("sky_t1", stratos_row(STRATOS_VALUE + "And so."), "text after <|end_of_solution|>"),
+    "no solution": (
+        "sky_t1",
+        stratos_row(STRATOS_VALUE.partition("<|begin_of_solution|>")[0]),
+        "no <|begin_of_sol",
+    ),
+    "text after": (
+        "sky_t1",
+        stratos_row(STRATOS_VALUE + "And so."),
+        "text after <|end_of_solution|>",
+    ),
     "no conversation": ("sky_t1", {"conversations": None}, "conversations is not a list"),
-    "half of a surrogate pair": ("nemotron_math", {"input": [USER], "output": R1_VALUE + "\ud800"}, "valid Unicode"),
+    "half of a surrogate pair": (
+        "nemotron_math",
+        {"input": [USER], "output": R1_VALUE + "\ud800"},
+        "valid Unicode",
+    ),
     "half of one in a message": (
         "nemotron_math",
         {"input": [{"role": "user", "content": "1\udc00"}], "output": R1_VALUE},
         "text that is not valid Unicode",
     ),
-    "user last": ("sky_t1", {"conversations": [{"from": "user", "value": "1+1?"}]}, "not the assistant's"),
+    "user last": (
+        "sky_t1",
+        {"conversations": [{"from": "user", "value": "1+1?"}]},
+        "not the assistant's",
+    ),
 }
 
 

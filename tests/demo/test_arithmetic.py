@@ -40,8 +40,12 @@ def test_the_documented_example_is_rendered_as_written() -> None:
 def test_every_step_and_check_is_right_modulo_ten_and_steps_follow_the_prompt() -> None:
     for row in draw_rows(SMALL, "0"):
         forward, stated, checks = split_trace(row)
-        assert all(apply(before, operation) == after for before, operation, after in forward + checks)
-        assert row["prompt"] == str(forward[0][0]) + "".join(f"{sign}{digit}" for _, (sign, digit), _ in forward)
+        assert all(
+            apply(before, operation) == after for before, operation, after in forward + checks
+        )
+        assert row["prompt"] == str(forward[0][0]) + "".join(
+            f"{sign}{digit}" for _, (sign, digit), _ in forward
+        )
         assert all(one[2] == two[0] for one, two in itertools.pairwise(forward))
         assert stated == row["answer"] == str(forward[-1][2])
 
@@ -49,7 +53,9 @@ def test_every_step_and_check_is_right_modulo_ten_and_steps_follow_the_prompt() 
 def test_checks_undo_the_operations_and_then_repeat_them() -> None:
     for row in draw_rows(SMALL, "0"):
         forward, _, checks = split_trace(row)
-        undone = [(after, inverse(operation), before) for before, operation, after in reversed(forward)]
+        undone = [
+            (after, inverse(operation), before) for before, operation, after in reversed(forward)
+        ]
         assert checks == undone + forward
 
 
@@ -98,13 +104,19 @@ def test_splits_are_disjoint_whatever_the_seed() -> None:
             prompts.setdefault(problem_set.split, set()).update(row["prompt"] for row in rows)
     assert set(prompts) == {"selection", "report", "training", "pretraining"}
     assert sum(map(len, prompts.values())) == len(set().union(*prompts.values()))
-    assert all(split_of(prompt) == split for split, members in prompts.items() for prompt in members)
+    assert all(
+        split_of(prompt) == split for split, members in prompts.items() for prompt in members
+    )
 
 
 def test_rows_are_distinct_and_the_same_for_the_same_seed() -> None:
     rows = draw_rows(SMALL, "7")
     assert rows == draw_rows(SMALL, "7") != draw_rows(SMALL, "8")
-    assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == SMALL.num_problems
+    assert (
+        len({row["id"] for row in rows})
+        == len({row["prompt"] for row in rows})
+        == SMALL.num_problems
+    )
 
 
 def test_asking_for_more_problems_than_there_are_is_an_error() -> None:
@@ -112,8 +124,12 @@ def test_asking_for_more_problems_than_there_are_is_an_error() -> None:
         draw_rows(ArithmeticSet("training", 400, 1, 1), "0")
 
 
-def test_the_written_sets_are_whole_and_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.demo.arithmetic.SETS", {"one": SMALL, "two": ArithmeticSet("report", 10)})
+def test_the_written_sets_are_whole_and_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "kd.demo.arithmetic.SETS", {"one": SMALL, "two": ArithmeticSet("report", 10)}
+    )
     write_problem_sets(tmp_path / "sets")
     assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == ["one.jsonl", "two.jsonl"]
     rows = [json.loads(line) for line in (tmp_path / "sets" / "one.jsonl").read_text().splitlines()]

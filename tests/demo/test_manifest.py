@@ -1,4 +1,6 @@
-"""The shipped models are those of the manifest, and were never trained on a problem that the demo scores."""
+"""The shipped models are those of the manifest, and were never trained on a problem that the demo
+scores.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""One rank: agree with the others on the recipe, then join their process group. agreement_worker.py RECIPE [SET ...]"""
+"""One rank: agree with the others on the recipe, then join their process group. agreement_worker.py
+RECIPE [SET ...]
+"""
 
 import sys
 from datetime import timedelta
@@ -13,7 +15,9 @@ from kd.runs.environment import facts_of_rank
 
 
 def main() -> None:
-    check_same_everywhere(facts_of_rank(load_recipe(sys.argv[1], sys.argv[2:])), timedelta(minutes=2))
+    check_same_everywhere(
+        facts_of_rank(load_recipe(sys.argv[1], sys.argv[2:])), timedelta(minutes=2)
+    )
     init_distributed()
     dist.barrier()
     print(f"rank {dist.get_rank()} goes on")

@@ -1,4 +1,6 @@
-"""Two ranks that were started differently say so, before there is a process group in which they could wait."""
+"""Two ranks that were started differently say so, before there is a process group in which they
+could wait.
+"""
 
 import os
 import socket
@@ -16,7 +18,12 @@ def start(*ranks: tuple[dict[str, str], list[str]]) -> list[subprocess.Completed
     common = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/distributed/agreement_worker.py"), "tiny_trunc50", *arguments],
+            [
+                sys.executable,
+                str(ROOT / "tests/distributed/agreement_worker.py"),
+                "tiny_trunc50",
+                *arguments,
+            ],
             cwd=ROOT,
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
             stdout=subprocess.PIPE,
@@ -56,7 +63,9 @@ def disagreeing() -> list[subprocess.CompletedProcess[str]]:
 
 
 @pytest.mark.parametrize("rank", range(3))
-def test_every_rank_ends_with_the_rank_and_host_that_differs_each_fact_and_its_remedy(disagreeing, rank):
+def test_every_rank_ends_with_the_rank_and_host_that_differs_each_fact_and_its_remedy(
+    disagreeing, rank
+):
     done, host = disagreeing[rank], socket.gethostname()
     assert done.returncode == 2, done.stderr
     assert f"rank 1 on {host} (and 1 more) differs from rank 0 on {host}:" in done.stderr

@@ -35,7 +35,9 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_asks_and_a_second_one_does_no_harm(handlers: None, number: signal.Signals) -> None:
+def test_a_signal_asks_and_a_second_one_does_no_harm(
+    handlers: None, number: signal.Signals
+) -> None:
     interruption = Interruption()
     assert not interruption.is_requested()
     os.kill(os.getpid(), number)
@@ -49,7 +51,10 @@ def test_ranks_notice_that_the_front_of_their_launcher_has_gone(tmp_path: Path, 
     rank.write_text(RANK)
     inner = ["-c", START, f"{name}.launcher.launch", str(rank)]
     front = subprocess.Popen(
-        [sys.executable, "-c", START, "front", *inner], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", START, "front", *inner],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert front.stdout is not None
     assert front.stdout.readline() == "rank False\n"

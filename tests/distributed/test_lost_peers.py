@@ -34,11 +34,15 @@ def test_a_process_that_has_ended_is_named_and_its_zombie_too() -> None:
 
 def test_a_rank_of_another_host_cannot_be_seen_and_its_host_is_named() -> None:
     peers = [Peer(0, HOST, os.getpid()), Peer(1, "node7", 1)]
-    assert lose(peers, CLOSED).startswith("a rank of another host ended, or its network did (node7)")
+    assert lose(peers, CLOSED).startswith(
+        "a rank of another host ended, or its network did (node7)"
+    )
 
 
 def test_a_time_out_names_the_field_that_sets_it() -> None:
-    message = lose([Peer(0, HOST, os.getpid())], "Timed out waiting 1000ms for recv operation to complete")
+    message = lose(
+        [Peer(0, HOST, os.getpid())], "Timed out waiting 1000ms for recv operation to complete"
+    )
     assert message.startswith("another rank does not answer (run.collective_timeout_minutes)")
 
 

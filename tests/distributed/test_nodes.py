@@ -12,7 +12,9 @@ from kd.recipe import Recipe
 
 def check(size: int, nodes: list[list[int]]) -> None:
     sections: dict[str, Any] = {"student": {"model": "unused"}, "data": {"path": "unused.jsonl"}}
-    recipe = Recipe.model_validate(sections | {"loss": {"kd_weight": 0.0}, "deepspeed": {"student": "mine.json"}})
+    recipe = Recipe.model_validate(
+        sections | {"loss": {"kd_weight": 0.0}, "deepspeed": {"student": "mine.json"}}
+    )
     check_hpz(recipe, {"zero_optimization": {"zero_hpz_partition_size": size}}, nodes)
 
 
@@ -45,22 +47,33 @@ def test_hpz_is_accepted_where_its_groups_stay_in_a_node(size: int, nodes: list[
 
 
 @pytest.mark.parametrize(
-    ("size", "nodes", "counts"), [(4, [[0, 1], [2, 3]], "2"), (8, [[0, 1]], "2"), (2, [[0, 1], [2, 3, 4]], "2 and 3")]
+    ("size", "nodes", "counts"),
+    [(4, [[0, 1], [2, 3]], "2"), (8, [[0, 1]], "2"), (2, [[0, 1], [2, 3, 4]], "2 and 3")],
 )
-def test_hpz_that_does_not_divide_a_node_is_refused(size: int, nodes: list[list[int]], counts: str) -> None:
+def test_hpz_that_does_not_divide_a_node_is_refused(
+    size: int, nodes: list[list[int]], counts: str
+) -> None:
     with pytest.raises(UserError) as error:
         check(size, nodes)
     assert str(error.value) == (
-        f"deepspeed.student = 'mine.json': zero_hpz_partition_size = {size} does not divide the ranks of every node "
+        f"deepspeed.student = 'mine.json': zero_hpz_partition_size = {size} does not divide the "
+        f"ranks of every node "
         f"({counts}): set it to the number of ranks per node, or to a divisor of it"
     )
 
 
 def test_hpz_is_refused_where_ranks_are_not_numbered_node_by_node() -> None:
-    with pytest.raises(UserError, match="puts ranks 0 and 1 into one group, and they are on different nodes: number"):
+    with pytest.raises(
+        UserError,
+        match="puts ranks 0 and 1 into one group, and they are on different nodes: number",
+    ):
         check(2, [[0, 2], [1, 3]])
 
 
-@pytest.mark.parametrize(("nodes", "size"), [([[0, 1], [2, 3]], (2, 2)), ([[0, 1, 2], [3]], (1, 4)), ([[0]], (1, 1))])
-def test_nodes_of_unequal_size_are_planned_as_one(nodes: list[list[int]], size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "size"), [([[0, 1], [2, 3]], (2, 2)), ([[0, 1, 2], [3]], (1, 4)), ([[0]], (1, 1))]
+)
+def test_nodes_of_unequal_size_are_planned_as_one(
+    nodes: list[list[int]], size: tuple[int, int]
+) -> None:
     assert size_to_plan(nodes) == size

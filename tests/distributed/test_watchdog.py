@@ -28,7 +28,9 @@ def run(end: str) -> subprocess.CompletedProcess[str]:
     from tiny import ROOT
 
     script = SCRIPT.format(root=str(ROOT), end=end)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_steps_in_time_are_left_alone_and_so_is_what_comes_after_them() -> None:

@@ -64,7 +64,10 @@ def _batch(index: int) -> Batch:
     random = np.random.default_rng([dist.get_rank(), index])
     ids = [random.integers(0, 150, 12) for _ in range(2)]
     sections = np.array([2, 8, 2])
-    return collate([Example(tokens, tokens, i, sections, read_start=0) for i, tokens in enumerate(ids)], pad_token_id=0)
+    return collate(
+        [Example(tokens, tokens, i, sections, read_start=0) for i, tokens in enumerate(ids)],
+        pad_token_id=0,
+    )
 
 
 def _state(student: Any) -> dict[str, torch.Tensor]:
@@ -73,7 +76,11 @@ def _state(student: Any) -> dict[str, torch.Tensor]:
 
 
 def _equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and len(one) > 0 and all(torch.equal(one[name], two[name]) for name in one)
+    return (
+        one.keys() == two.keys()
+        and len(one) > 0
+        and all(torch.equal(one[name], two[name]) for name in one)
+    )
 
 
 if __name__ == "__main__":

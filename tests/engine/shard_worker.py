@@ -1,4 +1,5 @@
-"""Run by the launcher on every rank: teachers divided over all ranks or within a node, students with and without hpZ.
+"""Run by the launcher on every rank: teachers divided over all ranks or within a node, students
+with and without hpZ.
 
 shard_worker.py MODELS OUTPUT      writes OUTPUT/rank{rank}_of_{number of ranks}.json
 """
@@ -45,7 +46,11 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function.namespace == "c10d" and self.kind in function.name():
-            (group,) = (a for a in arguments if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            (group,) = (
+                a
+                for a in arguments
+                if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
+            )
             self.groups.add(tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))))
         return function(*arguments, **(keywords or {}))
 
@@ -55,20 +60,29 @@ def main() -> None:
     device = init_distributed()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     configure_logging(rank)
-    results: dict[str, Any] = {"nodes": ranks_of_nodes(), "world": run_case(models, output, device, shard="world")}
+    results: dict[str, Any] = {
+        "nodes": ranks_of_nodes(),
+        "world": run_case(models, output, device, shard="world"),
+    }
     if world_size == 4:
         results["node"] = run_case(models, output, device, shard="node")
-        results["hpz"] = run_case(models, output, device, shard="node", student_json=str(models / "hpz2.json"))
+        results["hpz"] = run_case(
+            models, output, device, shard="node", student_json=str(models / "hpz2.json")
+        )
         results["hpZ across nodes"] = across_nodes(
             make_recipe(models, shard="node", student_json=str(models / "hpz4.json"))
         )
         results["damaged node"] = find_damage(make_recipe(models, shard="node"), device)
-        results["unequal nodes"] = unequal_nodes(make_recipe(models, shard="node", teacher="experts_teacher"), device)
+        results["unequal nodes"] = unequal_nodes(
+            make_recipe(models, shard="node", teacher="experts_teacher"), device
+        )
     (output / f"rank{rank}_of_{world_size}.json").write_text(json.dumps(results))
     dist.barrier()
 
 
-def make_recipe(models: Path, *, shard: str, teacher: str = "teacher", student_json: str = "zero3_cpu.json") -> Recipe:
+def make_recipe(
+    models: Path, *, shard: str, teacher: str = "teacher", student_json: str = "zero3_cpu.json"
+) -> Recipe:
     return Recipe.model_validate(
         {
             "teacher": {"model": str(models / teacher), "shard": shard},
@@ -92,7 +106,9 @@ def run_case(models: Path, output: Path, device: torch.device, **fields: str) ->
         "gradients": digest.hexdigest(),
         "teacher bytes": shard_bytes(teacher.model.parameters()),
         "teacher shards": num_shards(teacher.model.parameters()),
-        "teacher is untouched by hpZ": all(p.ds_zero_param_process_group is None for p in teacher.model.parameters()),
+        "teacher is untouched by hpZ": all(
+            p.ds_zero_param_process_group is None for p in teacher.model.parameters()
+        ),
         "student groups": groups_of(student),
         "hpZ group": hpz_group(student),
     }
@@ -109,7 +125,9 @@ def run_case(models: Path, output: Path, device: torch.device, **fields: str) ->
     return result | {"student's gathers in backward": sorted(backward.groups)}
 
 
-def resume(student: Any, teacher: Any, output: Path, batches: list[Batch], device: torch.device) -> list[list[float]]:
+def resume(
+    student: Any, teacher: Any, output: Path, batches: list[Batch], device: torch.device
+) -> list[list[float]]:
     """Losses after a checkpoint, and again after going back to it."""
 
     def losses() -> list[float]:
@@ -151,7 +169,9 @@ def find_damage(recipe: Recipe, device: torch.device) -> str | None:
 
 
 def unequal_nodes(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """A mixture of experts divided over three ranks and, whole, on one, each rank with tokens of its own."""
+    """A mixture of experts divided over three ranks and, whole, on one, each rank with tokens of
+    its own.
+    """
     kd.training.build.ranks_of_nodes = lambda: UNEQUAL_NODES
     teacher, batch = build_teacher(recipe, device), make_batch(dist.get_rank(), 0)
     whole = AutoModelForCausalLM.from_pretrained(recipe.teacher.model).eval()
@@ -169,7 +189,9 @@ def unequal_nodes(recipe: Recipe, device: torch.device) -> dict[str, Any]:
 
 def make_batch(rank: int, index: int) -> Batch:
     input_ids = np.random.default_rng([rank, index]).integers(0, 150, 6 + 5 * rank)
-    example = Example(input_ids, input_ids, 0, num_tokens_3=np.array([len(input_ids), 0, 0]), read_start=0)
+    example = Example(
+        input_ids, input_ids, 0, num_tokens_3=np.array([len(input_ids), 0, 0]), read_start=0
+    )
     return collate([example], pad_token_id=0)
 
 

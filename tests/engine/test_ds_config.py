@@ -22,7 +22,9 @@ SHIPPED = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 STAGE_3: dict[str, object] = {"zero_optimization": {"stage": 3}}
 
 
-def recipe(*, student: str = "zero3_cpu.json", teacher: str = "zero3_teacher.json", **sections: object) -> Recipe:
+def recipe(
+    *, student: str = "zero3_cpu.json", teacher: str = "zero3_teacher.json", **sections: object
+) -> Recipe:
     return Recipe.model_validate(
         {
             "run": {"name": "trial", "output_dir": "elsewhere"},
@@ -50,7 +52,10 @@ def read(file: Path, content: object, role: str = "student") -> dict[str, object
 def test_a_key_that_the_recipe_decides_is_refused_with_its_home(file: Path, key: str) -> None:
     with pytest.raises(UserError) as error:
         read(file, STAGE_3 | {key: 7})
-    assert str(error.value) == f"{file}: {key} = 7 is decided by the recipe ({RECIPE_KEYS[key]}); remove it here"
+    assert (
+        str(error.value)
+        == f"{file}: {key} = 7 is decided by the recipe ({RECIPE_KEYS[key]}); remove it here"
+    )
 
 
 @pytest.mark.parametrize("key", RECIPE_KEYS)
@@ -99,13 +104,17 @@ def test_a_json_that_cannot_serve_is_refused_with_its_name(
 def test_only_a_student_may_be_left_unpartitioned(file: Path) -> None:
     stage_2 = {"zero_optimization": {"stage": 2}}
     assert read(file, stage_2, "student") == stage_2
-    with pytest.raises(UserError, match=r"deepspeed\.teacher needs zero_optimization\.stage = 3, found 2"):
+    with pytest.raises(
+        UserError, match=r"deepspeed\.teacher needs zero_optimization\.stage = 3, found 2"
+    ):
         read(file, stage_2, "teacher")
 
 
 @pytest.mark.parametrize("size", [0, -1, "8", 1.5, None])
 def test_hpz_takes_a_number_of_ranks(file: Path, size: object) -> None:
-    with pytest.raises(UserError, match=rf"^{file}: zero_hpz_partition_size = {size!r}: write the number of ranks"):
+    with pytest.raises(
+        UserError, match=rf"^{file}: zero_hpz_partition_size = {size!r}: write the number of ranks"
+    ):
         read(file, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}})
 
 
@@ -113,9 +122,13 @@ def test_hpz_is_for_a_student_of_stage_3(file: Path) -> None:
     hpz = {"stage": 3, "zero_hpz_partition_size": 8}
     assert hpz_size(read(file, {"zero_optimization": hpz})) == 8
     assert hpz_size(read(file, STAGE_3)) == 1
-    with pytest.raises(UserError, match=r"is for deepspeed\.student: remove it; teacher\.shard = \"node\" keeps"):
+    with pytest.raises(
+        UserError, match=r"is for deepspeed\.student: remove it; teacher\.shard = \"node\" keeps"
+    ):
         read(file, {"zero_optimization": hpz}, "teacher")
-    with pytest.raises(UserError, match=r"zero_hpz_partition_size = 8 needs zero_optimization\.stage = 3, found 2"):
+    with pytest.raises(
+        UserError, match=r"zero_hpz_partition_size = 8 needs zero_optimization\.stage = 3, found 2"
+    ):
         read(file, {"zero_optimization": hpz | {"stage": 2}})
 
 
@@ -135,10 +148,14 @@ def test_every_shipped_json_loads_for_its_role(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if "bf16" in name])
-def test_shipped_students_accumulate_in_fp32_and_discard_steps_that_are_not_finite(name: str) -> None:
+def test_shipped_students_accumulate_in_fp32_and_discard_steps_that_are_not_finite(
+    name: str,
+) -> None:
     config = read_ds_config(recipe(student=name), "student")
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
-    assert is_zero3(config) or config["bf16"]["check_grad_overflow"] is True  # stage 3 discards them always
+    assert (
+        is_zero3(config) or config["bf16"]["check_grad_overflow"] is True
+    )  # stage 3 discards them always
 
 
 def test_the_student_gets_the_numbers_of_the_recipe() -> None:
@@ -156,7 +173,13 @@ def test_the_student_gets_the_numbers_of_the_recipe() -> None:
     assert config["train_micro_batch_size_per_gpu"] == 3
     assert config["gradient_accumulation_steps"] == 4
     assert config["gradient_clipping"] == 0.7
-    parameters = {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True}
+    parameters = {
+        "lr": 3e-4,
+        "betas": [0.8, 0.95],
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+        "torch_adam": True,
+    }
     assert config["optimizer"] == {"type": "AdamW", "params": parameters}
     assert config["zero_optimization"] == read_ds_config(recipe(), "student")["zero_optimization"]
 
@@ -191,7 +214,11 @@ def test_monitors_are_those_of_the_recipe() -> None:
     monitor = {"tensorboard": True, "csv": True, "wandb_project": "kd"}
     config = student_ds_config(recipe(monitor=monitor), 2, "cpu")
     assert config["tensorboard"] == config["csv_monitor"]
-    assert config["tensorboard"] == {"enabled": True, "output_path": "elsewhere/trial/monitor", "job_name": "trial"}
+    assert config["tensorboard"] == {
+        "enabled": True,
+        "output_path": "elsewhere/trial/monitor",
+        "job_name": "trial",
+    }
     assert config["wandb"] == {"enabled": True, "project": "kd", "group": "trial"}
     assert get_monitor_config(config).enabled  # DeepSpeed refuses keys that it does not know
 

@@ -1,4 +1,6 @@
-"""Teachers divided over all ranks or within each node, and hpZ: on one, two and four ranks, the last as two nodes."""
+"""Teachers divided over all ranks or within each node, and hpZ: on one, two and four ranks, the
+last as two nodes.
+"""
 
 import json
 import subprocess
@@ -30,7 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for size in (2, 4):
         config = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
         # Nothing stays from forward to backward, where hpZ gathers.
-        config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+        config["zero_optimization"] |= {
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 0,
+        }
         config["zero_optimization"]["zero_hpz_partition_size"] = size
         (folder / f"hpz{size}.json").write_text(json.dumps(config))
     return folder
@@ -45,10 +50,20 @@ def log(folder: Path) -> str:
     logs = [folder / f"node{node}.log" for node in range(2)]
     launchers = []
     for node, path in enumerate(logs):
-        where = ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node), "--master_addr", "127.0.0.1"]
+        where = [
+            "--hostfile",
+            str(hostfile),
+            "--no_ssh",
+            "--node_rank",
+            str(node),
+            "--master_addr",
+            "127.0.0.1",
+        ]
         with path.open("w") as file:
             arguments = [command[0], *where, *command[1:]]
-            launchers.append(subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
+            launchers.append(
+                subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            )
     try:
         statuses = [launcher.wait(timeout=400) for launcher in launchers]
     finally:
@@ -65,7 +80,12 @@ def ranks(folder: Path, log: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def teacher_bytes(folder: Path) -> int:
-    return AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32).num_parameters() * 4
+    return (
+        AutoModelForCausalLM.from_pretrained(
+            folder / "teacher", dtype=torch.float32
+        ).num_parameters()
+        * 4
+    )
 
 
 def test_each_launcher_starts_a_node(ranks: list[dict[str, Any]]) -> None:
@@ -73,7 +93,9 @@ def test_each_launcher_starts_a_node(ranks: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_teacher_is_divided_by_the_number_of_ranks(launch, folder: Path, teacher_bytes: int, num_ranks: int) -> None:
+def test_a_teacher_is_divided_by_the_number_of_ranks(
+    launch, folder: Path, teacher_bytes: int, num_ranks: int
+) -> None:
     done = launch(WORKER, str(folder), str(folder), num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(num_ranks):
@@ -99,28 +121,42 @@ def test_the_log_says_what_each_rank_holds_of_the_teacher(log: str, teacher_byte
 
 @ALL_RANKS
 @pytest.mark.parametrize("part", ["teacher", "teacher head"])
-def test_gathers_of_a_teacher_within_a_node_never_leave_it(ranks: list[dict[str, Any]], rank: int, part: str) -> None:
+def test_gathers_of_a_teacher_within_a_node_never_leave_it(
+    ranks: list[dict[str, Any]], rank: int, part: str
+) -> None:
     assert ranks[rank]["world"][part] == [[0, 1, 2, 3]]
     assert ranks[rank]["node"][part] == [NODES[rank // 2]]
 
 
 @ALL_RANKS
-def test_the_student_does_not_see_how_its_teacher_is_divided(ranks: list[dict[str, Any]], rank: int) -> None:
+def test_the_student_does_not_see_how_its_teacher_is_divided(
+    ranks: list[dict[str, Any]], rank: int
+) -> None:
     world, node = ranks[rank]["world"], ranks[rank]["node"]
     assert world["losses"][-1] < world["losses"][0] - 0.5, "the student learned nothing"
-    for what in ("losses", "gradients", "student groups", "student's gathers in backward", "hpZ group"):
+    for what in (
+        "losses",
+        "gradients",
+        "student groups",
+        "student's gathers in backward",
+        "hpZ group",
+    ):
         assert node[what] == world[what], what
     assert node["student groups"] == [[0, 1, 2, 3]]
 
 
 @ALL_RANKS
-def test_with_hpz_losses_and_gradients_are_those_of_plain_zero_3(ranks: list[dict[str, Any]], rank: int) -> None:
+def test_with_hpz_losses_and_gradients_are_those_of_plain_zero_3(
+    ranks: list[dict[str, Any]], rank: int
+) -> None:
     assert ranks[rank]["hpz"]["losses"] == ranks[rank]["world"]["losses"]
     assert ranks[rank]["hpz"]["gradients"] == ranks[rank]["world"]["gradients"]
 
 
 @ALL_RANKS
-def test_with_hpz_the_student_gathers_within_a_node_in_backward(ranks: list[dict[str, Any]], rank: int) -> None:
+def test_with_hpz_the_student_gathers_within_a_node_in_backward(
+    ranks: list[dict[str, Any]], rank: int
+) -> None:
     hpz = ranks[rank]["hpz"]
     assert hpz["student groups"] == [[0, 1, 2, 3]]  # it is still divided over all ranks
     assert hpz["hpZ group"] == NODES[rank // 2]
@@ -129,7 +165,9 @@ def test_with_hpz_the_student_gathers_within_a_node_in_backward(ranks: list[dict
 
 
 @ALL_RANKS
-def test_hpz_does_not_use_old_weights_after_going_back_to_a_checkpoint(ranks: list[dict[str, Any]], rank: int) -> None:
+def test_hpz_does_not_use_old_weights_after_going_back_to_a_checkpoint(
+    ranks: list[dict[str, Any]], rank: int
+) -> None:
     first, again = ranks[rank]["hpz"]["resumed"]
     assert first[1] < first[0]
     assert again == first
@@ -137,17 +175,26 @@ def test_hpz_does_not_use_old_weights_after_going_back_to_a_checkpoint(ranks: li
 
 def test_hpz_across_nodes_is_refused(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert "zero_hpz_partition_size = 4 does not divide the ranks of every node (2)" in rank["hpZ across nodes"]
+        assert (
+            "zero_hpz_partition_size = 4 does not divide the ranks of every node (2)"
+            in rank["hpZ across nodes"]
+        )
 
 
-def test_weights_that_did_not_arrive_on_the_second_node_are_found_there(ranks: list[dict[str, Any]]) -> None:
+def test_weights_that_did_not_arrive_on_the_second_node_are_found_there(
+    ranks: list[dict[str, Any]],
+) -> None:
     messages = [rank["damaged node"] for rank in ranks]
     assert messages[:2] == [None, None]
-    assert all("teacher.model: hidden states after loading differ" in message for message in messages[2:])
+    assert all(
+        "teacher.model: hidden states after loading differ" in message for message in messages[2:]
+    )
 
 
 @ALL_RANKS
-def test_experts_are_divided_within_nodes_of_different_sizes(ranks: list[dict[str, Any]], rank: int) -> None:
+def test_experts_are_divided_within_nodes_of_different_sizes(
+    ranks: list[dict[str, Any]], rank: int
+) -> None:
     result = ranks[rank]["unequal nodes"]
     (node,) = (node for node in UNEQUAL_NODES if rank in node)
     assert result["shards"] == len(node)

@@ -21,18 +21,29 @@ SAMPLING = Sampling(max_new_tokens=5, temperature=0.6, top_p=0.95, seed=7)
 @pytest.fixture
 def subject(model_dir: Path) -> Subject:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    return make_subject("m", ModelSection(model=str(model_dir)), tokenizer, SAMPLING, "transformers")
+    return make_subject(
+        "m", ModelSection(model=str(model_dir)), tokenizer, SAMPLING, "transformers"
+    )
 
 
-def test_the_fingerprint_changes_with_sampling_revision_prompts_and_batches(subject: Subject) -> None:
+def test_the_fingerprint_changes_with_sampling_revision_prompts_and_batches(
+    subject: Subject,
+) -> None:
     def of(changed: Subject, requests: list[Request] = REQUESTS, batch_size: int = 4) -> str:
         return fingerprint(settings_of(changed, requests, batch_size))
 
-    samplings = [replace(SAMPLING, **change) for change in ({"seed": 8}, {"temperature": 0.7}, {"max_new_tokens": 6})]
+    samplings = [
+        replace(SAMPLING, **change)
+        for change in ({"seed": 8}, {"temperature": 0.7}, {"max_new_tokens": 6})
+    ]
     others = [of(replace(subject, sampling=sampling)) for sampling in samplings]
     others += [of(replace(subject, section=subject.section.model_copy(update={"revision": "v2"})))]
     others += [of(subject, [Request("a/0", "1+1"), Request("b/0", "2+3")])]
-    others += [of(subject, [*REQUESTS, Request("b/1", "2+2")]), of(subject, REQUESTS[:1]), of(subject, batch_size=2)]
+    others += [
+        of(subject, [*REQUESTS, Request("b/1", "2+2")]),
+        of(subject, REQUESTS[:1]),
+        of(subject, batch_size=2),
+    ]
     assert of(subject) == of(replace(subject, label="other"))
     assert len({of(subject), *others}) == 1 + len(others)
 
@@ -44,7 +55,10 @@ def test_a_model_trained_anew_in_the_same_folder_is_evaluated_anew(
     problems = local_problems(recipe.evaluation, num_samples=2, limit=4)
     folder = Path(subject.section.model)
     before = evaluate(recipe, subject, problems, tmp_path)
-    assert evaluate(recipe, replace(subject, load=lambda: pytest.fail("loaded")), problems, tmp_path) == before
+    assert (
+        evaluate(recipe, replace(subject, load=lambda: pytest.fail("loaded")), problems, tmp_path)
+        == before
+    )
     weights = load_file(folder / "model.safetensors")
     try:
         zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}

@@ -1,4 +1,6 @@
-"""lm-evaluation-harness: its command, what it leaves, and, where it is installed, a run on a tiny model."""
+"""lm-evaluation-harness: its command, what it leaves, and, where it is installed, a run on a tiny
+model.
+"""
 
 import importlib.util
 import json
@@ -40,16 +42,25 @@ def recipe(recipe_path: Path) -> Recipe:
     return load_recipe(str(recipe_path))
 
 
-def subject(model_dir: Path, sampling: Sampling = SAMPLING, backend: BackendName = "transformers") -> Subject:
+def subject(
+    model_dir: Path, sampling: Sampling = SAMPLING, backend: BackendName = "transformers"
+) -> Subject:
     section = ModelSection(model=str(model_dir))
     return make_subject("m", section, AutoTokenizer.from_pretrained(model_dir), sampling, backend)
 
 
 def write_run(raw: Path, date: str, num_right: int, **reported: Any) -> None:
     """What lm-eval 0.4.13 leaves in --output_path of two problems, each judged by two filters."""
-    scores = {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": num_right / 2, **reported}
+    scores = {
+        "exact_match,strict-match": 0.0,
+        "exact_match,flexible-extract": num_right / 2,
+        **reported,
+    }
     found = {
-        "results": {"group": {"alias": "group"}, "gsm": {"alias": "gsm", "sample_len": 2, **scores}},
+        "results": {
+            "group": {"alias": "group"},
+            "gsm": {"alias": "gsm", "sample_len": 2, **scores},
+        },
         "configs": {"gsm": {"task": "gsm", "dataset_path": "openai/gsm8k"}},
         "config": {"model": "hf", "limit": None},
         "lm_eval_version": "0.4.13",
@@ -70,26 +81,42 @@ def write_run(raw: Path, date: str, num_right: int, **reported: Any) -> None:
         for index in range(2)
         for chosen in ("strict-match", "flexible-extract")
     ]
-    (folder / f"samples_gsm_{date}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (folder / f"samples_gsm_{date}.jsonl").write_text(
+        "".join(json.dumps(sample) + "\n" for sample in samples)
+    )
 
 
 @pytest.fixture
 def lm_eval_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness is there, and a run of it succeeds without doing anything."""
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(harness, "harness_command", lambda *arguments: [sys.executable, "-c", "pass"])
+    monkeypatch.setattr(
+        harness, "harness_command", lambda *arguments: [sys.executable, "-c", "pass"]
+    )
 
 
 def test_the_command_names_model_tasks_and_the_sampling_of_the_recipe(model_dir: Path) -> None:
     command = harness_command(subject(model_dir), "gsm8k,aime24", 8, Path("raw"))
     assert command[:4] == [sys.executable, "-m", "lm_eval", "run"]
-    given = {flag: command[command.index(flag) + 1] for flag in ("--model", "--tasks", "--batch_size", "--seed")}
+    given = {
+        flag: command[command.index(flag) + 1]
+        for flag in ("--model", "--tasks", "--batch_size", "--seed")
+    }
     assert given == {"--model": "hf", "--tasks": "gsm8k,aime24", "--batch_size": "8", "--seed": "7"}
-    generation = {"max_gen_toks": 40, "do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
+    generation = {
+        "max_gen_toks": 40,
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 0,
+    }
     assert json.loads(command[command.index("--gen_kwargs") + 1]) == generation
     assert json.loads(command[command.index("--model_args") + 1])["pretrained"] == str(model_dir)
     greedy = harness_command(subject(model_dir, GREEDY, "vllm"), "gsm8k", 8, Path("raw"))
-    assert json.loads(greedy[greedy.index("--gen_kwargs") + 1]) == {"max_gen_toks": 40, "do_sample": False}
+    assert json.loads(greedy[greedy.index("--gen_kwargs") + 1]) == {
+        "max_gen_toks": 40,
+        "do_sample": False,
+    }
     assert greedy[greedy.index("--model") + 1] == "vllm"
 
 
@@ -118,11 +145,17 @@ def test_results_of_the_newest_run_are_read_into_our_form(
 
 
 def test_a_task_without_a_metric_of_right_and_wrong_is_an_error(
-    recipe: Recipe, model_dir: Path, tmp_path: Path, lm_eval_done: None, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe,
+    model_dir: Path,
+    tmp_path: Path,
+    lm_eval_done: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_run(tmp_path / "lm-eval" / "raw" / "m", "2026-01-01T00-00-00.1", num_right=1)
     monkeypatch.setattr(harness, "METRICS", ("acc",))
-    with pytest.raises(UserError, match="task 'gsm' reports alias, sample_len, exact_match.* and none of acc"):
+    with pytest.raises(
+        UserError, match="task 'gsm' reports alias, sample_len, exact_match.* and none of acc"
+    ):
         evaluate_with_harness(recipe, subject(model_dir), "gsm", [], tmp_path)
 
 
@@ -141,27 +174,41 @@ def test_a_harness_that_is_not_installed_is_an_error_that_names_the_extra(
         evaluate_with_harness(recipe, subject(model_dir), "gsm", [], tmp_path)
 
 
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
+)
 
 
 @needs_lm_eval
 def test_the_real_harness_runs_a_task_of_ours_on_a_tiny_model(
-    recipe: Recipe, model_dir: Path, problems_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe,
+    model_dir: Path,
+    problems_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tiny.yaml").write_text(TASK_YAML.format(problems=problems_path))
     extra = ["--include_path", str(tmp_path), "--limit", "8"]
-    contents = evaluate_with_harness(recipe, subject(model_dir, GREEDY), "tiny_arithmetic", extra, tmp_path / "out")
+    contents = evaluate_with_harness(
+        recipe, subject(model_dir, GREEDY), "tiny_arithmetic", extra, tmp_path / "out"
+    )
     (content,) = contents
     assert (content["num_problems"], content["judge"]) == (8, "exact_match,after-thought")
     assert content["accuracy"] == content["metrics"]["exact_match,after-thought"]
     folder = tmp_path / "out" / "lm-eval" / "tiny_arithmetic"
     rows = [json.loads(line) for line in (folder / "m.responses.jsonl").read_text().splitlines()]
     assert len({row["response"] for row in rows}) > 3
-    assert content["unclosed_fraction"] == sum("</think>" not in row["response"] for row in rows) / 8
+    assert (
+        content["unclosed_fraction"] == sum("</think>" not in row["response"] for row in rows) / 8
+    )
 
 
 @needs_lm_eval
-def test_the_real_harness_fails_on_an_unknown_task(recipe: Recipe, model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--harness lm-eval: it failed, for the reason above: .* -m lm_eval run"):
+def test_the_real_harness_fails_on_an_unknown_task(
+    recipe: Recipe, model_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match="--harness lm-eval: it failed, for the reason above: .* -m lm_eval run"
+    ):
         evaluate_with_harness(recipe, subject(model_dir), "no_such_task", [], tmp_path)

@@ -17,7 +17,10 @@ def path(tmp_path: Path) -> Path:
 
 def test_ids_default_to_row_numbers_and_numbers_become_text(path: Path) -> None:
     path.write_text(GOOD)
-    assert load_problems("evaluation.path", str(path)) == [Problem("1", "1+1", "2"), Problem("b", "2+2", "4")]
+    assert load_problems("evaluation.path", str(path)) == [
+        Problem("1", "1+1", "2"),
+        Problem("b", "2+2", "4"),
+    ]
     assert len(load_problems("evaluation.path", str(path), limit=1)) == 1
 
 
@@ -34,7 +37,9 @@ def test_ids_default_to_row_numbers_and_numbers_become_text(path: Path) -> None:
         ("\n", "no problems in it"),
     ],
 )
-def test_a_bad_file_is_an_error_that_names_field_file_and_row(path: Path, text: str, message: str) -> None:
+def test_a_bad_file_is_an_error_that_names_field_file_and_row(
+    path: Path, text: str, message: str
+) -> None:
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         load_problems("evaluation.path", str(path))

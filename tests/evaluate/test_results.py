@@ -34,9 +34,18 @@ RECIPE = Recipe.model_validate(
     }
 )
 SECTION = ModelSection(model="runs/half/student")
-SUBJECT = Subject("half", SECTION, tokenizer=None, sampling=Sampling(96, 0.6, 0.95, 7), backend="vllm", load=None)  # type: ignore[arg-type]
+SUBJECT = Subject(
+    "half", SECTION, tokenizer=None, sampling=Sampling(96, 0.6, 0.95, 7), backend="vllm", load=None
+)  # type: ignore[arg-type]
 CONTENT = results(
-    RECIPE, SUBJECT, SUMMARY, task=None, problems="report.jsonl", judge="exact", backend="vllm 1", fingerprint="f1"
+    RECIPE,
+    SUBJECT,
+    SUMMARY,
+    task=None,
+    problems="report.jsonl",
+    judge="exact",
+    backend="vllm 1",
+    fingerprint="f1",
 )
 PROBLEMS = [Problem("a", "1+1", "2"), Problem("b", "2+2", "4")]
 RESPONSES = [Response(f"text {index}", index, ended=index > 1) for index in range(4)]
@@ -49,23 +58,44 @@ def test_results_hold_all_that_repeats_the_evaluation(tmp_path: Path) -> None:
     assert found["accuracy"] == 0.5
     assert found["ci95"] == [0.2366, 0.7634]
     assert found["sampling"] == {"max_new_tokens": 96, "temperature": 0.6, "top_p": 0.95, "seed": 7}
-    assert (found["model"], found["recipe"], found["judge"]) == ("runs/half/student", "tiny", "exact")
+    assert (found["model"], found["recipe"], found["judge"]) == (
+        "runs/half/student",
+        "tiny",
+        "exact",
+    )
     assert found["environment"]["packages"]["torch"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["half.json"]
 
 
 def test_the_table_has_a_line_per_model_and_columns_that_line_up() -> None:
     lines = table([CONTENT, {**CONTENT, "label": "a longer label", "accuracy": 1.0}]).splitlines()
-    assert lines[0].split() == ["model", "accuracy", "95", "%", "interval", "problems", "tokens", "unclosed"]
+    assert lines[0].split() == [
+        "model",
+        "accuracy",
+        "95",
+        "%",
+        "interval",
+        "problems",
+        "tokens",
+        "unclosed",
+    ]
     assert lines[2].split() == ["half", "0.500", "0.237-0.763", "10", "81.2", "0.100"]
     assert len({len(line) for line in lines}) == 1
 
 
 def test_the_table_shows_tasks_and_samples_where_there_are_some() -> None:
-    sampled = {**CONTENT, "task": "aime24", "num_samples": 4, "pass_at_k": {"1": 0.5, "2": 0.6, "4": 0.75}}
+    sampled = {
+        **CONTENT,
+        "task": "aime24",
+        "num_samples": 4,
+        "pass_at_k": {"1": 0.5, "2": 0.6, "4": 0.75},
+    }
     lines = table([CONTENT, sampled]).splitlines()
     assert lines[0].split()[-3:] == ["task", "samples", "pass@"]
-    assert [line.split()[-3:] for line in lines[2:]] == [["-", "1", "0.500"], ["aime24", "4", "0.750"]]
+    assert [line.split()[-3:] for line in lines[2:]] == [
+        ["-", "1", "0.500"],
+        ["aime24", "4", "0.750"],
+    ]
 
 
 def test_each_sample_of_a_problem_is_a_row() -> None:
@@ -98,4 +128,6 @@ def test_results_of_other_settings_are_set_aside_and_not_lost(
 
 def test_rows_keep_characters_beyond_ascii(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"response": "\u03c0"}, {"response": "2"}])
-    assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == '{"response": "\u03c0"}\n{"response": "2"}\n'
+    assert (tmp_path / "rows.jsonl").read_text(
+        encoding="utf-8"
+    ) == '{"response": "\u03c0"}\n{"response": "2"}\n'

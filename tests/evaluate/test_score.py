@@ -90,7 +90,9 @@ def test_an_answer_that_hangs_the_judge_is_wrong_and_the_next_one_is_judged() ->
         assert judge("1/2", r"\boxed{0.5}")
 
 
-def test_the_math_judge_names_the_extra_when_math_verify_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_math_judge_names_the_extra_when_math_verify_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError, match=r'extra "eval"'):
         score([Response("</think>1", 3, True)], ["2"], MATH, CLOSE)
@@ -98,11 +100,18 @@ def test_the_math_judge_names_the_extra_when_math_verify_is_missing(monkeypatch:
 
 
 def test_the_summary_counts_what_was_not_closed_and_not_ended() -> None:
-    responses = [Response("a</think>1", 4, True), Response("a</think> 1 ", 6, False), Response("a b", 2, False)]
+    responses = [
+        Response("a</think>1", 4, True),
+        Response("a</think> 1 ", 6, False),
+        Response("a b", 2, False),
+    ]
     verdicts, summary = score(responses, ["1", "1", "1"], EXACT, CLOSE)
     assert [verdict.correct for verdict in verdicts] == [True, True, False]
     assert (summary.accuracy, summary.mean_response_tokens) == (pytest.approx(2 / 3), 4.0)
-    assert (summary.unclosed_fraction, summary.unended_fraction) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert (summary.unclosed_fraction, summary.unended_fraction) == (
+        pytest.approx(1 / 3),
+        pytest.approx(2 / 3),
+    )
 
 
 def test_exact_means_the_same_characters_after_strip() -> None:
@@ -112,7 +121,12 @@ def test_exact_means_the_same_characters_after_strip() -> None:
 
 @pytest.mark.parametrize(
     ("num_correct", "num_problems", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (81, 263, 0.2553, 0.3662),
+    ],
 )
 def test_the_wilson_interval_has_its_published_values(
     num_correct: int, num_problems: int, low: float, high: float
@@ -138,7 +152,12 @@ def test_samples_of_a_problem_count_as_responses_and_their_problems_as_problems(
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_that_hold_a_right_one(k: int) -> None:
-    right = [[True, False, False, True, False], [False] * 5, [True] * 5, [False, False, True, False, False]]
+    right = [
+        [True, False, False, True, False],
+        [False] * 5,
+        [True] * 5,
+        [False, False, True, False, False],
+    ]
     shares = [[any(chosen) for chosen in itertools.combinations(samples, k)] for samples in right]
     expected = sum(sum(share) / len(share) for share in shares) / len(shares)
     assert mean_pass_at_k([sum(samples) for samples in right], 5, k) == pytest.approx(expected)
@@ -150,17 +169,29 @@ def test_the_interval_of_one_sample_is_wilsons() -> None:
 
 @pytest.mark.parametrize(
     ("counts", "independent"),
-    [([8, 8, 0, 0], (2, 4)), ([4, 4, 4, 4], (16, 32)), ([8, 8, 8, 8], (4, 4)), ([0, 0, 0, 0], (0, 4)), ([4], (0.5, 1))],
+    [
+        ([8, 8, 0, 0], (2, 4)),
+        ([4, 4, 4, 4], (16, 32)),
+        ([8, 8, 8, 8], (4, 4)),
+        ([0, 0, 0, 0], (0, 4)),
+        ([4], (0.5, 1)),
+    ],
 )
-def test_samples_that_agree_say_no_more_than_one(counts: list[int], independent: tuple[int, int]) -> None:
+def test_samples_that_agree_say_no_more_than_one(
+    counts: list[int], independent: tuple[int, int]
+) -> None:
     assert accuracy_interval(counts, 8) == pytest.approx(wilson_interval(*independent))
 
 
-def test_the_interval_holds_the_true_share_95_times_in_100_though_samples_of_a_problem_agree() -> None:
+def test_the_interval_holds_the_true_share_95_times_in_100_though_samples_of_a_problem_agree() -> (
+    None
+):
     draw = random.Random(0)
     hits = 0
     for _ in range(1000):
-        shares = [draw.betavariate(0.6, 0.9) for _ in range(30)]  # 30 problems, most of them easy or hard: mean 0.4
+        shares = [
+            draw.betavariate(0.6, 0.9) for _ in range(30)
+        ]  # 30 problems, most of them easy or hard: mean 0.4
         counts = [sum(draw.random() < share for _ in range(16)) for share in shares]
         low, high = accuracy_interval(counts, 16)
         hits += low <= 0.4 <= high

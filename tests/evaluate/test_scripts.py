@@ -21,12 +21,16 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 SAMPLED = ("--temperature", 3.0, "--batch-size", 8, "--max-new-tokens", 20, "--keep", "closed")
 
 
-def run_until_killed(name: str, arguments: list[str], find_journal: Callable[[], Path | None], cwd: Path) -> None:
+def run_until_killed(
+    name: str, arguments: list[str], find_journal: Callable[[], Path | None], cwd: Path
+) -> None:
     """Start a script of launch/ and kill it when some batches, but not all, are in its journal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "launch" / name), *arguments]
     with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not ((path := find_journal()) and path.read_bytes().count(b"\n") >= 3):
+        while process.poll() is None and not (
+            (path := find_journal()) and path.read_bytes().count(b"\n") >= 3
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
 
@@ -34,14 +38,24 @@ def run_until_killed(name: str, arguments: list[str], find_journal: Callable[[],
 def test_killed_generation_goes_on_and_gives_the_file_of_an_uninterrupted_one(
     script: Script, recipe_path: Path, problems_path: Path, tmp_path: Path
 ) -> None:
-    common = ("--recipe", recipe_path, "--set", "data.think_open=''", "--problems", problems_path, *SAMPLED)
+    common = (
+        "--recipe",
+        recipe_path,
+        "--set",
+        "data.think_open=''",
+        "--problems",
+        problems_path,
+        *SAMPLED,
+    )
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     first = script("generate.py", *common, "--output", whole)
     assert first.returncode == 0, first.stderr
 
     journal = Path(f"{resumed}.progress")
     arguments = [*map(str, common), "--output", str(resumed)]
-    run_until_killed("generate.py", arguments, lambda: journal if journal.exists() else None, tmp_path)
+    run_until_killed(
+        "generate.py", arguments, lambda: journal if journal.exists() else None, tmp_path
+    )
     assert not resumed.exists()
     assert 3 <= len(journal.read_text().splitlines()) < 13
     with Path(f"{resumed}.partial").open("a") as file:
@@ -60,7 +74,12 @@ def test_killed_generation_goes_on_and_gives_the_file_of_an_uninterrupted_one(
 
 @pytest.mark.parametrize(("flags", "temperature"), [((), 0.7), (("--temperature", 0.0), 0.0)])
 def test_generation_samples_as_the_recipe_says_unless_a_flag_says_otherwise(
-    script: Script, recipe_path: Path, problems_path: Path, tmp_path: Path, flags: tuple, temperature: float
+    script: Script,
+    recipe_path: Path,
+    problems_path: Path,
+    tmp_path: Path,
+    flags: tuple,
+    temperature: float,
 ) -> None:
     overrides = ("--set", "evaluation.temperature=0.7", "--set", "evaluation.top_p=0.9")
     done = script(
@@ -69,7 +88,10 @@ def test_generation_samples_as_the_recipe_says_unless_a_flag_says_otherwise(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     settings = json.loads((tmp_path / "traces.jsonl.progress").read_text().splitlines()[0])
-    assert (settings["temperature"], settings["top_p"]) == (temperature, 0.9 if temperature else 1.0)
+    assert (settings["temperature"], settings["top_p"]) == (
+        temperature,
+        0.9 if temperature else 1.0,
+    )
     assert done.stderr == ""
 
 
@@ -79,14 +101,22 @@ def test_evaluation_leaves_results_and_responses_of_each_model(
     models = ("--model", model_dir, "--model", model_dir, "--label", "one", "--label", "two")
     done = script("evaluate.py", "--recipe", recipe_path, *models, "--limit", 10, "--output", "out")
     assert done.returncode == 0, done.stderr
-    results = [json.loads((tmp_path / "out" / f"{label}.json").read_text()) for label in ("one", "two")]
+    results = [
+        json.loads((tmp_path / "out" / f"{label}.json").read_text()) for label in ("one", "two")
+    ]
     assert results[0] == {**results[1], "label": "one"}
     assert results[0]["num_problems"] == 10
     assert results[0]["recipe"] == "trial"
-    responses = [json.loads(line) for line in (tmp_path / "out" / "one.responses.jsonl").read_text().splitlines()]
+    responses = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "one.responses.jsonl").read_text().splitlines()
+    ]
     assert len(responses) == 10
     assert results[0]["num_correct"] == sum(row["correct"] for row in responses)
-    assert [line.split()[0] for line in done.stdout.splitlines() if line.strip()][-3:-1] == ["one", "two"]
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.strip()][-3:-1] == [
+        "one",
+        "two",
+    ]
 
 
 def test_tasks_are_sampled_and_judged_in_a_folder_each(
@@ -98,8 +128,17 @@ def test_tasks_are_sampled_and_judged_in_a_folder_each(
 ) -> None:
     stand_in("gsm8k")
     stand_in("aime24")
-    arguments = ("--tasks", "gsm8k,aime24", "--num-samples", "3", "--set", "evaluation.temperature=0.7")
-    run_evaluate(monkeypatch, recipe_path, text_model_dir, tmp_path, *arguments, "--backend", "transformers")
+    arguments = (
+        "--tasks",
+        "gsm8k,aime24",
+        "--num-samples",
+        "3",
+        "--set",
+        "evaluation.temperature=0.7",
+    )
+    run_evaluate(
+        monkeypatch, recipe_path, text_model_dir, tmp_path, *arguments, "--backend", "transformers"
+    )
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.json*")) == [
         "aime24/m.json", "aime24/m.responses.jsonl", "gsm8k/m.json", "gsm8k/m.responses.jsonl",
     ]  # fmt: skip
@@ -107,9 +146,14 @@ def test_tasks_are_sampled_and_judged_in_a_folder_each(
     assert (results["task"], results["num_problems"], results["num_samples"]) == ("aime24", 2, 3)
     assert results["problems"] == str(tmp_path / "hub" / "aime24")
     assert list(results["pass_at_k"]) == ["1", "2", "3"]
-    rows = [json.loads(line) for line in (tmp_path / "out" / "aime24" / "m.responses.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "aime24" / "m.responses.jsonl").read_text().splitlines()
+    ]
     assert [(row["id"], row["sample"], row["expected"]) for row in rows] == [
-        (problem, sample, answer) for problem, answer in (("1", "204"), ("2", "033")) for sample in range(3)
+        (problem, sample, answer)
+        for problem, answer in (("1", "204"), ("2", "033"))
+        for sample in range(3)
     ]
     assert len({row["response"] for row in rows}) > 3
 
@@ -142,14 +186,30 @@ def test_a_task_has_its_usual_number_of_samples_and_one_where_all_is_greedy(
     stand_in("aime25")
     arguments = ("--tasks", "aime25", "--set", f"evaluation.temperature={temperature}")
     run_evaluate(monkeypatch, recipe_path, text_model_dir, tmp_path, *arguments)
-    assert json.loads((tmp_path / "out" / "aime25" / "m.json").read_text())["num_samples"] == num_samples
+    assert (
+        json.loads((tmp_path / "out" / "aime25" / "m.json").read_text())["num_samples"]
+        == num_samples
+    )
 
 
 def run_evaluate(
-    monkeypatch: pytest.MonkeyPatch, recipe_path: Path, text_model_dir: Path, tmp_path: Path, *arguments: str
+    monkeypatch: pytest.MonkeyPatch,
+    recipe_path: Path,
+    text_model_dir: Path,
+    tmp_path: Path,
+    *arguments: str,
 ) -> None:
     """launch/evaluate.py in this process, where tasks are stand-ins."""
-    common = ("--recipe", recipe_path, "--model", text_model_dir, "--label", "m", "--output", tmp_path / "out")
+    common = (
+        "--recipe",
+        recipe_path,
+        "--model",
+        text_model_dir,
+        "--label",
+        "m",
+        "--output",
+        tmp_path / "out",
+    )
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, common), *arguments])
     runpy.run_path(str(ROOT / "launch" / "evaluate.py"))["main"]()
 
@@ -164,26 +224,42 @@ def test_a_killed_evaluation_goes_on_and_gives_the_files_of_an_uninterrupted_one
     assert first.returncode == 0, first.stderr
 
     arguments = [*map(str, common), "--output", str(resumed)]
-    run_until_killed("evaluate.py", arguments, lambda: next(resumed.glob("m.*.progress"), None), tmp_path)
+    run_until_killed(
+        "evaluate.py", arguments, lambda: next(resumed.glob("m.*.progress"), None), tmp_path
+    )
     assert not (resumed / "m.json").exists()
     second = script("evaluate.py", *common, "--output", resumed)
     assert second.returncode == 0, second.stderr
     assert "of 24 batches are done already" in second.stdout
-    assert (resumed / "m.responses.jsonl").read_bytes() == (whole / "m.responses.jsonl").read_bytes()
+    assert (resumed / "m.responses.jsonl").read_bytes() == (
+        whole / "m.responses.jsonl"
+    ).read_bytes()
     results = [json.loads((folder / "m.json").read_text()) for folder in (whole, resumed)]
     assert results[1] == {**results[0], "command": results[1]["command"]}
-    assert sorted(path.name for path in resumed.iterdir()) == [".m.lock", "m.json", "m.responses.jsonl"]
-    assert len({row["response"] for row in map(json.loads, (whole / "m.responses.jsonl").open())}) > 96
+    assert sorted(path.name for path in resumed.iterdir()) == [
+        ".m.lock",
+        "m.json",
+        "m.responses.jsonl",
+    ]
+    assert (
+        len({row["response"] for row in map(json.loads, (whole / "m.responses.jsonl").open())}) > 96
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--num-samples", "0"), "--num-samples = 0: at least one response"),
-        (("--num-samples", "4"), "--num-samples = 4 with evaluation.temperature = 0: greedy responses are all alike"),
+        (
+            ("--num-samples", "4"),
+            "--num-samples = 4 with evaluation.temperature = 0: greedy responses are all alike",
+        ),
         (("--tasks", "gsm8"), "'gsm8' is no task. Did you mean gsm8k?"),
         (("--harness", "lm-eval"), "--harness lm-eval needs --tasks"),
-        (("--harness", "lm-eval", "--tasks", "x", "--num-samples", "1"), "--num-samples = 1: the harness's tasks say"),
+        (
+            ("--harness", "lm-eval", "--tasks", "x", "--num-samples", "1"),
+            "--num-samples = 1: the harness's tasks say",
+        ),
         (("--", "--limit", "5"), "unknown arguments --limit 5"),
     ],
 )
@@ -201,7 +277,9 @@ def test_arguments_that_make_no_sense_are_the_users_error(
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_code_of_a_model_is_trusted_only_where_the_recipe_names_the_model_or_made_it(trusted: bool) -> None:
+def test_code_of_a_model_is_trusted_only_where_the_recipe_names_the_model_or_made_it(
+    trusted: bool,
+) -> None:
     section_of = runpy.run_path(str(ROOT / "launch" / "evaluate.py"))["section_of"]
     recipe = Recipe.model_validate(
         {

@@ -1,4 +1,6 @@
-"""What each fault showed, how long it took and what it cost: collected by the tests, written when they end."""
+"""What each fault showed, how long it took and what it cost: collected by the tests, written when
+they end.
+"""
 
 from typing import Any
 
@@ -18,5 +20,7 @@ def fault_table() -> list[dict[str, Any]]:
     if rows:
         folder = ROOT / "build" / "faults"
         command = "make fault"
-        write_json(folder / "faults.json", {"command": command, "environment": environment(), "rows": rows})
+        write_json(
+            folder / "faults.json", {"command": command, "environment": environment(), "rows": rows}
+        )
         write_text(folder / "faults.md", markdown(rows))

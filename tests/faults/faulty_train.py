@@ -1,6 +1,7 @@
 """launch/train.py with one fault: faulty_train.py FAULT STEP TIME_FILE ARGUMENTS...
 
-It happens once, to rank 1, in optimizer step STEP (counted from 1); the time of day is written to TIME_FILE first.
+It happens once, to rank 1, in optimizer step STEP (counted from 1); the time of day is written to
+TIME_FILE first.
 """
 
 import math
@@ -54,7 +55,9 @@ def main() -> None:
     fault, fault_step, time_file = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     sys.argv = ["launch/train.py", *sys.argv[4:]]
     steps: list[int] = []
-    wrap(kd.training.loop, "learning_rate", before=lambda step, *_: steps.append(step + 1))  # called first in each step
+    wrap(
+        kd.training.loop, "learning_rate", before=lambda step, *_: steps.append(step + 1)
+    )  # called first in each step
 
     def once(act: Callable[..., Any]) -> Callable[..., Any]:
         def maybe(*arguments: Any) -> Any:

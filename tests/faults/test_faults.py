@@ -1,4 +1,5 @@
-"""One run through everything that can happen to it: each start resumes from the last fault and meets the next.
+"""One run through everything that can happen to it: each start resumes from the last fault and
+meets the next.
 
 At its end its losses and its student are those of a run that met none, to the last bit.
 """
@@ -43,7 +44,9 @@ def remove_a_file(checkpoint: Path) -> None:
 
 
 class Leg(NamedTuple):
-    """A start of the run, perhaps with its newest checkpoint damaged before, that ends in a fault."""
+    """A start of the run, perhaps with its newest checkpoint damaged before, that ends in a
+    fault.
+    """
 
     fault: str  # of faulty_train.py
     step: int
@@ -57,12 +60,54 @@ class Leg(NamedTuple):
 KILLED = 247  # what the launcher makes of signal 9
 DAMAGED = r"is damaged \("
 LEGS = [
-    Leg("killed in forward", 6, "kill -9 in forward", r"rank 0 on .*: rank 1 \(process \d+ of", KILLED),
-    Leg("killed in all-reduce", 11, "kill -9 before an all-reduce", r"rank 0 on .*: rank 1 \(process \d+ of", KILLED),
-    Leg("killed in checkpoint", 12, "kill -9 while a checkpoint is written", r"rank 0 on .*: rank 1 \(process", KILLED),
-    Leg("exception", 14, "exception, such as out of memory", "rank 1 on .* failed", 1, truncate, "truncated file"),
-    Leg("hang", 18, "hang", r"no step within run\.watchdog_minutes", EXIT_HANG, flip_a_byte, "flipped byte"),
-    Leg("nan", 22, "NaN in a batch", "not both finite", EXIT_USER_ERROR, remove_a_file, "missing file of a rank"),
+    Leg(
+        "killed in forward",
+        6,
+        "kill -9 in forward",
+        r"rank 0 on .*: rank 1 \(process \d+ of",
+        KILLED,
+    ),
+    Leg(
+        "killed in all-reduce",
+        11,
+        "kill -9 before an all-reduce",
+        r"rank 0 on .*: rank 1 \(process \d+ of",
+        KILLED,
+    ),
+    Leg(
+        "killed in checkpoint",
+        12,
+        "kill -9 while a checkpoint is written",
+        r"rank 0 on .*: rank 1 \(process",
+        KILLED,
+    ),
+    Leg(
+        "exception",
+        14,
+        "exception, such as out of memory",
+        "rank 1 on .* failed",
+        1,
+        truncate,
+        "truncated file",
+    ),
+    Leg(
+        "hang",
+        18,
+        "hang",
+        r"no step within run\.watchdog_minutes",
+        EXIT_HANG,
+        flip_a_byte,
+        "flipped byte",
+    ),
+    Leg(
+        "nan",
+        22,
+        "NaN in a batch",
+        "not both finite",
+        EXIT_USER_ERROR,
+        remove_a_file,
+        "missing file of a rank",
+    ),
 ]
 
 
@@ -79,7 +124,9 @@ def arguments_of(recipe: Path, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def journey(recipe, launch, fault_table) -> dict[str, Any]:
-    """Every leg in turn, then TERM to the launcher, then the rest: stderr and status of each start."""
+    """Every leg in turn, then TERM to the launcher, then the rest: stderr and status of each
+    start.
+    """
     folder, arguments = recipe.parent / "runs" / "journey", arguments_of(recipe, "journey")
     starts: dict[str, subprocess.CompletedProcess[str]] = {}
     for leg in LEGS:
@@ -97,22 +144,33 @@ def journey(recipe, launch, fault_table) -> dict[str, Any]:
         if damaged:
             lost = int(damaged.name[5:]) - resumed_from(done.stderr)
             shows = message_of(done.stderr, DAMAGED, folder)
-            fault_table.append({"fault": leg.damage_title, "shows": shows, "seconds": None, "lost_steps": lost})
+            fault_table.append(
+                {"fault": leg.damage_title, "shows": shows, "seconds": None, "lost_steps": lost}
+            )
         taken = len(read_metrics(folder / "metrics.jsonl"))
         lost = taken - int(step_folders(folder / "checkpoints")[-1].name[5:])
         shows = message_of(done.stderr, leg.shows, folder)
         seconds = ended - float(time_file.read_text())
-        fault_table.append({"fault": leg.title, "shows": shows, "seconds": seconds, "lost_steps": lost})
+        fault_table.append(
+            {"fault": leg.title, "shows": shows, "seconds": seconds, "lost_steps": lost}
+        )
     starts["TERM"] = terminate(recipe, folder, arguments, fault_table)
     starts["rest"] = launch("launch/train.py", *arguments, "--resume", "auto")
     return starts
 
 
-def terminate(recipe: Path, folder: Path, arguments: list[str], table: list) -> subprocess.CompletedProcess[str]:
-    """TERM, twice, to the process that a user started; its end is awaited, and that of the ranks it leaves behind."""
+def terminate(
+    recipe: Path, folder: Path, arguments: list[str], table: list
+) -> subprocess.CompletedProcess[str]:
+    """TERM, twice, to the process that a user started; its end is awaited, and that of the ranks it
+    leaves behind.
+    """
     with (recipe.parent / "term.log").open("w") as log:
         launcher = subprocess.Popen(
-            launcher_command("launch/train.py", *arguments, "--resume", "auto"), cwd=ROOT, stdout=log, stderr=log
+            launcher_command("launch/train.py", *arguments, "--resume", "auto"),
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
         )
         wait_until(lambda: len(read_metrics(folder / "metrics.jsonl")) >= 25, "step 25", 120)
         assert launcher.poll() is None
@@ -122,7 +180,11 @@ def terminate(recipe: Path, folder: Path, arguments: list[str], table: list) -> 
         launcher.wait(60)
         wait_until((folder / "INTERRUPTED").exists, "INTERRUPTED", 30)
         seconds = time.time() - sent
-    wait_until(lambda: "return code = 85" in (recipe.parent / "term.log").read_text(), "the launcher's end", 30)
+    wait_until(
+        lambda: "return code = 85" in (recipe.parent / "term.log").read_text(),
+        "the launcher's end",
+        30,
+    )
     stderr = (recipe.parent / "term.log").read_text()
     newest = int(step_folders(folder / "checkpoints")[-1].name[5:])
     table.append(
@@ -141,7 +203,9 @@ def resumed_from(stderr: str) -> int:
 
 
 @pytest.mark.parametrize("leg", LEGS, ids=lambda leg: leg.fault)
-def test_a_fault_is_told_and_costs_at_most_the_steps_since_the_last_checkpoint(journey, fault_table, leg):
+def test_a_fault_is_told_and_costs_at_most_the_steps_since_the_last_checkpoint(
+    journey, fault_table, leg
+):
     done = journey[leg.fault]
     assert done.returncode == leg.status, done.stderr[-4000:]
     row = next(row for row in fault_table if row["fault"] == leg.title)
@@ -149,7 +213,9 @@ def test_a_fault_is_told_and_costs_at_most_the_steps_since_the_last_checkpoint(j
     assert row["seconds"] < (WATCHDOG_SECONDS + 15 if leg.fault == "hang" else 15)
 
 
-@pytest.mark.parametrize("leg", [leg for leg in LEGS if leg.damage], ids=lambda leg: leg.damage_title)
+@pytest.mark.parametrize(
+    "leg", [leg for leg in LEGS if leg.damage], ids=lambda leg: leg.damage_title
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(journey, fault_table, leg):
     row = next(row for row in fault_table if row["fault"] == leg.damage_title)
     assert row["lost_steps"] == EVERY
@@ -191,11 +257,17 @@ def test_the_run_ends_as_if_nothing_had_happened(journey, launch, recipe):
     assert whole.returncode == 0, whole.stderr[-4000:]
     runs = recipe.parent / "runs"
     losses, expected = (
-        [(record["step"], record["loss"], record.get("val_loss")) for record in read_metrics(folder / "metrics.jsonl")]
+        [
+            (record["step"], record["loss"], record.get("val_loss"))
+            for record in read_metrics(folder / "metrics.jsonl")
+        ]
         for folder in (runs / "journey", runs / "whole")
     )
     assert losses == expected
     for export in ("last", "best"):
-        one, two = (load_file(runs / name / "export" / export / "model.safetensors") for name in ("journey", "whole"))
+        one, two = (
+            load_file(runs / name / "export" / export / "model.safetensors")
+            for name in ("journey", "whole")
+        )
         assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
     assert not (runs / "journey" / "INTERRUPTED").exists()

@@ -1,4 +1,6 @@
-"""A disk that fills up while a checkpoint is written: the earlier ones stay whole, and the run goes on with room."""
+"""A disk that fills up while a checkpoint is written: the earlier ones stay whole, and the run goes
+on with room.
+"""
 
 import hashlib
 import json
@@ -29,9 +31,17 @@ def assert_whole(checkpoint: Path) -> None:
         assert {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} == entry, name
 
 
-def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes_with_room(launch, tmp_path, small_disk, fault_table):
+def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes_with_room(
+    launch, tmp_path, small_disk, fault_table
+):
     recipe = write_tiny_recipe(tmp_path / "recipe")
-    arguments = ["launch/train.py", "--recipe", str(recipe), "--set", f"run.output_dir={small_disk}"]
+    arguments = [
+        "launch/train.py",
+        "--recipe",
+        str(recipe),
+        "--set",
+        f"run.output_dir={small_disk}",
+    ]
     arguments += ["--set", "training.keep_last=9"]
     done = launch(*arguments)
     ended = time.time()
@@ -50,8 +60,10 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes_with_room(lau
         {
             "fault": "full disk",
             "shows": message_of(done.stderr, "could not be written", small_disk),
-            "seconds": ended - (folder / "metrics.jsonl").stat().st_mtime,  # the last step was taken then
-            "lost_steps": len(read_metrics(folder / "metrics.jsonl")) - int(kept[-1].name.removeprefix("step_")),
+            "seconds": ended
+            - (folder / "metrics.jsonl").stat().st_mtime,  # the last step was taken then
+            "lost_steps": len(read_metrics(folder / "metrics.jsonl"))
+            - int(kept[-1].name.removeprefix("step_")),
         }
     )
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)

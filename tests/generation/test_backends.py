@@ -1,4 +1,6 @@
-"""Which backend is taken, and what vLLM is asked: a module that only writes down its arguments stands in for it."""
+"""Which backend is taken, and what vLLM is asked: a module that only writes down its arguments
+stands in for it.
+"""
 
 import sys
 from pathlib import Path
@@ -48,15 +50,23 @@ def asked(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast) -
     return asked
 
 
-def on_vllm(model_dir: Path, tokenizer: PreTrainedTokenizerFast, sampling: Sampling = SAMPLING) -> Generate:
-    return make_subject("label", ModelSection(model=str(model_dir)), tokenizer, sampling, "vllm").load()
+def on_vllm(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, sampling: Sampling = SAMPLING
+) -> Generate:
+    return make_subject(
+        "label", ModelSection(model=str(model_dir)), tokenizer, sampling, "vllm"
+    ).load()
 
 
 def test_vllm_gets_the_rendered_prompts_as_tokens_and_one_request_per_sample(
     asked: dict[str, Any], model_dir: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     responses = on_vllm(model_dir, tokenizer)(REQUESTS, 0)
-    assert (asked["model"], asked["revision"], asked["trust_remote_code"]) == (str(model_dir), None, False)
+    assert (asked["model"], asked["revision"], asked["trust_remote_code"]) == (
+        str(model_dir),
+        None,
+        False,
+    )
     assert [prompt["prompt_token_ids"] for prompt in asked["prompts"]] == [
         tokenizer(request.prompt, add_special_tokens=False)["input_ids"] for request in REQUESTS
     ]
@@ -77,18 +87,25 @@ def test_vllm_gets_the_rendered_prompts_as_tokens_and_one_request_per_sample(
     )
     text = "<think>2</think>2"
     num_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert responses[:2] == [Response(text, num_tokens + 1, ended=True), Response(text, num_tokens, ended=False)]
+    assert responses[:2] == [
+        Response(text, num_tokens + 1, ended=True),
+        Response(text, num_tokens, ended=False),
+    ]
 
 
 def test_seeds_on_vllm_depend_on_the_sample_and_the_seed_and_not_on_the_batch(
     asked: dict[str, Any], model_dir: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    def seeds(requests: list[Request], batch_index: int, sampling: Sampling = SAMPLING) -> list[int]:
+    def seeds(
+        requests: list[Request], batch_index: int, sampling: Sampling = SAMPLING
+    ) -> list[int]:
         on_vllm(model_dir, tokenizer, sampling)(requests, batch_index)
         return [params["seed"] for params in asked["params"]]
 
     assert seeds(REQUESTS[::-1], 5) == seeds(REQUESTS, 0)[::-1]
-    assert not set(seeds(REQUESTS, 0)) & set(seeds(REQUESTS, 0, Sampling(**{**vars(SAMPLING), "seed": 8})))
+    assert not set(seeds(REQUESTS, 0)) & set(
+        seeds(REQUESTS, 0, Sampling(**{**vars(SAMPLING), "seed": 8}))
+    )
 
 
 def test_a_model_is_loaded_once_and_only_when_it_is_needed(
@@ -113,12 +130,18 @@ def test_a_model_is_loaded_once_and_only_when_it_is_needed(
 def test_auto_is_vllm_where_it_is_installed_and_sees_a_gpu(
     value: str, installed: bool, gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(
+        backends.importlib.util, "find_spec", lambda name: object() if installed else None
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert choose_backend(value) == expected
 
 
-def test_vllm_that_is_not_installed_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_that_is_not_installed_is_an_error_that_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'--backend vllm: vLLM is not installed: pip install -e ".\[vllm\]"'):
+    with pytest.raises(
+        UserError, match=r'--backend vllm: vLLM is not installed: pip install -e ".\[vllm\]"'
+    ):
         choose_backend("vllm")

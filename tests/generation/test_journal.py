@@ -29,7 +29,9 @@ SETTINGS = {"seed": 0, "batch_size": 2}
         ("<think></think>4", "no answer"),
     ],
 )
-def test_a_response_is_split_at_its_markers_or_dropped_for_a_reason(text: str, expected: object) -> None:
+def test_a_response_is_split_at_its_markers_or_dropped_for_a_reason(
+    text: str, expected: object
+) -> None:
     assert split_response(Response(text, 9, True), DATA, "ended") == expected
 
 
@@ -40,7 +42,9 @@ def test_an_answer_that_was_cut_off_is_kept_only_on_demand() -> None:
 
 
 def batch(index: int) -> tuple[list[dict[str, str]], Counter[str]]:
-    return [{"id": f"{index}-{row}", "reasoning": "r" * 9} for row in range(2)], Counter(kept=2, unclosed=index)
+    return [{"id": f"{index}-{row}", "reasoning": "r" * 9} for row in range(2)], Counter(
+        kept=2, unclosed=index
+    )
 
 
 @pytest.fixture

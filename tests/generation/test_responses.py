@@ -28,21 +28,32 @@ class Generator:
         if batch_index == self.stop:
             raise Interrupted
         self.batches.append(batch_index)
-        return [Response(f"{request.key} in {batch_index}\n\u2028", len(request.prompt), True) for request in requests]
+        return [
+            Response(f"{request.key} in {batch_index}\n\u2028", len(request.prompt), True)
+            for request in requests
+        ]
 
 
-def run(folder: Path, generator: Generator, settings: dict[str, object] = SETTINGS) -> list[Response]:
+def run(
+    folder: Path, generator: Generator, settings: dict[str, object] = SETTINGS
+) -> list[Response]:
     return respond(REQUESTS, 3, lambda: generator, open_progress(folder, "label", settings))
 
 
-def test_responses_are_in_the_order_of_the_requests_and_batches_hold_similar_lengths(tmp_path: Path) -> None:
+def test_responses_are_in_the_order_of_the_requests_and_batches_hold_similar_lengths(
+    tmp_path: Path,
+) -> None:
     responses = run(tmp_path, Generator())
-    assert [response.text.split()[0] for response in responses] == [request.key for request in REQUESTS]
+    assert [response.text.split()[0] for response in responses] == [
+        request.key for request in REQUESTS
+    ]
     batches = [response.text.split()[2] for response in responses]
     assert {len(REQUESTS[index].prompt) for index in range(11) if batches[index] == "0"} == {3, 4}
 
 
-def test_an_interrupted_evaluation_goes_on_and_gives_the_responses_of_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_and_gives_the_responses_of_an_uninterrupted_one(
+    tmp_path: Path,
+) -> None:
     whole = run(tmp_path / "whole", Generator())
     with pytest.raises(Interrupted):
         run(tmp_path / "cut", Generator(stop=2))
@@ -69,8 +80,9 @@ def test_responses_of_other_settings_are_neither_mixed_in_nor_lost(
     other = Generator()
     run(tmp_path, other, {**SETTINGS, "seed": 1})
     assert other.batches == [0, 1, 2, 3]
-    assert f"label: begun before with other settings, and left as it is: label.{fingerprint(SETTINGS)}.progress" in (
-        capsys.readouterr().out
+    assert (
+        f"label: begun before with other settings, and left as it is: "
+        f"label.{fingerprint(SETTINGS)}.progress" in (capsys.readouterr().out)
     )
     first = Generator()
     run(tmp_path, first)

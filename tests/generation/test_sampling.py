@@ -3,7 +3,12 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from kd.generation.sampling import Sampling, generate_batch
 
@@ -22,9 +27,13 @@ def tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(model_dir)
 
 
-def test_a_padded_batch_answers_as_each_prompt_alone_in_the_order_of_the_prompts(model, tokenizer) -> None:
+def test_a_padded_batch_answers_as_each_prompt_alone_in_the_order_of_the_prompts(
+    model, tokenizer
+) -> None:
     batched = generate_batch(model, tokenizer, PROMPTS, GREEDY, batch_index=0)
-    alone = [generate_batch(model, tokenizer, [prompt], GREEDY, batch_index=0)[0] for prompt in PROMPTS]
+    alone = [
+        generate_batch(model, tokenizer, [prompt], GREEDY, batch_index=0)[0] for prompt in PROMPTS
+    ]
     assert batched == alone
     assert len({response.text for response in batched}) > 3
 
@@ -41,7 +50,9 @@ def test_greedy_generation_is_the_argmax_of_the_model_step_by_step(model, tokeni
     assert response.num_tokens == len(expected)
 
 
-def test_samples_depend_on_the_seed_and_the_batch_and_on_nothing_drawn_before(model, tokenizer) -> None:
+def test_samples_depend_on_the_seed_and_the_batch_and_on_nothing_drawn_before(
+    model, tokenizer
+) -> None:
     def sample(seed: int, batch_index: int) -> list[str]:
         sampling = Sampling(**{**vars(SAMPLED), "seed": seed})
         return [r.text for r in generate_batch(model, tokenizer, PROMPTS, sampling, batch_index)]

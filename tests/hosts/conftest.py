@@ -29,9 +29,18 @@ def hostfile(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(hosts, tmp_path_factory) -> dict[str, str]:
-    """Of whoever starts a run: without the variables that the hosts are to get, with the file that has them."""
+    """Of whoever starts a run: without the variables that the hosts are to get, with the file that
+    has them.
+    """
     file = tmp_path_factory.mktemp("environment") / "nodes.env"
     file.write_text("".join(f"{name}={value}\n" for name, value in VARIABLES.items()))
-    path = os.pathsep.join([str(hosts["alpha"].folder / "bin"), str(ROOT / ".venv/bin"), os.environ["PATH"]])
+    path = os.pathsep.join(
+        [str(hosts["alpha"].folder / "bin"), str(ROOT / ".venv/bin"), os.environ["PATH"]]
+    )
     own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return {**own, "PATH": path, "DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=3"}
+    return {
+        **own,
+        "PATH": path,
+        "DS_ENV_FILE": str(file),
+        "PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=3",
+    }

@@ -1,4 +1,6 @@
-"""Runs on two hosts: by DeepSpeed's launcher as it stands, by --no_ssh, and by launch/hosts.sh whatever happens."""
+"""Runs on two hosts: by DeepSpeed's launcher as it stands, by --no_ssh, and by launch/hosts.sh
+whatever happens.
+"""
 
 import json
 import os
@@ -37,7 +39,9 @@ def whole_run(launch, recipe) -> Path:
 
 
 def losses(run: Path) -> list[list[Any]]:
-    return [[record.get(field) for field in FIELDS] for record in read_metrics(run / "metrics.jsonl")]
+    return [
+        [record.get(field) for field in FIELDS] for record in read_metrics(run / "metrics.jsonl")
+    ]
 
 
 def steps(run: Path) -> int:
@@ -55,8 +59,21 @@ def test_deepspeeds_own_launcher_trains_on_two_hosts_with_the_variables_of_the_f
 ):
     run = recipe.parent / "runs" / "pdsh"
     launcher = hosts["alpha"].start(
-        *(str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile), "--master_addr", "alpha"),
-        *("--no_local_rank", str(ROOT / "launch/train.py"), "--recipe", str(recipe), "--set", "run.name=pdsh"),
+        *(
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--hostfile",
+            str(hostfile),
+            "--master_addr",
+            "alpha",
+        ),
+        *(
+            "--no_local_rank",
+            str(ROOT / "launch/train.py"),
+            "--recipe",
+            str(recipe),
+            "--set",
+            "run.name=pdsh",
+        ),
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -64,7 +81,9 @@ def test_deepspeeds_own_launcher_trains_on_two_hosts_with_the_variables_of_the_f
         text=True,
     )
     for rank, name in enumerate(hosts):
-        (process,) = wait_until(lambda host=hosts[name]: ranks_on(host), f"a rank starts on {name}", 60)
+        (process,) = wait_until(
+            lambda host=hosts[name]: ranks_on(host), f"a rank starts on {name}", 60
+        )
         of_rank = hosts[name].run("cat", f"/proc/{process}/environ").split("\0")
         assert f"RANK={rank}" in of_rank
         assert {f"{key}={value}" for key, value in VARIABLES.items()} <= set(of_rank)
@@ -92,9 +111,18 @@ class Start(NamedTuple):
 def hosts_sh(hosts, hostfile, environment, recipe) -> Callable[..., subprocess.Popen]:
     """Start launch/hosts.sh on a host, for the run of that name."""
 
-    def start(host: str, *options: str, name: str, arguments: tuple[str, ...] = ()) -> subprocess.Popen:
+    def start(
+        host: str, *options: str, name: str, arguments: tuple[str, ...] = ()
+    ) -> subprocess.Popen:
         return hosts[host].start(
-            *("bash", str(ROOT / "launch/hosts.sh"), *options, str(hostfile), "--recipe", str(recipe)),
+            *(
+                "bash",
+                str(ROOT / "launch/hosts.sh"),
+                *options,
+                str(hostfile),
+                "--recipe",
+                str(recipe),
+            ),
             *("--set", f"run.name={name}", *arguments),
             cwd=ROOT,
             env=environment,
@@ -107,17 +135,25 @@ def hosts_sh(hosts, hostfile, environment, recipe) -> Callable[..., subprocess.P
 
 
 def test_where_ssh_is_forbidden_each_host_starts_its_own_ranks(hosts_sh, recipe, whole_run):
-    processes = [hosts_sh(host, "--node-rank", str(i), name="no_ssh") for i, host in enumerate(("alpha", "beta"))]
+    processes = [
+        hosts_sh(host, "--node-rank", str(i), name="no_ssh")
+        for i, host in enumerate(("alpha", "beta"))
+    ]
     for process in processes:
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output[-4000:]
-        assert output.strip().splitlines()[-1] == f"done: the student is in {recipe.parent}/runs/no_ssh/export"
+        assert (
+            output.strip().splitlines()[-1]
+            == f"done: the student is in {recipe.parent}/runs/no_ssh/export"
+        )
     assert losses(recipe.parent / "runs" / "no_ssh") == losses(whole_run)
 
 
 @pytest.fixture(scope="module")
 def starts(hosts, hosts_sh, recipe) -> dict[str, Start]:
-    """One run by the same command again and again, until it is done; something happens to it each time."""
+    """One run by the same command again and again, until it is done; something happens to it each
+    time.
+    """
     run = recipe.parent / "runs" / NAME
 
     def start(event: Callable[[subprocess.Popen], None], *options: str, step: int) -> Start:
@@ -130,7 +166,11 @@ def starts(hosts, hosts_sh, recipe) -> dict[str, Start]:
         output, _ = process.communicate(timeout=200)
         seconds = time.monotonic() - began
         saved = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step_*"))
-        left = [f"{host.name}: {line}" for host in hosts.values() for line in host.processes("launch/train.py")]
+        left = [
+            f"{host.name}: {line}"
+            for host in hosts.values()
+            for line in host.processes("launch/train.py")
+        ]
         return Start(process.returncode, output, saved, left, seconds)
 
     def kill_a_rank(_: subprocess.Popen) -> None:
@@ -161,7 +201,9 @@ def test_a_link_cut_in_the_middle_ends_the_run_on_both_hosts_and_says_what_to_do
     assert "rank 0 on alpha: no step within run.watchdog_minutes = 0.25" in cut.output
     assert "its network is lost" in cut.output
     assert "a host cannot be reached" in cut.output
-    assert cut.last_line.startswith("failed: the first error above says why; the same command starts again from ")
+    assert cut.last_line.startswith(
+        "failed: the first error above says why; the same command starts again from "
+    )
     assert cut.last_line.endswith("step_10")
     assert cut.left == []
     assert cut.seconds < 60
@@ -176,7 +218,9 @@ def test_a_killed_rank_is_started_again_without_help_after_progress(starts):
     assert killed.left == []
 
 
-def test_after_all_that_the_losses_are_those_of_an_uninterrupted_run_to_the_last_bit(starts, recipe, whole_run):
+def test_after_all_that_the_losses_are_those_of_an_uninterrupted_run_to_the_last_bit(
+    starts, recipe, whole_run
+):
     assert losses(recipe.parent / "runs" / NAME) == losses(whole_run)
 
 

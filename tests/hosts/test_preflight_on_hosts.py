@@ -19,13 +19,17 @@ def recipe(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def preflight(hosts, hostfile, environment, recipe) -> Callable[..., subprocess.CompletedProcess[str]]:
+def preflight(
+    hosts, hostfile, environment, recipe
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """As a user calls it on the first host."""
 
     def run(*arguments: str):
         command = [sys.executable, str(ROOT / "launch" / "preflight.py"), "--recipe", str(recipe)]
         command = hosts["alpha"].enter(*command, "--hostfile", str(hostfile), *arguments)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
 
     return run
 
@@ -34,7 +38,13 @@ def test_all_checks_pass_on_two_hosts(preflight):
     done = preflight("--set", f"data.system_prompt={TEXT}")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "FAIL" not in done.stdout
-    for expected in ("ssh alpha", "ssh beta", "2 ranks on 2 hosts", "gloo, over alpha", "bandwidth of all"):
+    for expected in (
+        "ssh alpha",
+        "ssh beta",
+        "2 ranks on 2 hosts",
+        "gloo, over alpha",
+        "bandwidth of all",
+    ):
         assert expected in done.stdout
     assert "ok      shared folder" in done.stdout
 

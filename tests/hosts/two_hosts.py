@@ -1,7 +1,9 @@
-"""Two hosts on one machine: each a set of Linux namespaces with its own hostname, network, processes, /run and sshd.
+"""Two hosts on one machine: each a set of Linux namespaces with its own hostname, network,
+processes, /run and sshd.
 
-They share the disk, as nodes of a cluster share a file system, and one cable. Nothing outside is touched: no file in
-/etc or ~/.ssh, no named namespace. A host ends with its first process, and everything in it with the host.
+They share the disk, as nodes of a cluster share a file system, and one cable. Nothing outside is
+touched: no file in /etc or ~/.ssh, no named namespace. A host ends with its first process, and
+everything in it with the host.
 """
 
 import functools
@@ -16,7 +18,16 @@ from typing import Any
 from tiny import wait_until
 
 ADDRESSES = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
-NAMESPACES = ("--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc")
+NAMESPACES = (
+    "--net",
+    "--uts",
+    "--ipc",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount",
+    "--mount-proc",
+)
 PACKAGES = {"pdsh": "pdsh", "sshd": "openssh-server", "ip": "iproute2"}
 
 # What the hosts are to get, and get by the file alone; a value with spaces for one.
@@ -45,7 +56,10 @@ exec {shutil.which("sshd")} -D -f '{folder}/sshd_config' -E '{folder}/sshd_{name
         self._unshare = subprocess.Popen(["unshare", *NAMESPACES, "sh", "-ec", sshd])
         self.pid = child_of(self._unshare)
         log = folder / f"sshd_{name}.log"
-        wait_until(lambda: log.exists() and "Server listening" in log.read_text(), f"sshd of {name} listens")
+        wait_until(
+            lambda: log.exists() and "Server listening" in log.read_text(),
+            f"sshd of {name} listens",
+        )
 
     def enter(self, *command: str) -> list[str]:
         """The command, as it is called on this host."""
@@ -62,11 +76,15 @@ exec {shutil.which("sshd")} -D -f '{folder}/sshd_config' -E '{folder}/sshd_{name
         ]
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen:
-        """Start a command here; `child_of` has the process id of the command itself, which signals are for."""
+        """Start a command here; `child_of` has the process id of the command itself, which signals
+        are for.
+        """
         return subprocess.Popen(self.enter(*command), **options)
 
     def run(self, *command: str) -> str:
-        return subprocess.run(self.enter(*command), check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            self.enter(*command), check=True, capture_output=True, text=True
+        ).stdout
 
     def set_link(self, state: str) -> None:
         """Plug the cable in ("up") or pull it ("down")."""
@@ -84,7 +102,9 @@ exec {shutil.which("sshd")} -D -f '{folder}/sshd_config' -E '{folder}/sshd_{name
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[dict[str, Host]]:
-    """alpha and beta, connected; each reaches the other by folder/bin/ssh, for PATH to begin with."""
+    """alpha and beta, connected; each reaches the other by folder/bin/ssh, for PATH to begin
+    with.
+    """
     _write_ssh_files(folder)
     with ExitStack() as stack:
         hosts = {}
@@ -106,8 +126,12 @@ def why_not() -> str | None:
     """What stands in the way of two hosts on this machine, in one line; None when nothing does."""
     missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
     if missing:
-        return f"two hosts need packages: apt-get install --no-install-recommends {' '.join(missing)}"
-    allowed = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, text=True, check=False)
+        return (
+            f"two hosts need packages: apt-get install --no-install-recommends {' '.join(missing)}"
+        )
+    allowed = subprocess.run(
+        ["unshare", *NAMESPACES, "true"], capture_output=True, text=True, check=False
+    )
     if os.geteuid() != 0 or allowed.returncode != 0:
         return f"two hosts need root and the right to make namespaces: {allowed.stderr.strip() or 'not root'}"
     return None
@@ -121,9 +145,12 @@ def child_of(process: subprocess.Popen) -> int:
 
 def _write_ssh_files(folder: Path) -> None:
     for key in ("host_key", "user_key"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True
+        )
     (folder / "hosts").write_text(
-        "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
+        "127.0.0.1 localhost\n"
+        + "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
     )
     (folder / "sshd_config").write_text(f"""\
 HostKey {folder}/host_key

@@ -1,4 +1,6 @@
-"""launch/audit.py as a user calls it, in a plain log: tables on stdout, JSON in the run folder, errors in one block."""
+"""launch/audit.py as a user calls it, in a plain log: tables on stdout, JSON in the run folder,
+errors in one block.
+"""
 
 import json
 import subprocess
@@ -15,8 +17,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def audit(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch" / "audit.py"), "--recipe", str(recipe), *arguments]
-    return subprocess.run(command, cwd=recipe.parent, capture_output=True, text=True, timeout=120, check=False)
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "audit.py"),
+        "--recipe",
+        str(recipe),
+        *arguments,
+    ]
+    return subprocess.run(
+        command, cwd=recipe.parent, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_numbers_are_printed_and_written_to_the_run_folder(recipe: Path) -> None:
@@ -29,7 +39,10 @@ def test_numbers_are_printed_and_written_to_the_run_folder(recipe: Path) -> None
     total = content["tokens"]["total"]
     assert content["report"]["train"]["num_examples"] == 30
     report = f"train: 30 examples, {total['num_kept']} of {total['num_tokens']} tokens read"
-    assert f"{report} ({total['kept_fraction']:.3f}), {total['num_supervised']} supervised" in done.stdout
+    assert (
+        f"{report} ({total['kept_fraction']:.3f}), {total['num_supervised']} supervised"
+        in done.stdout
+    )
     assert content["found"]["close_marker_dropped"]["num_examples"] == 30
     assert done.stdout.count("row ") == 5
     assert "<think>" in done.stdout
@@ -37,14 +50,21 @@ def test_numbers_are_printed_and_written_to_the_run_folder(recipe: Path) -> None
     assert "\x1b" not in done.stdout
 
 
-def test_the_number_of_examples_the_file_and_the_recipe_can_be_chosen(recipe: Path, tmp_path: Path) -> None:
+def test_the_number_of_examples_the_file_and_the_recipe_can_be_chosen(
+    recipe: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "new" / "numbers.json"
-    done = audit(recipe, "--show", "0", "--json", str(path), "--set", "truncation.keep_fraction=1.0")
+    done = audit(
+        recipe, "--show", "0", "--json", str(path), "--set", "truncation.keep_fraction=1.0"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("row ") == 0
     content = json.loads(path.read_text())
     assert content["tokens"]["total"]["num_dropped"] == 0
-    assert [content["found"][name]["num_examples"] for name in ("close_marker_dropped", "answer_dropped")] == [0, 0]
+    assert [
+        content["found"][name]["num_examples"]
+        for name in ("close_marker_dropped", "answer_dropped")
+    ] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -52,12 +72,18 @@ def test_the_number_of_examples_the_file_and_the_recipe_can_be_chosen(recipe: Pa
     [
         (["--show=-1"], "--show = -1: give the number of examples to print, 0 for none"),
         (["--json=."], "--json = '.' is a folder: name a file"),
-        (["--json=traces.jsonl/audit.json"], "--json = 'traces.jsonl/audit.json': cannot be written"),
+        (
+            ["--json=traces.jsonl/audit.json"],
+            "--json = 'traces.jsonl/audit.json': cannot be written",
+        ),
         (
             ["--set=truncation.keep_fraction=0.05", '--set=data.loss_sections=["answer"]'],
             "no training example has a token in data.loss_sections = ['answer'] after truncation",
         ),
-        (["--set=truncation.max_full_tokens=3"], "dropped 40: longer than truncation.max_full_tokens = 3"),
+        (
+            ["--set=truncation.max_full_tokens=3"],
+            "dropped 40: longer than truncation.max_full_tokens = 3",
+        ),
     ],
     ids=str,
 )

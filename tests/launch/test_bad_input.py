@@ -1,4 +1,6 @@
-"""What a user gets wrong, as the command line shows it: one block on stderr, a status that is not 0, nothing lost."""
+"""What a user gets wrong, as the command line shows it: one block on stderr, a status that is not
+0, nothing lost.
+"""
 
 import json
 import os
@@ -23,9 +25,17 @@ def train(
     recipe: Path, *overrides: str, resume: str | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """One rank, without a launcher."""
-    command = [sys.executable, TRAIN, "--recipe", str(recipe), *(f"--set={text}" for text in overrides)]
+    command = [
+        sys.executable,
+        TRAIN,
+        "--recipe",
+        str(recipe),
+        *(f"--set={text}" for text in overrides),
+    ]
     command += ["--resume", resume] if resume else []
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False
+    )
 
 
 def assert_one_block(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -45,13 +55,19 @@ def finished(recipe) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_loss_that_cannot_run_here_is_named_before_a_model_is_loaded(recipe):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = train(recipe, "run.name=backend", "loss.backend=triton", env=environment)
-    assert_one_block(done, "loss.backend = 'triton': backend='triton' runs on CUDA and the tensors are on cpu")
+    assert_one_block(
+        done, "loss.backend = 'triton': backend='triton' runs on CUDA and the tensors are on cpu"
+    )
     assert not (recipe.parent / "runs" / "backend").exists()
 
 
@@ -64,8 +80,12 @@ def test_a_finished_run_is_not_overwritten(recipe, finished):
 
 def test_another_recipes_run_is_not_continued(recipe, finished):
     before = content(finished)
-    done = train(recipe, "run.name=finished", "training.max_steps=2", "loss.temperature=2.0", resume="auto")
-    assert_one_block(done, "holds the run of another recipe", "loss.temperature: 1.0 there, 2.0 here")
+    done = train(
+        recipe, "run.name=finished", "training.max_steps=2", "loss.temperature=2.0", resume="auto"
+    )
+    assert_one_block(
+        done, "holds the run of another recipe", "loss.temperature: 1.0 there, 2.0 here"
+    )
     assert content(finished) == before
 
 
@@ -96,18 +116,41 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_when_allowed(recipe):
         "training.skip_nonfinite=3",
     )  # fmt: skip
     assert_one_block(done, "training.skip_nonfinite = 3 allows no more such steps")
-    records = [json.loads(line) for line in (recipe.parent / "runs/skips/metrics.jsonl").read_text().splitlines()]
-    assert [record["skipped"] for record in records].count(True) == 4  # three allowed, one that stops
+    records = [
+        json.loads(line)
+        for line in (recipe.parent / "runs/skips/metrics.jsonl").read_text().splitlines()
+    ]
+    assert [record["skipped"] for record in records].count(
+        True
+    ) == 4  # three allowed, one that stops
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(launch, recipe, launcher):
-    arguments = [TRAIN, "--recipe", str(recipe), "--set", "run.name=odd", "--set", "training.global_batch_size=6"]
+    arguments = [
+        TRAIN,
+        "--recipe",
+        str(recipe),
+        "--set",
+        "run.name=odd",
+        "--set",
+        "training.global_batch_size=6",
+    ]
     if launcher == "deepspeed":
         done = launch(*arguments)
     else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            *arguments,
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        )
     assert done.returncode != 0
     assert done.stderr.count("cannot be divided over 2 ranks: run on 1 or 3 ranks") == 1
     assert not (recipe.parent / "runs" / "odd").exists()
@@ -116,14 +159,22 @@ def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(launch,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("teacher.model=no/such/folder", "teacher.model = 'no/such/folder': no such file or folder"),
+        (
+            "teacher.model=no/such/folder",
+            "teacher.model = 'no/such/folder': no such file or folder",
+        ),
         ("data.path=missing.jsonl", "data.path = 'missing.jsonl': no such file or folder"),
-        ("deepspeed.student=zero9.json", "deepspeed.student = 'zero9.json': no such file; ds_configs/ has "),
+        (
+            "deepspeed.student=zero9.json",
+            "deepspeed.student = 'zero9.json': no such file; ds_configs/ has ",
+        ),
     ],
 )
 def test_check_finds_what_is_missing_without_loading_anything(recipe, override, message):
     command = [sys.executable, TRAIN, "--recipe", str(recipe), "--set", override, "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert_one_block(done, message)
 
@@ -147,7 +198,12 @@ def test_a_corrected_recipe_may_take_over_the_folder_of_a_run_that_never_took_a_
 
 def test_resume_from_a_path_goes_back_and_sets_later_checkpoints_aside(recipe, finished):
     folder = recipe.parent / "runs" / "back"
-    overrides = ("run.name=back", "training.max_steps=6", "training.checkpoint_every=2", "training.keep_last=9")
+    overrides = (
+        "run.name=back",
+        "training.max_steps=6",
+        "training.checkpoint_every=2",
+        "training.keep_last=9",
+    )
     assert train(recipe, *overrides).returncode == 0
     losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
     other = train(recipe, *overrides, resume=str(finished / "checkpoints" / "step_2"))
@@ -179,6 +235,8 @@ def test_another_seed_or_other_data_is_not_a_continuation(recipe, finished):
 def test_several_processes_without_ranks_are_an_error(recipe):
     environment = {**os.environ, "SLURM_NTASKS": "2"}
     command = [sys.executable, TRAIN, "--recipe", str(recipe), "--set", "run.name=no_ranks"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert_one_block(done, "SLURM_NTASKS = 2, but RANK is not set")
     assert not (recipe.parent / "runs" / "no_ranks").exists()

@@ -1,4 +1,6 @@
-"""launch/hosts.sh refuses bad arguments and variables that would not arrive, before it reaches for any host."""
+"""launch/hosts.sh refuses bad arguments and variables that would not arrive, before it reaches for
+any host.
+"""
 
 import os
 import subprocess
@@ -11,7 +13,9 @@ HOSTFILE = str(ROOT / "launch/hostfile.example")
 RECIPE = ["--recipe", "tiny_trunc50"]
 
 
-def hosts_sh(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def hosts_sh(
+    *arguments: str, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(ROOT / "launch/hosts.sh"), *arguments],
         cwd=cwd,
@@ -31,7 +35,10 @@ def hosts_sh(*arguments: str, cwd: Path = ROOT, **environment: str) -> subproces
         (["--restarts", "many", HOSTFILE, *RECIPE], "--restarts many: give a whole number"),
         (["--node-rank", "2", HOSTFILE, *RECIPE], "--node-rank 2: "),
         ([HOSTFILE], "--recipe"),
-        ([HOSTFILE, *RECIPE, "--resume", "runs/a/checkpoints/step_4"], "--resume: every start here continues from"),
+        (
+            [HOSTFILE, *RECIPE, "--resume", "runs/a/checkpoints/step_4"],
+            "--resume: every start here continues from",
+        ),
         ([HOSTFILE, "--recipe", "tiny_trunc51"], "Did you mean tiny_trunc"),
     ],
 )
@@ -61,7 +68,10 @@ def test_a_line_of_variables_that_would_not_arrive_as_it_stands_is_refused(tmp_p
 def test_the_variables_and_the_hostfile_that_are_shipped_are_read_by_deepspeeds_own_parsers():
     from deepspeed.launcher.runner import _parse_hostfile
 
-    assert _parse_hostfile((ROOT / "launch/hostfile.example").read_text().splitlines()) == {"node-1": 8, "node-2": 8}
+    assert _parse_hostfile((ROOT / "launch/hostfile.example").read_text().splitlines()) == {
+        "node-1": 8,
+        "node-2": 8,
+    }
     for line in (ROOT / "launch/nodes.env").read_text().splitlines():
         key, value = line.split("=", maxsplit=1)  # as runner.py does
         assert key.isidentifier()

@@ -1,4 +1,6 @@
-"""launch/plan.py: what it says of shipped recipes without data or network, of data that are here, and of bad input."""
+"""launch/plan.py: what it says of shipped recipes without data or network, of data that are here,
+and of bad input.
+"""
 
 import importlib.util
 import json
@@ -27,7 +29,9 @@ SHIPPED = [name for name in NAMES if not load_recipe(name).student.model.startsw
 
 
 def report_of(monkeypatch: pytest.MonkeyPatch, recipe: str, *arguments: str) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--recipe", recipe, "--gpus-per-node=2", *arguments])
+    monkeypatch.setattr(
+        sys, "argv", ["plan.py", "--recipe", recipe, "--gpus-per-node=2", *arguments]
+    )
     return script.make_report(script.parse_args())
 
 
@@ -39,16 +43,26 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_a_shipped_recipe_is_planned_in_a_table_and_as_json_without_gpu_data_or_network(tmp_path: Path):
+def test_a_shipped_recipe_is_planned_in_a_table_and_as_json_without_gpu_data_or_network(
+    tmp_path: Path,
+):
     output = tmp_path / "plan.json"
     arguments = ["--recipe", QWEN, "--gpus-per-node", "8", "--gpu", "h100", "--json", str(output)]
     command = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert [plan["keep_fraction"] for plan in report["plans"]] == [0.25, 0.5, 0.75, 1.0]
-    assert report["lengths"].startswith("not of the data: 8000 training rows, all as long as the longest")
-    for text in ("truncation.max_full_tokens", "the data were not read: ", "keep 0.75 on h100: fits in 79.6 GiB"):
+    assert report["lengths"].startswith(
+        "not of the data: 8000 training rows, all as long as the longest"
+    )
+    for text in (
+        "truncation.max_full_tokens",
+        "the data were not read: ",
+        "keep 0.75 on h100: fits in 79.6 GiB",
+    ):
         assert done.stdout.count(text) == 1, done.stdout
     for plan in report["plans"]:
         assert plan["num_steps"] == 2 * 8000 // 32
@@ -56,7 +70,9 @@ def test_a_shipped_recipe_is_planned_in_a_table_and_as_json_without_gpu_data_or_
         assert plan["fits"]
         flops = plan["flops_per_step"]
         assert flops["model"] == flops["teacher"] + flops["student"] + flops["loss"]
-        assert plan["hours"] == pytest.approx(plan["num_steps"] * flops["model"] / (0.4 * 8 * 989e12) / 3600)
+        assert plan["hours"] == pytest.approx(
+            plan["num_steps"] * flops["model"] / (0.4 * 8 * 989e12) / 3600
+        )
         parts = plan["gib_per_rank"]
         total = sum(value for name, value in list(parts.items())[: list(parts).index("total")])
         assert parts["total"] == pytest.approx(total)
@@ -93,9 +109,12 @@ def test_data_that_are_here_give_the_lengths(monkeypatch, recipe: str):
     loaded = load_recipe(recipe)
     examples = load_data(loaded, load_tokenizers(loaded)).train
     assert half["num_steps"] == whole["num_steps"] == 3 * (len(examples) // 8)
-    # The epoch's last, partial batch is dropped: a mean over the others is not quite that over all examples.
+    # The epoch's last, partial batch is dropped: a mean over the others is not quite that over all
+    # examples.
     assert half["tokens_per_step"] == pytest.approx(8 * examples.num_read_tokens.mean(), rel=0.02)
-    assert whole["tokens_per_step"] == pytest.approx(8 * examples.num_tokens_N3.sum(1).mean(), rel=0.02)
+    assert whole["tokens_per_step"] == pytest.approx(
+        8 * examples.num_tokens_N3.sum(1).mean(), rel=0.02
+    )
     assert whole["longest_sequence_tokens"] == examples.num_tokens_N3.sum(1).max()
 
 
@@ -106,11 +125,15 @@ def test_batches_are_planned_as_they_are_collated(recipe: str):
     from kd.plan.lengths import step_lengths
 
     loaded = load_recipe(recipe, ["data.random_mask_fraction=0.3", 'data.loss_sections=["cot"]'])
-    loader = Loader(load_data(loaded, load_tokenizers(loaded)).train, 8, 2, 0, 0, pad_to_multiple_of=8)
+    loader = Loader(
+        load_data(loaded, load_tokenizers(loaded)).train, 8, 2, 0, 0, pad_to_multiple_of=8
+    )
     for step in range(3):
         lengths = step_lengths(loader, step)
         batches = [batch for rank in range(2) for batch in loader.micro_batches(step, rank, 2)]
-        assert sorted(lengths.padded_N) == sorted(np.repeat([batch.input_ids.shape[1] for batch in batches], 2))
+        assert sorted(lengths.padded_N) == sorted(
+            np.repeat([batch.input_ids.shape[1] for batch in batches], 2)
+        )
         assert lengths.read_N.sum() == sum(batch.num_input_tokens for batch in batches)
         assert lengths.supervised_N.sum() == sum(batch.num_supervised for batch in batches)
 
@@ -135,14 +158,27 @@ def test_rows_that_a_truncation_leaves_without_a_label_are_not_counted(monkeypat
 
 
 def test_figures_take_the_place_of_the_data(monkeypatch, recipe: str):
-    report = report_of(monkeypatch, recipe, "--mean-tokens=40", "--max-tokens=60", "--rows=80", "--keep=0.5")
+    report = report_of(
+        monkeypatch, recipe, "--mean-tokens=40", "--max-tokens=60", "--rows=80", "--keep=0.5"
+    )
     (plan,) = report["plans"]
-    assert "80 training rows, 40 tokens on average, as stated, at most 60 (as stated)" in report["lengths"]
-    assert (plan["tokens_per_step"], plan["longest_sequence_tokens"], plan["num_steps"]) == (8 * 20, 30, 30)
+    assert (
+        "80 training rows, 40 tokens on average, as stated, at most 60 (as stated)"
+        in report["lengths"]
+    )
+    assert (plan["tokens_per_step"], plan["longest_sequence_tokens"], plan["num_steps"]) == (
+        8 * 20,
+        30,
+        30,
+    )
 
 
 def test_what_does_not_fit_is_said_with_what_would(monkeypatch):
-    settings = ("--set=student.gradient_checkpointing=false", "--set=training.micro_batch_size=4", "--gpu=l40s")
+    settings = (
+        "--set=student.gradient_checkpointing=false",
+        "--set=training.micro_batch_size=4",
+        "--gpu=l40s",
+    )
     (plan,) = report_of(monkeypatch, QWEN, *settings, "--keep=1.0")["plans"]
     assert plan["fits"] is False
     assert "do not fit in 45.0 GiB; " in plan["verdict"]
@@ -169,7 +205,9 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch):
         ("--set=truncation.keep=1", "truncation"),
     ],
 )
-def test_a_bad_argument_is_named_with_its_value_and_the_remedy(monkeypatch, argument: str, message: str):
+def test_a_bad_argument_is_named_with_its_value_and_the_remedy(
+    monkeypatch, argument: str, message: str
+):
     with pytest.raises(UserError) as error:
         report_of(monkeypatch, QWEN, argument)
     assert message in str(error.value)

@@ -1,4 +1,6 @@
-"""launch/preflight.py: one line per check, each figure or remedy in it, and a status that is not 0 when one fails."""
+"""launch/preflight.py: one line per check, each figure or remedy in it, and a status that is not 0
+when one fails.
+"""
 
 import os
 import re
@@ -41,20 +43,28 @@ def small_disk(tmp_path):
         yield folder
 
 
-def preflight(recipe: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def preflight(
+    recipe: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """As a user calls it: it starts the ranks itself."""
     command = [sys.executable, PREFLIGHT, "--recipe", str(recipe), *arguments]
     env = {**os.environ, "MASTER_PORT": free_port(), **environment}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
-def start_rank(recipe: Path, rank: int, port: str, *arguments: str, wrapper: tuple = (), **environment: str):
+def start_rank(
+    recipe: Path, rank: int, port: str, *arguments: str, wrapper: tuple = (), **environment: str
+):
     """One rank of two, as a launcher starts it."""
     variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
     command = [*wrapper, sys.executable, PREFLIGHT, "--recipe", str(recipe), *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables}, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **variables}, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def statuses(output: str) -> dict[str, str]:
@@ -85,7 +95,13 @@ def test_what_is_well_is_one_line_each_and_leaves_nothing_behind(recipe):
 @pytest.mark.fault
 def test_each_thing_that_is_wrong_is_a_line_with_its_remedy(recipe, small_disk):
     done = preflight(
-        recipe, "--min-bandwidth", "1e9", "--set", f"run.output_dir={small_disk}", "--set", "data.path=gone.jsonl"
+        recipe,
+        "--min-bandwidth",
+        "1e9",
+        "--set",
+        f"run.output_dir={small_disk}",
+        "--set",
+        "data.path=gone.jsonl",
     )
     assert done.returncode == 1
     found = statuses(done.stdout)
@@ -121,10 +137,19 @@ def test_checkpoints_that_are_there_need_no_room_again(recipe, tmp_path):
 @pytest.mark.dist
 @pytest.mark.fault
 def test_a_folder_that_is_not_shared_and_a_variable_that_did_not_arrive_are_found(recipe):
-    """Rank 1 has a disk of its own at the place of run.output_dir, as a host without the mount has."""
+    """Rank 1 has a disk of its own at the place of run.output_dir, as a host without the mount
+    has.
+    """
     folder, port = recipe.parent / "runs", free_port()
     folder.mkdir(exist_ok=True)
-    own_disk = ("unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none "$0"; exec "$@"', str(folder))
+    own_disk = (
+        "unshare",
+        "--mount",
+        "sh",
+        "-ec",
+        'mount -t tmpfs none "$0"; exec "$@"',
+        str(folder),
+    )
     ranks = [
         start_rank(recipe, 0, port),
         start_rank(recipe, 1, port, wrapper=own_disk, NVIDIA_TF32_OVERRIDE="0"),
@@ -132,7 +157,10 @@ def test_a_folder_that_is_not_shared_and_a_variable_that_did_not_arrive_are_foun
     (output, errors), _ = (rank.communicate(timeout=200) for rank in ranks)
     assert [rank.returncode for rank in ranks] == [1, 1], errors[-3000:]
     found = statuses(output)
-    assert [name for name, status in found.items() if status == "FAIL"] == ["same everywhere", "shared folder"]
+    assert [name for name, status in found.items() if status == "FAIL"] == [
+        "same everywhere",
+        "shared folder",
+    ]
     assert "NVIDIA_TF32_OVERRIDE = None on rank 0, '0' there" in line_of(output, "same everywhere")
     assert "1 of 2 ranks do not see what rank 0 writes" in line_of(output, "shared folder")
 

@@ -1,4 +1,6 @@
-"""What launch/submit.py finds before it submits, and the scripts that it writes; tests/slurm runs them."""
+"""What launch/submit.py finds before it submits, and the scripts that it writes; tests/slurm runs
+them.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ def recipe(tmp_path_factory) -> Path:
     return write_tiny_recipe(tmp_path_factory.mktemp("submit"), num_rows=30)
 
 
-def submit(recipe: Path | str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def submit(
+    recipe: Path | str, *arguments: str, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(recipe), *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
 
@@ -40,14 +44,22 @@ def shell_values(script: str, name: str) -> list[str]:
     """What bash makes of a variable that stands above the first line of train.sbatch itself."""
     prologue = script[: script.index("\nsource --")]
     show = f'{prologue}\nprintf "%s\\0" "${{{name}[@]}}"'
-    return subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    return subprocess.run(
+        ["bash", "-c", show], capture_output=True, text=True, check=True
+    ).stdout.split("\0")[:-1]
 
 
 def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tmp_path):
     folder = tmp_path / "it's $HOME & 50 %j; `x`"
     folder.mkdir()
     shutil.copy(ROOT / "README.md", folder / "problems.jsonl")
-    arguments = ("--nodes=2", "--gpus-per-node=2", "--time=1-0", "--evaluate", "--array-over=keep_fraction=0.25,1.0")
+    arguments = (
+        "--nodes=2",
+        "--gpus-per-node=2",
+        "--time=1-0",
+        "--evaluate",
+        "--array-over=keep_fraction=0.25,1.0",
+    )
     settings = ("--set=run.output_dir=my runs", "--set=evaluation.path=problems.jsonl")
     done = submit(recipe, *arguments, *settings, "--dry-run", "--", "--mem=0", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -59,12 +71,20 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         '--array="0-1"', f'--output="{escaped}/train-%A_%a.out"', "--requeue", '--open-mode="append"', '--mem="0"',
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in train
-    for line in ('--nodes="1"', '--ntasks="1"', '--gpus-per-node="1"', '--array="0-1"', '--mem="0"'):
+    for line in (
+        '--nodes="1"',
+        '--ntasks="1"',
+        '--gpus-per-node="1"',
+        '--array="0-1"',
+        '--mem="0"',
+    ):
         assert f"#SBATCH {line}\n" in evaluate
     runs = [f"{folder}/my runs/tiny_test-keep_fraction={value}" for value in ("0.25", "1.0")]
     assert shell_values(train, "runs") == runs
     assert shell_values(train, "work_dir") == [str(folder)]
-    assert shell_values(train, "recipes") == [f"{folder}/my runs/tiny_test/slurm/1/recipe_{i}.json" for i in (0, 1)]
+    assert shell_values(train, "recipes") == [
+        f"{folder}/my runs/tiny_test/slurm/1/recipe_{i}.json" for i in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,21 +94,45 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         (("--gpus-per-node=2", "--tasks-per-node=2"), "say how many ranks with --tasks-per-node"),
         (("--gpus-per-node=3",), "cannot be divided over 3 ranks: run on 1, 2 or 4 ranks"),
         ((*ON_CPUS, "--nodes=0"), "--nodes 0: at least 1 is needed"),
-        ((*ON_CPUS, "--time=11"), "--time 11 is over when the signal comes, 600 s (--signal-seconds)"),
-        ((*ON_CPUS, "--time=soon"), "--time soon: write minutes, hours:minutes:seconds or days-hours"),
+        (
+            (*ON_CPUS, "--time=11"),
+            "--time 11 is over when the signal comes, 600 s (--signal-seconds)",
+        ),
+        (
+            (*ON_CPUS, "--time=soon"),
+            "--time soon: write minutes, hours:minutes:seconds or days-hours",
+        ),
         ((*ON_CPUS, "--setup=no file"), "--setup no file: no such file"),
         ((*ON_CPUS, "--container=image.sif"), "--container image.sif: no such image"),
         ((*ON_CPUS, "--evaluate"), "evaluation.path is not set, nor is evaluation.tasks"),
         ((*ON_CPUS, "--keep=2"), "--keep 2: write a fraction above 0 and at most 1"),
-        ((*ON_CPUS, "--keep=0.5", "--array-over=seed=1,2"), "the axes of a study make an array of their own"),
-        ((*ON_CPUS, "--array-over=keep_fraction"), "write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5"),
-        ((*ON_CPUS, "--array-over=keep=0.5"), "keep is in no section of a recipe; write section.key"),
-        ((*ON_CPUS, "--array-over=model=a,b"), "model is in teacher and student; write section.key"),
+        (
+            (*ON_CPUS, "--keep=0.5", "--array-over=seed=1,2"),
+            "the axes of a study make an array of their own",
+        ),
+        (
+            (*ON_CPUS, "--array-over=keep_fraction"),
+            "write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5",
+        ),
+        (
+            (*ON_CPUS, "--array-over=keep=0.5"),
+            "keep is in no section of a recipe; write section.key",
+        ),
+        (
+            (*ON_CPUS, "--array-over=model=a,b"),
+            "model is in teacher and student; write section.key",
+        ),
         ((*ON_CPUS, "--array-over=keep_fraction=0.5,2"), "truncation.keep_fraction = 2"),
         ((*ON_CPUS, "--array-over=data.path=a/b,a-b"), "two values would share a run"),
-        ((*ON_CPUS, "--set=teacher.model=no/such/model"), "teacher.model = 'no/such/model': no such file or folder"),
+        (
+            (*ON_CPUS, "--set=teacher.model=no/such/model"),
+            "teacher.model = 'no/such/model': no such file or folder",
+        ),
         ((*ON_CPUS, "--set=run.name=a:b"), "a:b' has ':' in it"),
-        ((*ON_CPUS, "--", "--mem", "0"), "'0', after --, is no option of sbatch: write --name=value"),
+        (
+            (*ON_CPUS, "--", "--mem", "0"),
+            "'0', after --, is no option of sbatch: write --name=value",
+        ),
         ((*ON_CPUS, "--", "--comment=a\nb"), "an option of sbatch is one line"),
     ],
 )
@@ -100,10 +144,14 @@ def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments
 def test_an_input_that_only_the_repository_has_does_not_reach_a_copy_of_it(recipe, tmp_path):
     assert_refused(
         submit(recipe, *ON_CPUS, "--set=data.path=README.md", cwd=tmp_path),
-        f"data.path = 'README.md' is in {ROOT}, and jobs run from a copy of its code: submit from there",
+        f"data.path = 'README.md' is in {ROOT}, and jobs run from a copy of its code: submit from "
+        f"there",
     )
     assert submit(recipe, *ON_CPUS, "--set=data.path=README.md", "--dry-run").returncode == 0
-    models = ("--set=student.model=recipes/assets/tiny/student_base", "--dry-run")  # which are copied
+    models = (
+        "--set=student.model=recipes/assets/tiny/student_base",
+        "--dry-run",
+    )  # which are copied
     assert submit(recipe, *ON_CPUS, *models, cwd=tmp_path).returncode == 0
 
 
@@ -142,26 +190,43 @@ def test_the_cells_of_a_study_that_are_not_trained_yet_are_tasks_of_an_array(rec
 def test_what_does_not_fit_is_refused_with_what_would(recipe, tmp_path):
     where = ("--nodes=1", "--gpus-per-node=1", f"--set=run.output_dir={tmp_path}", "--dry-run")
     large = [sys.executable, str(ROOT / "launch" / "submit.py"), "qwen3_8b_to_4b_trunc50", *where]
-    done = subprocess.run([*large, "--gpu=a100-40gb"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*large, "--gpu=a100-40gb"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert_refused(done, "--gpu a100-40gb: ")
     assert "do not fit in 39.4 GiB" in done.stderr
     assert "would do (" in done.stderr
-    assert subprocess.run(large, cwd=ROOT, capture_output=True, text=True, check=False).returncode == 0
-    assert_refused(submit(recipe, "--gpus-per-node=1", "--gpu=abacus", "--dry-run"), "--gpu abacus: choose from a100")
+    assert (
+        subprocess.run(large, cwd=ROOT, capture_output=True, text=True, check=False).returncode == 0
+    )
+    assert_refused(
+        submit(recipe, "--gpus-per-node=1", "--gpu=abacus", "--dry-run"),
+        "--gpu abacus: choose from a100",
+    )
 
 
 def test_without_slurm_nothing_is_left_behind(recipe, tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(recipe), *ON_CPUS]
     command += [f"--set=run.output_dir={tmp_path}/runs"]
-    done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, timeout=60, check=False)
-    assert_refused(done, "sbatch is not here: submit where SLURM is, or look at the script with --dry-run")
+    done = subprocess.run(
+        command, env={"PATH": ""}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert_refused(
+        done, "sbatch is not here: submit where SLURM is, or look at the script with --dry-run"
+    )
     assert not (tmp_path / "runs" / "tiny_test").exists()
 
 
 def test_a_container_sees_the_current_directory_and_the_runs(recipe, tmp_path):
     image = tmp_path / "an image.sif"
     image.touch()
-    done = submit(recipe, "--gpus-per-node=4", f"--container={image}", f"--set=run.output_dir={tmp_path}", "--dry-run")
+    done = submit(
+        recipe,
+        "--gpus-per-node=4",
+        f"--container={image}",
+        f"--set=run.output_dir={tmp_path}",
+        "--dry-run",
+    )
     assert shell_values(done.stdout, "container") == [
         "apptainer", "exec", "--nv", "--bind", str(ROOT), "--bind", str(tmp_path), str(image)
     ]  # fmt: skip
@@ -171,9 +236,19 @@ def begin(job: Job, setup: Path, then: str) -> subprocess.CompletedProcess[str]:
     """The script of the second task of an array as far as job.sh, and something after it."""
     script = train_script(job, JobRequest(1, 0, 2, 60, setup=setup))
     beginning = script[: script.index("\nnewest_step()")]
-    variables = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "PATH": os.environ["PATH"]}
+    variables = {
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n",
+        "PATH": os.environ["PATH"],
+    }
     return subprocess.run(
-        ["bash", "-c", f"{beginning}\n{then}"], cwd="/", env=variables, capture_output=True, text=True, check=False
+        ["bash", "-c", f"{beginning}\n{then}"],
+        cwd="/",
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -192,7 +267,16 @@ def test_a_job_begins_with_its_own_code_recipe_and_environment(tmp_path, commit)
     assert done.returncode == 0, done.stdout + done.stderr
     code, run = str(folder / "code"), str(tmp_path / "run b")
     values = done.stdout.split("\n", 1)[1].split("\0")[:-1]
-    assert values == [run, str(recipes[1]), code, commit, "a $(b) 'c'", "1", "-yes", str(Path.cwd())]
+    assert values == [
+        run,
+        str(recipes[1]),
+        code,
+        commit,
+        "a $(b) 'c'",
+        "1",
+        "-yes",
+        str(Path.cwd()),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -225,17 +309,37 @@ def test_an_array_gives_each_value_a_run_of_its_own(recipe):
 
 
 def test_options_of_sbatch_are_quoted_as_sbatch_reads_them():
-    request = JobRequest(1, 0, 2, 60, constraint='[a&b] "c" \\d', more_options=("--exclusive", "--comment=it's #1"))
-    job = Job("a name/'$x", Path("/runs/a name"), (Path("/runs/a"),), (Path("/runs/a/recipe.json"),), "abc")
+    request = JobRequest(
+        1, 0, 2, 60, constraint='[a&b] "c" \\d', more_options=("--exclusive", "--comment=it's #1")
+    )
+    job = Job(
+        "a name/'$x",
+        Path("/runs/a name"),
+        (Path("/runs/a"),),
+        (Path("/runs/a/recipe.json"),),
+        "abc",
+    )
     script = train_script(job, request)
-    for line in ('--constraint="[a&b] \\"c\\" \\\\d"', "--exclusive", '--comment="it\'s #1"', '--job-name="a-name-x"'):
+    for line in (
+        '--constraint="[a&b] \\"c\\" \\\\d"',
+        "--exclusive",
+        '--comment="it\'s #1"',
+        '--job-name="a-name-x"',
+    ):
         assert f"#SBATCH {line}\n" in script
     assert "gpus-per-node" not in script
 
 
 @pytest.mark.parametrize(
     ("time", "seconds"),
-    [("90", 5400), ("1:30", 90), ("2:00:05", 7205), ("1-2", 93600), ("1-2:3", 93780), ("1-2:3:4", 93784)],
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:05", 7205),
+        ("1-2", 93600),
+        ("1-2:3", 93780),
+        ("1-2:3:4", 93784),
+    ],
 )
 def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int):
     assert seconds_of(time) == seconds

@@ -4,8 +4,12 @@ import os
 
 import pytest
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by tests/tiny.py where there is no GPU
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # set by tests/tiny.py where there is no GPU
 BACKENDS = [
     "torch",
-    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="compiled here: see test_gpu.py")),
+    pytest.param(
+        "triton", marks=pytest.mark.skipif(not INTERPRETED, reason="compiled here: see test_gpu.py")
+    ),
 ]

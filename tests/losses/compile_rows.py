@@ -1,7 +1,8 @@
-"""Compiles the row kernel for a GPU that is not there, by the loss itself, and prints what came of it as JSON.
+"""Compiles the row kernel for a GPU that is not there, by the loss itself, and prints what came of
+it as JSON.
 
-Triton's own launcher runs, up to the launch: its specialisation and its cache are those of a GPU's. A script, for in
-the process of the other tests Triton interprets.
+Triton's own launcher runs, up to the launch: its specialisation and its cache are those of a GPU's.
+A script, for in the process of the other tests Triton interprets.
 """
 
 import dataclasses
@@ -44,8 +45,11 @@ def compile_for(capability):
     triton.runtime.driver.set_active(driver)
     row_kernel.device_caches.clear()
     launch = type(row_kernel).run
-    row_kernel.run = lambda *args, **options: launch(row_kernel, *args, **options | {"warmup": True})
-    # bf16 operands and fp32 products, as on CUDA, without the products, for which the CPU has no kernel
+    row_kernel.run = lambda *args, **options: launch(
+        row_kernel, *args, **options | {"warmup": True}
+    )
+    # bf16 operands and fp32 products, as on CUDA, without the products, for which the CPU has no
+    # kernel
     kd.losses.heads.operand = lambda tensor, _: tensor
     kd.losses.chunked.product = _no_product
     kd.losses.chunked.addmm_ = lambda *_, is_first: None
@@ -63,10 +67,19 @@ def compiled():
 def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True, shard=None):
     """The chunk loop on the CPU, with whatever a kernel that never ran leaves."""
     dtype = torch.bfloat16
-    weights = (torch.zeros(VOCAB_SIZE, 4, dtype=dtype).requires_grad_(), torch.zeros(VOCAB_SIZE, 6, dtype=dtype))
+    weights = (
+        torch.zeros(VOCAB_SIZE, 4, dtype=dtype).requires_grad_(),
+        torch.zeros(VOCAB_SIZE, 6, dtype=dtype),
+    )
     bias = None if softcap is None else torch.zeros(VOCAB_SIZE, dtype=dtype)
     inputs = supervised_inputs(
-        Projection(torch.zeros(num_rows, 4, dtype=dtype), weights[0], bias, softcap, 1.0 if softcap is None else 0.5),
+        Projection(
+            torch.zeros(num_rows, 4, dtype=dtype),
+            weights[0],
+            bias,
+            softcap,
+            1.0 if softcap is None else 0.5,
+        ),
         Projection(torch.zeros(num_rows, 6, dtype=dtype), weights[1]),
         torch.zeros(num_rows, dtype=torch.int64),
         objective or Objective(),
@@ -79,17 +92,24 @@ def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True, 
     )
     inputs = dataclasses.replace(inputs, shard=shard)
     values = RowValues.empty(inputs, diagnostics=diagnostics)
-    chunked_loss(inputs, fill_from_teacher(inputs, triton_rows, plan, values), values, plan.student_rows)
+    chunked_loss(
+        inputs, fill_from_teacher(inputs, triton_rows, plan, values), values, plan.student_rows
+    )
 
 
 def resources(kernel):
-    """Registers, bytes of stack and of local memory (spilled registers) of a thread, as NVIDIA's tool reads them."""
+    """Registers, bytes of stack and of local memory (spilled registers) of a thread, as NVIDIA's
+    tool reads them.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = subprocess.check_output([CUOBJDUMP, "-res-usage", file.name], text=True)
     (line,) = (line for line in text.splitlines() if "REG:" in line)
-    return {key: int(value) for key, value in (part.split(":") for part in line.split() if part.count(":") == 1)}
+    return {
+        key: int(value)
+        for key, value in (part.split(":") for part in line.split() if part.count(":") == 1)
+    }
 
 
 def main():

@@ -13,7 +13,9 @@ from kd.losses import DistillationLoss, distillation_loss
 
 @dataclass(frozen=True)
 class Problem:
-    """The five positional arguments of distillation_loss, and biases for the tests that want them."""
+    """The five positional arguments of distillation_loss, and biases for the tests that want
+    them.
+    """
 
     student_hidden: Tensor
     student_head: Tensor
@@ -29,7 +31,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A result, and the gradients of student hidden states, head and bias: None where none arrived."""
+    """A result, and the gradients of student hidden states, head and bias: None where none
+    arrived.
+    """
 
     result: DistillationLoss
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -80,8 +84,12 @@ def _evaluate(
     )
     if bias:
         options |= {"student_bias": student_bias, "teacher_bias": problem.teacher_bias}
-    teacher_hidden, teacher_head = (problem.teacher_hidden, problem.teacher_head) if teacher else (None, None)
-    result = distillation_loss(hidden, head, teacher_hidden, teacher_head, problem.labels, **options)
+    teacher_hidden, teacher_head = (
+        (problem.teacher_hidden, problem.teacher_head) if teacher else (None, None)
+    )
+    result = distillation_loss(
+        hidden, head, teacher_hidden, teacher_head, problem.labels, **options
+    )
     result.loss.backward(torch.full_like(result.loss, grad_output))
     return Outcome(result, (hidden.grad, head.grad, student_bias.grad))
 

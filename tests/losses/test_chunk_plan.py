@@ -45,7 +45,9 @@ def test_a_plan_is_logged_once_whatever_the_number_of_rows(make_problem, caplog)
     for num_rows in (13, 7):
         p = make_problem((num_rows,), vocab_sizes=(41, 41))
         with caplog.at_level(logging.INFO, "kd.losses"):
-            distillation_loss(p.student_hidden, p.student_head, p.teacher_hidden, p.teacher_head, p.labels)
+            distillation_loss(
+                p.student_hidden, p.student_head, p.teacher_hidden, p.teacher_head, p.labels
+            )
     (record,) = caplog.records
     assert "backend torch, logits in float64" in record.getMessage()
     assert "student and" in record.getMessage()

@@ -1,4 +1,6 @@
-"""What the chunked loss costs: products, memory, waits for the device, and what it keeps for backward."""
+"""What the chunked loss costs: products, memory, waits for the device, and what it keeps for
+backward.
+"""
 
 import subprocess
 import sys
@@ -22,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Elements of the largest tensor made while it is on, and bytes of all of them at their peak."""
+    """Elements of the largest tensor made while it is on, and bytes of all of them at their
+    peak.
+    """
 
     def __init__(self):
         super().__init__()
@@ -76,7 +80,12 @@ def test_no_tensor_larger_than_a_chunk_of_logits_is_made(make_problem, divergenc
 
 
 def test_peak_memory_grows_by_hidden_states_alone(make_problem):
-    sizes = {"hidden_sizes": (8, 12), "vocab_sizes": (400, 400), "ignored": 0, "dtype": torch.float32}
+    sizes = {
+        "hidden_sizes": (8, 12),
+        "vocab_sizes": (400, 400),
+        "ignored": 0,
+        "dtype": torch.float32,
+    }
     peak = {}
     for num_rows in (512, 2048):
         problem = make_problem((num_rows,), **sizes)
@@ -86,7 +95,9 @@ def test_peak_memory_grows_by_hidden_states_alone(make_problem):
     assert peak[2048] - peak[512] <= (2048 - 512) * bytes_of_a_row < 0.2 * (2048 - 512) * 4 * 400
 
 
-def test_logits_of_both_chunks_and_blocks_of_intermediates_are_all_that_lives(make_problem, monkeypatch):
+def test_logits_of_both_chunks_and_blocks_of_intermediates_are_all_that_lives(
+    make_problem, monkeypatch
+):
     monkeypatch.setattr("kd.losses.row_functions.CPU_BLOCK_ELEMENTS", 400)
     num_rows, vocab_size, chunk_size = 512, 400, 128
     problem = make_problem((num_rows,), (4, 4), (vocab_size, vocab_size), dtype=torch.float32)
@@ -128,10 +139,13 @@ def test_products_are_the_fewest_possible(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_with_row_index_nothing_reads_a_value_from_the_device(make_problem, divergence, dtype, monkeypatch):
+def test_with_row_index_nothing_reads_a_value_from_the_device(
+    make_problem, divergence, dtype, monkeypatch
+):
     """The meta device has no values: a branch on one, an item() or a nonzero() raises there.
 
-    It knows the products of bf16 operands into fp32 that only CUDA runs, and so shows that dtypes fit.
+    It knows the products of bf16 operands into fp32 that only CUDA runs, and so shows that dtypes
+    fit.
     """
     monkeypatch.setattr("kd.losses.heads.operand", lambda tensor, _: tensor)
     hidden, head, teacher_hidden, teacher_head, labels, bias, _ = (
@@ -151,7 +165,9 @@ def test_with_row_index_nothing_reads_a_value_from_the_device(make_problem, dive
         logits_dtype=None,
     )
     values = RowValues.empty(inputs, diagnostics=True)
-    loss, _, _ = chunked_loss(inputs, fill_from_teacher(inputs, torch_rows, ChunkPlan(4, 2), values), values, 4)
+    loss, _, _ = chunked_loss(
+        inputs, fill_from_teacher(inputs, torch_rows, ChunkPlan(4, 2), values), values, 4
+    )
     loss.backward()
     assert loss.dtype == values.kd_N.dtype == values.diagnostics_N5.dtype == torch.float32
     assert [(t.grad.shape, t.grad.dtype) for t in learners] == [(t.shape, dtype) for t in learners]
@@ -183,7 +199,8 @@ def test_resident_memory_stays_below_one_full_matrix_of_logits():
             distillation_loss(
                 hidden[:rows], head, teacher_hidden[:rows], teacher_head, labels[:rows], **options
             ).loss.backward()
-            # VmHWM and not ru_maxrss: the latter begins at what the parent process held when it forked.
+            # VmHWM and not ru_maxrss: the latter begins at what the parent process held when it
+            # forked.
             (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
             return int(line.split()[1]) * 1024 / (4 * N * V)
 
@@ -191,7 +208,9 @@ def test_resident_memory_stays_below_one_full_matrix_of_logits():
         chunked = peak_after(N, chunk_size=64)
         print(chunked - start, peak_after(N, backend="reference") - start)
     """
-    output = subprocess.check_output([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, text=True)
+    output = subprocess.check_output(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, text=True
+    )
     chunked, reference = map(float, output.split())
     assert chunked < 0.5
     assert reference > 4

@@ -1,4 +1,6 @@
-"""The row kernel compiled for GPUs that need not be there: it fits their registers, and once is enough."""
+"""The row kernel compiled for GPUs that need not be there: it fits their registers, and once is
+enough.
+"""
 
 import json
 import os
@@ -16,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "PYTHONPATH": str(ROOT),
+    }
     script = Path(__file__).with_name("compile_rows.py")
     return json.loads(subprocess.check_output([sys.executable, script], env=environment, text=True))
 

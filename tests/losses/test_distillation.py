@@ -19,7 +19,10 @@ CASES = {
     "one row": ({"rows": (1,), "ignored": 0}, {"chunk_size": 4}),
     "larger student vocabulary": ({"vocab_sizes": (37, 31)}, {"chunk_size": 4}),
     "larger teacher vocabulary": ({"vocab_sizes": (31, 37)}, {"chunk_size": 4}),
-    "vocab_size below both": ({"vocab_sizes": (37, 35)}, {"chunk_size": 4, "vocab_size": 33, "bias": True}),
+    "vocab_size below both": (
+        {"vocab_sizes": (37, 35)},
+        {"chunk_size": 4, "vocab_size": 33, "bias": True},
+    ),
     "high temperature": ({}, {"chunk_size": 4, "temperature": 2.5}),
     "low temperature": ({}, {"chunk_size": 4, "temperature": 0.5}),
     "frozen head": ({}, {"chunk_size": 4, "frozen": ("head",)}),
@@ -32,7 +35,13 @@ CASES = {
     "softcap": ({}, {"chunk_size": 4, "student_softcap": 2.0, "teacher_softcap": 3.0}),
     "bias, scale and softcap": (
         {"vocab_sizes": (37, 31)},
-        {"chunk_size": 4, "bias": True, "student_scale": 0.4, "student_softcap": 2.0, "temperature": 2.0},
+        {
+            "chunk_size": 4,
+            "bias": True,
+            "student_scale": 0.4,
+            "student_softcap": 2.0,
+            "temperature": 2.0,
+        },
     ),
     "token weights": ({}, {"chunk_size": 4, "token_weights": torch.linspace(0, 2, 13)}),
     "mean": ({}, {"chunk_size": 4, "reduction": "mean"}),
@@ -43,14 +52,19 @@ CASES = {
     "kd only": ({}, {"chunk_size": 4, "ce_weight": 0.0}),
     "ce only": ({}, {"chunk_size": 4, "kd_weight": 0.0, "teacher": False}),
     "row_index": ({"ignored": 0}, {"chunk_size": 4, "row_index": torch.tensor([1, 2, 5, 7, 11])}),
-    "two leading dimensions": ({"rows": (3, 5)}, {"chunk_size": 4, "token_weights": torch.rand(3, 5)}),
+    "two leading dimensions": (
+        {"rows": (3, 5)},
+        {"chunk_size": 4, "token_weights": torch.rand(3, 5)},
+    ),
     "other ignore_index": ({"ignored": 0}, {"chunk_size": 4, "ignore_index": 3}),
 }
 
 
 def assert_same(actual, expected):
     for name, value in expected.result._asdict().items():
-        torch.testing.assert_close(getattr(actual.result, name), value, rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(
+            getattr(actual.result, name), value, rtol=1e-10, atol=1e-12, msg=name
+        )
     for gradient, truth in zip(actual.gradients, expected.gradients, strict=True):
         assert (gradient is None) == (truth is None)
         if truth is not None:
@@ -60,7 +74,9 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_values_and_gradients_equal_the_reference(make_problem, evaluate, backend, divergence, case):
+def test_values_and_gradients_equal_the_reference(
+    make_problem, evaluate, backend, divergence, case
+):
     shapes, options = CASES[case]
     problem, options = make_problem(**shapes), OPTIONS | {"divergence": divergence} | options
     expected = evaluate(problem, backend="reference", **options)
@@ -75,16 +91,26 @@ def test_values_and_gradients_equal_the_reference(make_problem, evaluate, backen
 @pytest.mark.parametrize("by_index", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_rows_weights_and_vocabulary_are_those_of_plain_torch(make_problem, backend, reduction, by_index):
-    """The reference and its rivals share this choice, so that no comparison of the two can test it."""
+def test_rows_weights_and_vocabulary_are_those_of_plain_torch(
+    make_problem, backend, reduction, by_index
+):
+    """The reference and its rivals share this choice, so that no comparison of the two can test
+    it.
+    """
     p = make_problem((3, 5), vocab_sizes=(37, 33), ignored=0)
     ignore_index = p.labels[1, 2].item()
     keep = p.labels != ignore_index
     weights = torch.linspace(0.5, 2, 15, dtype=torch.float64).view(3, 5)
     hidden, head = (t.clone().requires_grad_() for t in (p.student_hidden, p.student_head))
-    student, teacher = (hidden @ head[:31].T)[keep], (p.teacher_hidden @ p.teacher_head[:31].T)[keep]
+    student, teacher = (
+        (hidden @ head[:31].T)[keep],
+        (p.teacher_hidden @ p.teacher_head[:31].T)[keep],
+    )
     log_q, log_p = (student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1)
-    kd = 4 * (F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * weights[keep]).sum()
+    kd = (
+        4
+        * (F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * weights[keep]).sum()
+    )
     ce = (F.cross_entropy(student, p.labels[keep], reduction="none") * weights[keep]).sum()
     if reduction == "mean":
         kd, ce = kd / weights[keep].sum(), ce / weights[keep].sum()
@@ -113,10 +139,14 @@ def test_rows_weights_and_vocabulary_are_those_of_plain_torch(make_problem, back
     torch.testing.assert_close(torch.autograd.grad(result.loss, (hidden, head)), gradients)
 
 
-@pytest.mark.parametrize("empty", [{"rows": (0,)}, {"rows": (0, 5)}, {"rows": (13,), "ignored": 13}])
+@pytest.mark.parametrize(
+    "empty", [{"rows": (0,)}, {"rows": (0, 5)}, {"rows": (13,), "ignored": 13}]
+)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_without_a_supervised_row_zero_is_attached(make_problem, evaluate, backend, reduction, empty):
+def test_without_a_supervised_row_zero_is_attached(
+    make_problem, evaluate, backend, reduction, empty
+):
     problem = make_problem(**empty)
     outcome = evaluate(problem, backend=backend, reduction=reduction, bias=True)
     assert [value.item() for value in outcome.result] == [0, 0, 0, 0]
@@ -127,7 +157,9 @@ def test_without_a_supervised_row_zero_is_attached(make_problem, evaluate, backe
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_mean_over_zero_weights_is_zero(make_problem, evaluate, backend):
-    outcome = evaluate(make_problem(), backend=backend, reduction="mean", token_weights=torch.zeros(13))
+    outcome = evaluate(
+        make_problem(), backend=backend, reduction="mean", token_weights=torch.zeros(13)
+    )
     assert outcome.result.loss == 0
     assert outcome.result.num_tokens == 11
 
@@ -166,7 +198,9 @@ def test_gradients_pass_gradcheck(make_problem, backend, divergence):
         )
         return 3.0 * result.loss
 
-    inputs = [t.clone().requires_grad_() for t in (p.student_hidden, p.student_head, p.student_bias)]
+    inputs = [
+        t.clone().requires_grad_() for t in (p.student_hidden, p.student_head, p.student_bias)
+    ]
     # one random direction instead of every entry where each call takes long
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=backend == "triton")
 
@@ -174,4 +208,6 @@ def test_gradients_pass_gradcheck(make_problem, backend, divergence):
 def test_row_index_gives_what_the_labels_give(make_problem, evaluate):
     problem = make_problem(ignored=4)
     row_index = (problem.labels != -100).nonzero().squeeze(1)
-    assert_same(evaluate(problem, row_index=row_index, chunk_size=4), evaluate(problem, chunk_size=4))
+    assert_same(
+        evaluate(problem, row_index=row_index, chunk_size=4), evaluate(problem, chunk_size=4)
+    )

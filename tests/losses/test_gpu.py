@@ -1,4 +1,6 @@
-"""What only CUDA runs: the compiled kernel, bf16 products that return fp32, the host that never waits, and memory."""
+"""What only CUDA runs: the compiled kernel, bf16 products that return fp32, the host that never
+waits, and memory.
+"""
 
 from dataclasses import replace
 
@@ -7,9 +9,17 @@ import torch
 from test_distillation import CASES, OPTIONS, assert_same
 from test_precision import nearly_matched, relative_error
 
-from kd.losses import DIVERGENCES, distillation_loss, distillation_loss_with_diagnostics, sparse_distillation_loss
+from kd.losses import (
+    DIVERGENCES,
+    distillation_loss,
+    distillation_loss_with_diagnostics,
+    sparse_distillation_loss,
+)
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 BACKENDS = ["torch", "triton"]
 
@@ -19,7 +29,10 @@ def on_gpu(problem):
 
 
 def options_on_gpu(options):
-    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    return {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -28,16 +41,23 @@ def test_values_and_gradients_equal_the_reference(make_problem, evaluate, diverg
     shapes, options = CASES[case]
     problem = on_gpu(make_problem(**shapes))
     options = options_on_gpu(OPTIONS | {"divergence": divergence} | options)
-    assert_same(evaluate(problem, backend="triton", **options), evaluate(problem, backend="reference", **options))
+    assert_same(
+        evaluate(problem, backend="triton", **options),
+        evaluate(problem, backend="reference", **options),
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [2048, 4099, 10000])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_diagnostics_and_gradients_over_many_tiles_equal_those_in_float64(make_problem, divergence, vocab_size):
+def test_diagnostics_and_gradients_over_many_tiles_equal_those_in_float64(
+    make_problem, divergence, vocab_size
+):
     p = on_gpu(make_problem((300,), (32, 48), (vocab_size, vocab_size + 64), dtype=torch.float32))
     results = []
     for problem, backend in ((p.to(torch.float64), "reference"), (p, "triton")):
-        hidden, head = (t.clone().requires_grad_() for t in (problem.student_hidden, problem.student_head))
+        hidden, head = (
+            t.clone().requires_grad_() for t in (problem.student_hidden, problem.student_head)
+        )
         result, diagnostics = distillation_loss_with_diagnostics(
             hidden,
             head,
@@ -61,7 +81,9 @@ def test_diagnostics_and_gradients_over_many_tiles_equal_those_in_float64(make_p
 def test_bfloat16_errs_little_more_than_eager_that_widens_its_products(
     make_problem, evaluate, backend, divergence, match
 ):
-    """Eager: full logits from bf16 products widened to fp32, and bf16 dlogits, since autograd rounds them so."""
+    """Eager: full logits from bf16 products widened to fp32, and bf16 dlogits, since autograd
+    rounds them so.
+    """
     problem = on_gpu(make_problem((256,), (64, 64), (4000, 4000), dtype=torch.bfloat16))
     if match == "nearly matched":
         problem = nearly_matched(problem)
@@ -69,7 +91,9 @@ def test_bfloat16_errs_little_more_than_eager_that_widens_its_products(
     exact = evaluate(problem.to(torch.float64), backend="reference", **options)
     eager = _eager_gradients(problem, divergence)
     actual = evaluate(problem, backend=backend, chunk_size=100, **options)
-    for gradient, eager_gradient, truth in zip(actual.gradients[:2], eager, exact.gradients[:2], strict=True):
+    for gradient, eager_gradient, truth in zip(
+        actual.gradients[:2], eager, exact.gradients[:2], strict=True
+    ):
         assert relative_error(gradient, truth) <= 1.5 * relative_error(eager_gradient, truth)
     torch.testing.assert_close(actual.result.loss.double(), exact.result.loss, rtol=1e-4, atol=0)
 
@@ -78,7 +102,9 @@ def _eager_gradients(problem, divergence):
     from kd.losses import Objective
     from kd.losses.reference import kd_rows
 
-    hidden, head = (t.clone().requires_grad_() for t in (problem.student_hidden, problem.student_head))
+    hidden, head = (
+        t.clone().requires_grad_() for t in (problem.student_hidden, problem.student_head)
+    )
     keep = problem.labels != -100
     student = (hidden[keep] @ head.T).float()
     teacher = (problem.teacher_hidden[keep] @ problem.teacher_head.T).float()
@@ -87,7 +113,9 @@ def _eager_gradients(problem, divergence):
 
 
 def peak_bytes_of(hidden, head, *others, **options):
-    """Most memory beyond what is resident, of a second call: the first makes what libraries keep."""
+    """Most memory beyond what is resident, of a second call: the first makes what libraries
+    keep.
+    """
     for _ in range(2):
         hidden.grad = head.grad = None
         torch.cuda.reset_peak_memory_stats()
@@ -99,10 +127,16 @@ def peak_bytes_of(hidden, head, *others, **options):
 def test_peak_memory_of_a_long_batch_of_qwen_is_at_most_3_6_gb():
     sizes, num_rows, vocab_size = (1536, 3584), 32768, 151936
     (hidden, head), teacher = (
-        [torch.randn(rows, size, dtype=torch.bfloat16, device="cuda") / 8 for rows in (num_rows, vocab_size)]
+        [
+            torch.randn(rows, size, dtype=torch.bfloat16, device="cuda") / 8
+            for rows in (num_rows, vocab_size)
+        ]
         for size in sizes
     )
-    labels, row_index = torch.zeros(num_rows, dtype=torch.int64, device="cuda"), torch.arange(num_rows, device="cuda")
+    labels, row_index = (
+        torch.zeros(num_rows, dtype=torch.int64, device="cuda"),
+        torch.arange(num_rows, device="cuda"),
+    )
     learners = (hidden.requires_grad_(), head.requires_grad_())
     assert peak_bytes_of(*learners, *teacher, labels, ce_weight=0.0, row_index=row_index) <= 3.6e9
 
@@ -110,8 +144,16 @@ def test_peak_memory_of_a_long_batch_of_qwen_is_at_most_3_6_gb():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_peak_memory_is_logits_of_the_chunks_and_gradients(make_problem, backend):
     num_rows, vocab_size, chunk_size = 16384, 32000, 1024
-    p = on_gpu(make_problem((num_rows,), (64, 64), (vocab_size, vocab_size), ignored=0, dtype=torch.bfloat16))
-    hidden, head, row_index = p.student_hidden, p.student_head, torch.arange(num_rows, device="cuda")
+    p = on_gpu(
+        make_problem(
+            (num_rows,), (64, 64), (vocab_size, vocab_size), ignored=0, dtype=torch.bfloat16
+        )
+    )
+    hidden, head, row_index = (
+        p.student_hidden,
+        p.student_head,
+        torch.arange(num_rows, device="cuda"),
+    )
     hidden.requires_grad_()
     head.requires_grad_()
     options = {"chunk_size": chunk_size, "row_index": row_index, "backend": backend}
@@ -168,7 +210,9 @@ def test_sparse_teacher_with_row_index_never_waits(make_problem):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sparse_distillation_loss(p.student_hidden, head, ids, log_p, p.labels, row_index=row_index).loss.backward()
+        sparse_distillation_loss(
+            p.student_hidden, head, ids, log_p, p.labels, row_index=row_index
+        ).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert head.grad.norm() > 0

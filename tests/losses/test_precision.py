@@ -15,7 +15,9 @@ def nearly_matched(problem):
     return replace(
         problem,
         student_head=problem.teacher_head,
-        student_hidden=(problem.teacher_hidden.float() + 0.1 * noise).to(problem.teacher_hidden.dtype),
+        student_hidden=(problem.teacher_hidden.float() + 0.1 * noise).to(
+            problem.teacher_hidden.dtype
+        ),
     )
 
 
@@ -46,7 +48,9 @@ def test_error_is_at_most_twice_that_of_eager_bfloat16_whatever_the_logits_and_t
         error, eager_error = relative_error(gradient, truth), relative_error(eager_gradient, truth)
         assert error <= 2 * eager_error
         if logits_dtype is None:
-            assert error < 3e-3  # half a unit in the last place of the bfloat16 gradient, and no more
+            assert (
+                error < 3e-3
+            )  # half a unit in the last place of the bfloat16 gradient, and no more
     if logits_dtype is None:
         assert relative_error(actual.result.loss, exact.result.loss) < 1e-4
 
@@ -62,7 +66,9 @@ def test_float32_agrees_with_float64(make_problem, evaluate, backend):
 
 
 def test_head_gradient_is_accumulated_in_float32(make_problem, evaluate):
-    """A thousand chunks of a row each: summed in bfloat16, the head's gradient would lose most of them."""
+    """A thousand chunks of a row each: summed in bfloat16, the head's gradient would lose most of
+    them.
+    """
     problem = make_problem((1000,), (4, 4), (8, 8), dtype=torch.bfloat16)
     problem = replace(problem, student_hidden=problem.student_hidden.abs() + 1)
     exact = evaluate(problem.to(torch.float64), backend="reference")
@@ -86,12 +92,16 @@ def test_autocast_changes_nothing(make_problem, evaluate, backend):
 
 def test_teacher_and_student_may_be_of_two_dtypes(make_problem, evaluate):
     p = make_problem(dtype=torch.bfloat16)
-    mixed = replace(p.to(torch.float32), teacher_hidden=p.teacher_hidden, teacher_head=p.teacher_head)
+    mixed = replace(
+        p.to(torch.float32), teacher_hidden=p.teacher_hidden, teacher_head=p.teacher_head
+    )
     expected, actual = evaluate(p.to(torch.float32)), evaluate(mixed)
     torch.testing.assert_close(actual.result.loss, expected.result.loss)
 
 
-def test_float16_gradients_do_not_underflow_before_the_loss_scale_reaches_them(make_problem, evaluate):
+def test_float16_gradients_do_not_underflow_before_the_loss_scale_reaches_them(
+    make_problem, evaluate
+):
     problem = make_problem((256,), dtype=torch.float16)
     # a mean of small gradients, below the least float16 until it is scaled
     options = {"reduction": "mean", "grad_output": 2.0**20, "student_scale": 1e-3}

@@ -11,7 +11,10 @@ BACKENDS = ["reference", *CHUNKED_BACKENDS]
 
 def test_micro_batches_accumulate_to_the_gradient_of_the_whole_batch(make_problem, evaluate):
     p = make_problem(ignored=3)
-    hidden, head = p.student_hidden.clone().requires_grad_(), p.student_head.clone().requires_grad_()
+    hidden, head = (
+        p.student_hidden.clone().requires_grad_(),
+        p.student_head.clone().requires_grad_(),
+    )
     for part in (slice(0, 4), slice(4, 13)):
         loss = distillation_loss(
             hidden[part], head, p.teacher_hidden[part], p.teacher_head, p.labels[part], chunk_size=3
@@ -25,8 +28,12 @@ def test_micro_batches_accumulate_to_the_gradient_of_the_whole_batch(make_proble
 def test_backward_may_run_twice(make_problem):
     p = make_problem()
     head = p.student_head.clone().requires_grad_()
-    loss = distillation_loss(p.student_hidden, head, p.teacher_hidden, p.teacher_head, p.labels).loss
-    once, twice = (torch.autograd.grad(scale * loss, head, retain_graph=True)[0] for scale in (1.0, 2.0))
+    loss = distillation_loss(
+        p.student_hidden, head, p.teacher_hidden, p.teacher_head, p.labels
+    ).loss
+    once, twice = (
+        torch.autograd.grad(scale * loss, head, retain_graph=True)[0] for scale in (1.0, 2.0)
+    )
     torch.testing.assert_close(2 * once, twice)
 
 
@@ -44,7 +51,9 @@ def test_only_loss_carries_a_gradient_and_the_teacher_gets_none(make_problem, ba
     learners = [t.clone().requires_grad_() for t in (p.student_hidden, p.student_head)]
     teachers = [t.clone().requires_grad_() for t in (p.teacher_hidden, p.teacher_head)]
     weights = torch.ones(13, requires_grad=True)
-    result = distillation_loss(*learners, *teachers, p.labels, token_weights=weights, backend=backend)
+    result = distillation_loss(
+        *learners, *teachers, p.labels, token_weights=weights, backend=backend
+    )
     assert [value.requires_grad for value in result] == [True, False, False, False]
     result.loss.backward()
     assert all(tensor.grad is None for tensor in (*teachers, weights))
@@ -89,9 +98,13 @@ def test_identities_of_the_divergences(make_problem):
     mixed = kd(student, teacher, "mixed_kl", mix_weight=0.25)
     torch.testing.assert_close(mixed, 0.25 * forward + 0.75 * reverse)
     torch.testing.assert_close(kd(student, teacher, "jsd"), kd(teacher, student, "jsd"))
-    torch.testing.assert_close(kd(student, teacher, "jsd", beta=0.3), kd(teacher, student, "jsd", beta=0.7))
+    torch.testing.assert_close(
+        kd(student, teacher, "jsd", beta=0.3), kd(teacher, student, "jsd", beta=0.7)
+    )
     for limit, skewed in ((forward, "skew_kl"), (reverse, "skew_reverse_kl")):
-        torch.testing.assert_close(kd(student, teacher, skewed, alpha=1e-9), limit, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            kd(student, teacher, skewed, alpha=1e-9), limit, rtol=1e-5, atol=0
+        )
         assert kd(student, teacher, skewed, alpha=1 - 1e-9) < 1e-6
     assert kd(student, teacher, "tvd", reduction="mean") < 1
     assert kd(student, teacher, "jsd", reduction="mean") < torch.log(torch.tensor(2.0))
@@ -103,7 +116,9 @@ def test_a_token_that_is_ruled_out_costs_cross_entropy_nothing(make_problem, eva
     problem.student_bias[:2] = -torch.inf
     problem.labels[problem.labels >= 0] += 2
     options = {"teacher": False, "kd_weight": 0.0, "bias": True}
-    expected, actual = (evaluate(problem, backend=name, **options) for name in ("reference", backend))
+    expected, actual = (
+        evaluate(problem, backend=name, **options) for name in ("reference", backend)
+    )
     assert expected.result.ce.isfinite()
     torch.testing.assert_close(actual.result.ce, expected.result.ce)
     torch.testing.assert_close(actual.gradients[0], expected.gradients[0])
@@ -113,7 +128,9 @@ def test_a_token_that_is_ruled_out_costs_cross_entropy_nothing(make_problem, eva
 def test_backward_with_the_graph_kept_equals_the_last_one(make_problem, backend):
     p = make_problem()
     hidden, head = p.student_hidden.requires_grad_(), p.student_head.requires_grad_()
-    loss = distillation_loss(hidden, head, p.teacher_hidden, p.teacher_head, p.labels, backend=backend).loss
+    loss = distillation_loss(
+        hidden, head, p.teacher_hidden, p.teacher_head, p.labels, backend=backend
+    ).loss
     kept = torch.autograd.grad(loss, (hidden, head), torch.full_like(loss, 3), retain_graph=True)
     last = torch.autograd.grad(loss, (hidden, head), torch.full_like(loss, 3))
     assert all(torch.equal(*pair) for pair in zip(kept, last, strict=True))

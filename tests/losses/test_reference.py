@@ -45,7 +45,9 @@ def test_every_divergence_equals_its_textbook_formula(divergence, temperature):
 
 
 def test_forward_kl_is_kl_of_teacher_to_student_with_the_teacher_entropy():
-    student, teacher = torch.randn(2, 5, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    student, teacher = torch.randn(
+        2, 5, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(kd_rows(student, teacher, Objective("forward_kl")), expected)
@@ -53,7 +55,11 @@ def test_forward_kl_is_kl_of_teacher_to_student_with_the_teacher_entropy():
 
 
 def test_logits_are_softcap_of_scale_times_the_affine_map():
-    hidden, weight, bias = np.array([[1.0, 2.0]]), np.array([[3.0, 4.0], [-5.0, 6.0]]), np.array([0.5, -0.5])
+    hidden, weight, bias = (
+        np.array([[1.0, 2.0]]),
+        np.array([[3.0, 4.0], [-5.0, 6.0]]),
+        np.array([0.5, -0.5]),
+    )
     expected = 2.0 * np.tanh(0.25 * (np.array([[11.0, 7.0]]) + bias) / 2.0)
     projection = Projection(*map(torch.from_numpy, (hidden, weight, bias)), softcap=2.0, scale=0.25)
     np.testing.assert_allclose(full_logits(projection, torch.float64).numpy(), expected, rtol=1e-12)

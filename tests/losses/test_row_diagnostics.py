@@ -6,11 +6,18 @@ import pytest
 import torch
 from backends import BACKENDS
 
-from kd.losses import DIVERGENCES, RowDiagnostics, distillation_loss, distillation_loss_with_diagnostics
+from kd.losses import (
+    DIVERGENCES,
+    RowDiagnostics,
+    distillation_loss,
+    distillation_loss_with_diagnostics,
+)
 
 
 def run(problem, **options):
-    hidden, head = (t.clone().requires_grad_() for t in (problem.student_hidden, problem.student_head))
+    hidden, head = (
+        t.clone().requires_grad_() for t in (problem.student_hidden, problem.student_head)
+    )
     result, diagnostics = distillation_loss_with_diagnostics(
         hidden, head, problem.teacher_hidden, problem.teacher_head, problem.labels, **options
     )
@@ -20,9 +27,16 @@ def run(problem, **options):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_are_those_of_the_reference_and_the_loss_is_unchanged(make_problem, evaluate, backend, divergence):
+def test_rows_are_those_of_the_reference_and_the_loss_is_unchanged(
+    make_problem, evaluate, backend, divergence
+):
     problem = make_problem((3, 7), vocab_sizes=(37, 31))
-    options = {"divergence": divergence, "temperature": 1.7, "student_softcap": 3.0, "teacher_scale": 1.3}
+    options = {
+        "divergence": divergence,
+        "temperature": 1.7,
+        "student_softcap": 3.0,
+        "teacher_scale": 1.3,
+    }
     _, expected, _ = run(problem, backend="reference", **options)
     result, diagnostics, gradients = run(problem, backend=backend, chunk_size=4, **options)
     plain = evaluate(problem, backend=backend, chunk_size=4, **options)
@@ -39,7 +53,9 @@ def test_rows_are_those_of_the_reference_and_the_loss_is_unchanged(make_problem,
 def test_they_are_divergences_at_the_temperature_without_its_square(make_problem, backend):
     problem = make_problem()
     for divergence in ("forward_kl", "reverse_kl"):
-        result, diagnostics, _ = run(problem, divergence=divergence, temperature=2.0, backend=backend)
+        result, diagnostics, _ = run(
+            problem, divergence=divergence, temperature=2.0, backend=backend
+        )
         torch.testing.assert_close(4 * getattr(diagnostics, divergence).sum(), result.kd)
 
 
@@ -73,8 +89,15 @@ def test_it_takes_the_arguments_of_distillation_loss_and_no_others(make_problem)
     p = make_problem()
     with pytest.raises(TypeError, match="divergense"):
         distillation_loss_with_diagnostics(
-            p.student_hidden, p.student_head, p.teacher_hidden, p.teacher_head, p.labels, divergense="jsd"
+            p.student_hidden,
+            p.student_head,
+            p.teacher_hidden,
+            p.teacher_head,
+            p.labels,
+            divergense="jsd",
         )
-    assert inspect.signature(distillation_loss_with_diagnostics) == inspect.signature(distillation_loss).replace(
+    assert inspect.signature(distillation_loss_with_diagnostics) == inspect.signature(
+        distillation_loss
+    ).replace(
         return_annotation=inspect.signature(distillation_loss_with_diagnostics).return_annotation
     )

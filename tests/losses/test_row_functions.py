@@ -14,7 +14,9 @@ NOTHING = torch.empty(0)
 
 @pytest.fixture(params=BACKENDS)
 def rows(request):
-    """(student, teacher, labels, weights, objective) -> kd, ce, dlogits, diagnostics of one chunk by one backend."""
+    """(student, teacher, labels, weights, objective) -> kd, ce, dlogits, diagnostics of one chunk
+    by one backend.
+    """
     function = torch_rows
     if request.param == "triton":
         from kd.losses.triton_rows import triton_rows as function
@@ -24,7 +26,9 @@ def rows(request):
         kd, ce = torch.full_like(weights, torch.nan), torch.full_like(weights, torch.nan)
         diagnostics = None if teacher is None else weights.new_full((len(weights), 5), torch.nan)
         spec = RowSpec(
-            objective, Projection(NOTHING, NOTHING), None if teacher is None else Projection(NOTHING, NOTHING)
+            objective,
+            Projection(NOTHING, NOTHING),
+            None if teacher is None else Projection(NOTHING, NOTHING),
         )
         function(Rows(student, teacher, labels, weights, kd, ce, dlogits, diagnostics), spec)
         return kd, ce, dlogits, diagnostics
@@ -35,19 +39,26 @@ def rows(request):
 def random_logits(num_rows=5, vocab_size=23, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
-    student, teacher = torch.randn(2, num_rows, vocab_size, generator=generator, dtype=torch.float64)
+    student, teacher = torch.randn(
+        2, num_rows, vocab_size, generator=generator, dtype=torch.float64
+    )
     return student.to(dtype), teacher.to(dtype), labels
 
 
-# elements of torch's block and columns of the kernel's: less than a row, whole rows and tiles with a rest, all at once
+# elements of torch's block and columns of the kernel's: less than a row, whole rows and tiles with
+# a rest, all at once
 @pytest.mark.parametrize(("block_elements", "columns"), [(1, 4), (2 * 23, 16), (10**9, 2048)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_gradient_is_that_of_autograd_whatever_the_block(rows, divergence, block_elements, columns, monkeypatch):
+def test_gradient_is_that_of_autograd_whatever_the_block(
+    rows, divergence, block_elements, columns, monkeypatch
+):
     monkeypatch.setattr("kd.losses.row_functions.CPU_BLOCK_ELEMENTS", block_elements)
     monkeypatch.setattr("kd.losses.triton_rows.MAX_BLOCK", columns)
     student, teacher, labels = random_logits()
     weights = torch.linspace(0.5, 2, 5, dtype=torch.float64)
-    objective = Objective(divergence, beta=0.3, alpha=0.2, mix_weight=0.7, temperature=1.7, ce_weight=0.0)
+    objective = Objective(
+        divergence, beta=0.3, alpha=0.2, mix_weight=0.7, temperature=1.7, ce_weight=0.0
+    )
     leaf = student.clone().requires_grad_()
     kd = kd_rows(leaf, teacher, objective)
     (objective.kd_weight * kd * weights).sum().backward()
@@ -72,7 +83,9 @@ def test_without_a_teacher_kd_is_zero_and_gradient_that_of_cross_entropy(rows, n
     expected_ce = torch.nn.functional.cross_entropy(student, labels, reduction="none")
     expected = 0.5 * (student.softmax(-1) - torch.nn.functional.one_hot(labels, 23))
     weights = torch.ones(5, dtype=torch.float64)
-    kd, ce, dlogits, diagnostics = rows(student.clone(), None, labels, weights, Objective(), needs_grad=needs_grad)
+    kd, ce, dlogits, diagnostics = rows(
+        student.clone(), None, labels, weights, Objective(), needs_grad=needs_grad
+    )
     assert kd.abs().max() == 0
     assert diagnostics is None
     torch.testing.assert_close(ce, expected_ce)
@@ -98,7 +111,10 @@ def test_one_hot_teacher_and_underflowing_student_stay_finite(rows, divergence, 
     torch.testing.assert_close(ce, torch.full((5,), gap), rtol=0.1, atol=0)
     assert dlogits.isfinite().all()
     assert dlogits.sum(-1).abs().max() < 1e-4 * gap
-    if divergence in ("forward_kl", "mixed_kl"):  # the bounded divergences saturate: their gradient is 0
+    if divergence in (
+        "forward_kl",
+        "mixed_kl",
+    ):  # the bounded divergences saturate: their gradient is 0
         assert dlogits[:, 1].max() < -0.1 * temperature * objective.kd_weight
 
 
@@ -116,10 +132,19 @@ def test_bfloat16_gradient_fits_into_the_float32_rows_it_replaces(rows, divergen
     """In rows of 24 columns, of which 23 are logits: none is overwritten before it is read."""
     monkeypatch.setattr("kd.losses.triton_rows.MAX_BLOCK", 4)
     student, teacher, labels = random_logits(dtype=torch.float32)
-    expected = rows(student.clone(), teacher.clone(), labels, torch.ones(5), Objective(divergence))[2]
+    expected = rows(student.clone(), teacher.clone(), labels, torch.ones(5), Objective(divergence))[
+        2
+    ]
     buffer = torch.zeros(5, 24)
     buffer[:, :23] = student
-    actual = rows(buffer[:, :23], teacher, labels, torch.ones(5), Objective(divergence), grad_dtype=torch.bfloat16)[2]
+    actual = rows(
+        buffer[:, :23],
+        teacher,
+        labels,
+        torch.ones(5),
+        Objective(divergence),
+        grad_dtype=torch.bfloat16,
+    )[2]
     assert actual.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
     assert actual.stride() == (48, 1)
     torch.testing.assert_close(actual, expected.bfloat16())
@@ -127,7 +152,9 @@ def test_bfloat16_gradient_fits_into_the_float32_rows_it_replaces(rows, divergen
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_diagnostics_are_those_of_full_distributions_whatever_is_trained(rows, divergence, temperature, monkeypatch):
+def test_diagnostics_are_those_of_full_distributions_whatever_is_trained(
+    rows, divergence, temperature, monkeypatch
+):
     monkeypatch.setattr("kd.losses.triton_rows.MAX_BLOCK", 8)
     student, teacher, labels = random_logits(num_rows=6)
     teacher[:3] = student[:3] + 0.1 * teacher[:3]
@@ -139,12 +166,16 @@ def test_diagnostics_are_those_of_full_distributions_whatever_is_trained(rows, d
     weights = torch.linspace(0, 2, 6, dtype=torch.float64)
     for needs_grad in (False, True):
         objective = Objective(divergence, temperature=temperature)
-        diagnostics = rows(student.clone(), teacher.clone(), labels, weights, objective, needs_grad=needs_grad)[3]
+        diagnostics = rows(
+            student.clone(), teacher.clone(), labels, weights, objective, needs_grad=needs_grad
+        )[3]
         torch.testing.assert_close(diagnostics, torch.stack(expected, dim=1))
     assert 0 < expected[4].sum() < 6
 
 
 def test_no_rows_are_no_error(rows):
     empty = torch.empty(0, 23)
-    kd, ce, dlogits, diagnostics = rows(empty, empty, torch.empty(0, dtype=torch.int64), torch.empty(0), Objective())
+    kd, ce, dlogits, diagnostics = rows(
+        empty, empty, torch.empty(0, dtype=torch.int64), torch.empty(0), Objective()
+    )
     assert len(kd) == len(ce) == len(dlogits) == len(diagnostics) == 0

@@ -26,12 +26,16 @@ OPTIONS += [
 
 
 def outcome_of(problem, backend, first_token, num_tokens, options):
-    """loss, kd, ce, diagnostics and the gradients of hidden states, head and bias, of tokens from `first_token` on."""
+    """loss, kd, ce, diagnostics and the gradients of hidden states, head and bias, of tokens from
+    `first_token` on.
+    """
     tokens = slice(first_token, first_token + num_tokens)
     is_last = tokens.stop == VOCAB_SIZE
     teacher_tokens = slice(first_token, None if is_last else tokens.stop)
     hidden = problem.student_hidden.clone().requires_grad_()
-    head, bias = (t[tokens].clone().requires_grad_() for t in (problem.student_head, problem.student_bias))
+    head, bias = (
+        t[tokens].clone().requires_grad_() for t in (problem.student_head, problem.student_bias)
+    )
     result, diagnostics = distillation_loss_with_diagnostics(
         hidden,
         head,
@@ -53,10 +57,14 @@ def outcome_of(problem, backend, first_token, num_tokens, options):
 def run_rank(rank, num_ranks, folder, tensors, backend):
     problem = SimpleNamespace(**tensors)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks
+    )
     shard = vocab_shard(dist.group.WORLD, VOCAB_SIZE)
     outcomes = [
-        outcome_of(problem, backend, shard.offset, shard.size, {**options, "group": dist.group.WORLD})
+        outcome_of(
+            problem, backend, shard.offset, shard.size, {**options, "group": dist.group.WORLD}
+        )
         for options in OPTIONS
     ]
     torch.save((shard.offset, shard.size, outcomes), f"{folder}/rank{rank}.pt")
@@ -82,7 +90,9 @@ def test_numbers_are_those_of_whole_heads(make_problem, tmp_path, backend, num_r
                 if truth is None:
                     assert value is None
                 else:
-                    torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-12, msg=f"rank {rank}, {options}")
+                    torch.testing.assert_close(
+                        value, truth, rtol=1e-9, atol=1e-12, msg=f"rank {rank}, {options}"
+                    )
 
 
 @pytest.fixture
@@ -100,7 +110,9 @@ def group_of_one(tmp_path):
         ({"vocab_size": 31, "backend": "reference"}, "backend='reference' takes whole heads"),
     ],
 )
-def test_heads_that_do_not_fit_the_group_are_named(make_problem, evaluate, group_of_one, options, message):
+def test_heads_that_do_not_fit_the_group_are_named(
+    make_problem, evaluate, group_of_one, options, message
+):
     with pytest.raises(ValueError, match=message):
         evaluate(make_problem(), group=group_of_one, **options)
 
@@ -114,7 +126,9 @@ def test_a_rank_without_a_token_is_an_error(monkeypatch):
 
 
 def test_slices_of_two_sizes_are_an_error_unless_they_are_the_last(monkeypatch):
-    """Heads of 30 and 40 rows, each dealt over 2 ranks by itself: the teacher's second slice is five tokens off."""
+    """Heads of 30 and 40 rows, each dealt over 2 ranks by itself: the teacher's second slice is
+    five tokens off.
+    """
     monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
     message = r"teacher_head has 20 rows; rank 0.*\[0, 15\)"
     for rank, expectation in ((0, pytest.raises(ValueError, match=message)), (1, nullcontext())):

@@ -1,4 +1,6 @@
-"""The loss from a teacher's top K: against plain autograd over K + 1 outcomes, and against the whole teacher."""
+"""The loss from a teacher's top K: against plain autograd over K + 1 outcomes, and against the
+whole teacher.
+"""
 
 import itertools
 
@@ -9,8 +11,18 @@ from kd.losses import DIVERGENCES, distillation_loss, sparse_distillation_loss
 from kd.losses.heads import Projection
 from kd.losses.reference import full_logits
 
-OPTIONS = {"beta": 0.3, "alpha": 0.2, "mix_weight": 0.7, "kd_weight": 0.6, "ce_weight": 0.3, "chunk_size": 4}
-FINITE = {"bucket": DIVERGENCES, "ignore": tuple(d for d in DIVERGENCES if d not in ("reverse_kl", "mixed_kl"))}
+OPTIONS = {
+    "beta": 0.3,
+    "alpha": 0.2,
+    "mix_weight": 0.7,
+    "kd_weight": 0.6,
+    "ce_weight": 0.3,
+    "chunk_size": 4,
+}
+FINITE = {
+    "bucket": DIVERGENCES,
+    "ignore": tuple(d for d in DIVERGENCES if d not in ("reverse_kl", "mixed_kl")),
+}
 
 # what the test is about -> (the problem, the options)
 CASES = {
@@ -33,19 +45,29 @@ CASES = {
 
 def top_k(problem, k, temperature=1.0):
     """The teacher's k most likely tokens of each row and their log-probabilities."""
-    logits = full_logits(Projection(problem.teacher_hidden, problem.teacher_head), problem.teacher_head.dtype)
+    logits = full_logits(
+        Projection(problem.teacher_hidden, problem.teacher_head), problem.teacher_head.dtype
+    )
     log_p, ids = (logits / temperature).log_softmax(-1).topk(k, dim=-1)
     return ids, log_p
 
 
-def evaluate_sparse(problem, k=5, *, frozen=(), bias=False, grad_output=1.0, teacher=None, **options):
+def evaluate_sparse(
+    problem, k=5, *, frozen=(), bias=False, grad_output=1.0, teacher=None, **options
+):
     """The result, and gradients of hidden states, head and bias."""
-    tensors = {"hidden": problem.student_hidden, "head": problem.student_head, "bias": problem.student_bias}
+    tensors = {
+        "hidden": problem.student_hidden,
+        "head": problem.student_head,
+        "bias": problem.student_bias,
+    }
     leaves = {name: t.clone().requires_grad_(name not in frozen) for name, t in tensors.items()}
     ids, log_p = teacher or top_k(problem, k, options.get("temperature", 1.0))
     if bias:
         options["student_bias"] = leaves["bias"]
-    result = sparse_distillation_loss(leaves["hidden"], leaves["head"], ids, log_p, problem.labels, **options)
+    result = sparse_distillation_loss(
+        leaves["hidden"], leaves["head"], ids, log_p, problem.labels, **options
+    )
     result.loss.backward(torch.full_like(result.loss, grad_output))
     return result, [leaf.grad for leaf in leaves.values()]
 
@@ -58,10 +80,15 @@ def assert_same(actual, expected, rtol=1e-9):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("tail", "divergence"), [(tail, d) for tail, finite in FINITE.items() for d in finite])
+@pytest.mark.parametrize(
+    ("tail", "divergence"), [(tail, d) for tail, finite in FINITE.items() for d in finite]
+)
 def test_values_and_gradients_equal_the_reference(make_problem, tail, divergence, case):
     shapes, options = CASES[case]
-    problem, options = make_problem(**shapes), OPTIONS | {"tail": tail, "divergence": divergence} | options
+    problem, options = (
+        make_problem(**shapes),
+        OPTIONS | {"tail": tail, "divergence": divergence} | options,
+    )
     expected = evaluate_sparse(problem, backend="reference", **options)
     if (problem.labels != -100).any():
         assert expected[0].loss > 0.05
@@ -76,15 +103,26 @@ def test_with_all_tokens_it_is_the_loss_of_the_whole_teacher(make_problem, evalu
     assert whole.result.kd > 1
     for tail in FINITE:
         if divergence in FINITE[tail]:
-            assert_same(evaluate_sparse(problem, 31, tail=tail, **options), (whole.result, whole.gradients), rtol=1e-7)
+            assert_same(
+                evaluate_sparse(problem, 31, tail=tail, **options),
+                (whole.result, whole.gradients),
+                rtol=1e-7,
+            )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_with_a_bucket_it_grows_with_k_towards_the_whole_and_is_never_negative(make_problem, divergence):
+def test_with_a_bucket_it_grows_with_k_towards_the_whole_and_is_never_negative(
+    make_problem, divergence
+):
     """Merging outcomes cannot raise a divergence: the data-processing inequality."""
     p = make_problem(ignored=0)
     whole = distillation_loss(
-        p.student_hidden, p.student_head, p.teacher_hidden, p.teacher_head, p.labels, divergence=divergence
+        p.student_hidden,
+        p.student_head,
+        p.teacher_hidden,
+        p.teacher_head,
+        p.labels,
+        divergence=divergence,
     ).kd
     ids, log_p = top_k(p, 31)
     kds = [
@@ -97,26 +135,47 @@ def test_with_a_bucket_it_grows_with_k_towards_the_whole_and_is_never_negative(m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tail", "divergence"), [(tail, d) for tail, finite in FINITE.items() for d in finite])
-def test_it_is_never_negative_when_probabilities_are_rounded_and_models_agree(make_problem, tail, divergence, dtype):
+@pytest.mark.parametrize(
+    ("tail", "divergence"), [(tail, d) for tail, finite in FINITE.items() for d in finite]
+)
+def test_it_is_never_negative_when_probabilities_are_rounded_and_models_agree(
+    make_problem, tail, divergence, dtype
+):
     p = make_problem((50,), (6, 6), dtype=torch.float32)
     ids, log_p = top_k(p, 3)
-    for hidden, row_ids, row_log_p, label in zip(p.teacher_hidden, ids, log_p.to(dtype), p.labels, strict=True):
+    for hidden, row_ids, row_log_p, label in zip(
+        p.teacher_hidden, ids, log_p.to(dtype), p.labels, strict=True
+    ):
         result = sparse_distillation_loss(
-            hidden, p.teacher_head, row_ids, row_log_p, label.clamp_min(0), tail=tail, divergence=divergence
+            hidden,
+            p.teacher_head,
+            row_ids,
+            row_log_p,
+            label.clamp_min(0),
+            tail=tail,
+            divergence=divergence,
         )
         assert result.kd >= 0
 
 
 @pytest.mark.parametrize("gap", [100.0, 1e4])
-@pytest.mark.parametrize(("tail", "divergence"), [(tail, d) for tail, finite in FINITE.items() for d in finite])
+@pytest.mark.parametrize(
+    ("tail", "divergence"), [(tail, d) for tail, finite in FINITE.items() for d in finite]
+)
 def test_certain_models_stay_finite(tail, divergence, gap):
     """Both distributions underflow outside one token, in float32; one id is there to fill K."""
     head = torch.eye(8).requires_grad_()
     hidden = (gap * torch.eye(8)[:1]).requires_grad_()
     ids, log_p = torch.tensor([[1, 2, 3]]), torch.tensor([[0.0, -200.0, -torch.inf]])
     result = sparse_distillation_loss(
-        hidden, head, ids, log_p, torch.tensor([2]), tail=tail, divergence=divergence, temperature=1.5
+        hidden,
+        head,
+        ids,
+        log_p,
+        torch.tensor([2]),
+        tail=tail,
+        divergence=divergence,
+        temperature=1.5,
     )
     result.loss.backward()
     assert result.kd > 0.1
@@ -131,7 +190,9 @@ def test_gradients_pass_gradcheck(make_problem):
         options = OPTIONS | {"temperature": 1.7, "student_softcap": 4.0, "divergence": "jsd"}
         return sparse_distillation_loss(hidden, head, ids, log_p, p.labels, **options).loss
 
-    assert torch.autograd.gradcheck(loss, [t.clone().requires_grad_() for t in (p.student_hidden, p.student_head)])
+    assert torch.autograd.gradcheck(
+        loss, [t.clone().requires_grad_() for t in (p.student_hidden, p.student_head)]
+    )
 
 
 @pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
@@ -139,7 +200,9 @@ def test_bfloat16_errs_at_most_twice_as_much_as_eager(make_problem, logits_dtype
     problem = make_problem((64,), (32, 32), (500, 500), dtype=torch.bfloat16)
     teacher = top_k(problem.to(torch.float64), 20)
     exact = evaluate_sparse(problem.to(torch.float64), teacher=teacher, backend="reference")[1]
-    eager = evaluate_sparse(problem, teacher=teacher, backend="reference", logits_dtype=torch.bfloat16)[1]
+    eager = evaluate_sparse(
+        problem, teacher=teacher, backend="reference", logits_dtype=torch.bfloat16
+    )[1]
     actual = evaluate_sparse(problem, teacher=teacher, chunk_size=10, logits_dtype=logits_dtype)[1]
     for gradient, eager_gradient, truth in zip(actual[:2], eager[:2], exact[:2], strict=True):
         assert (gradient.double() - truth).norm() <= 2 * (eager_gradient.double() - truth).norm()
@@ -147,15 +210,33 @@ def test_bfloat16_errs_at_most_twice_as_much_as_eager(make_problem, logits_dtype
 
 BAD = {
     "misspelt tail": ({"tail": "buckets"}, "tail='buckets'.*'bucket'"),
-    "infinite": ({"tail": "ignore", "divergence": "reverse_kl"}, "tail='ignore', divergence='reverse_kl'.*'bucket'"),
+    "infinite": (
+        {"tail": "ignore", "divergence": "reverse_kl"},
+        "tail='ignore', divergence='reverse_kl'.*'bucket'",
+    ),
     "no triton": ({"backend": "triton"}, "backend='triton'.*torch"),
     "ids in int32": ({"teacher_ids": lambda ids: ids.int()}, "teacher_ids is torch.int32.*int64"),
-    "ids without K": ({"teacher_ids": lambda ids: ids[:, 0]}, r"teacher_ids is torch.int64 \(13,\).*K >= 1"),
-    "too few log-probabilities": ({"teacher_logprobs": lambda log_p: log_p[:, 1:]}, r"teacher_logprobs.*\(13, 4\)"),
+    "ids without K": (
+        {"teacher_ids": lambda ids: ids[:, 0]},
+        r"teacher_ids is torch.int64 \(13,\).*K >= 1",
+    ),
+    "too few log-probabilities": (
+        {"teacher_logprobs": lambda log_p: log_p[:, 1:]},
+        r"teacher_logprobs.*\(13, 4\)",
+    ),
     "id too large": ({"teacher_ids": lambda ids: ids + 31}, r"teacher_ids must lie in \[0, 31\)"),
-    "id twice": ({"teacher_ids": lambda ids: torch.zeros_like(ids)}, "teacher_ids of a row must be distinct.*-inf"),
-    "probabilities": ({"teacher_logprobs": lambda log_p: log_p.exp()}, "teacher_logprobs must be log-probabilities"),
-    "nan": ({"teacher_logprobs": lambda log_p: log_p * torch.nan}, "teacher_logprobs must be .*not NaN"),
+    "id twice": (
+        {"teacher_ids": lambda ids: torch.zeros_like(ids)},
+        "teacher_ids of a row must be distinct.*-inf",
+    ),
+    "probabilities": (
+        {"teacher_logprobs": lambda log_p: log_p.exp()},
+        "teacher_logprobs must be log-probabilities",
+    ),
+    "nan": (
+        {"teacher_logprobs": lambda log_p: log_p * torch.nan},
+        "teacher_logprobs must be .*not NaN",
+    ),
     "elsewhere": ({"teacher_ids": lambda ids: ids.to("meta")}, "teacher_ids is on meta.*cpu"),
 }
 

@@ -1,4 +1,6 @@
-"""Tiny random models of the architectures that are tried: what follows the lm_head is set away from neutral."""
+"""Tiny random models of the architectures that are tried: what follows the lm_head is set away from
+neutral.
+"""
 
 import torch
 from torch import nn
@@ -140,7 +142,9 @@ def build(model_type: str, *, tied: bool, seed: int, **changes: object) -> PreTr
     config_class = CONFIG_MAPPING[model_type]
     known = {*config_class().to_dict(), *config_class.attribute_map}
     sizes = {name: value for name, value in SIZES.items() if name in known}
-    config = AutoConfig.for_model(model_type, **sizes | ARCHITECTURES[model_type] | changes, tie_word_embeddings=tied)
+    config = AutoConfig.for_model(
+        model_type, **sizes | ARCHITECTURES[model_type] | changes, tie_word_embeddings=tied
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:

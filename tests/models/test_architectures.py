@@ -1,4 +1,6 @@
-"""Every architecture of architectures.py through the code that trains it, against its own full logits."""
+"""Every architecture of architectures.py through the code that trains it, against its own full
+logits.
+"""
 
 import pytest
 import torch
@@ -29,22 +31,41 @@ def batch_of(num_rows: int, length: int, padded_to: int) -> Batch:
     labels = torch.full_like(input_ids, -100)
     labels[:, length // 2 : length - 1] = input_ids[:, length // 2 + 1 : length]
     row_index = (labels.flatten() != -100).nonzero().squeeze(1)
-    return Batch(input_ids, labels, row_index, torch.zeros_like(row_index), num_rows * length, tuple(range(num_rows)))
+    return Batch(
+        input_ids,
+        labels,
+        row_index,
+        torch.zeros_like(row_index),
+        num_rows * length,
+        tuple(range(num_rows)),
+    )
 
 
-def sums(student: torch.nn.Module, teacher: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+def sums(
+    student: torch.nn.Module, teacher: torch.nn.Module, batch: Batch
+) -> tuple[torch.Tensor, ...]:
     """(loss, kd, ce, rows of diagnostics) as training computes them."""
     with torch.no_grad():
-        teacher_hidden = backbone(teacher)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        teacher_hidden = backbone(teacher)(
+            input_ids=batch.input_ids, use_cache=False
+        ).last_hidden_state
     return student(batch.input_ids, batch.labels, batch.row_index, teacher_hidden, head_of(teacher))
 
 
-def sums_of_full_logits(student: torch.nn.Module, teacher: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+def sums_of_full_logits(
+    student: torch.nn.Module, teacher: torch.nn.Module, batch: Batch
+) -> tuple[torch.Tensor, ...]:
     """(loss, kd, ce, rows of diagnostics) of what the models themselves return."""
-    logits = student(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.row_index]
+    logits = student(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[
+        batch.row_index
+    ]
     with torch.no_grad():
-        teacher_logits = teacher(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.row_index]
-    log_p, log_q = (torch.log_softmax(row / LOSS.temperature, dim=-1) for row in (teacher_logits, logits))
+        teacher_logits = teacher(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[
+            batch.row_index
+        ]
+    log_p, log_q = (
+        torch.log_softmax(row / LOSS.temperature, dim=-1) for row in (teacher_logits, logits)
+    )
     kd = LOSS.temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
     ce = F.cross_entropy(logits, batch.labels.flatten()[batch.row_index], reduction="sum")
     with torch.no_grad():
@@ -56,9 +77,14 @@ def sums_of_full_logits(student: torch.nn.Module, teacher: torch.nn.Module, batc
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_loss_and_its_gradients_are_those_of_the_models_own_logits(architecture: str, tied: bool) -> None:
+def test_the_loss_and_its_gradients_are_those_of_the_models_own_logits(
+    architecture: str, tied: bool
+) -> None:
     batch = batch_of(num_rows=3, length=20, padded_to=20)
-    student, teacher = build(architecture, tied=tied, seed=0), build(architecture, tied=tied, seed=1).eval()
+    student, teacher = (
+        build(architecture, tied=tied, seed=0),
+        build(architecture, tied=tied, seed=1).eval(),
+    )
     tied = tied and architecture not in NEVER_TIED
     assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
     expected = sums_of_full_logits(student, teacher, batch)
@@ -90,7 +116,9 @@ def test_the_probe_accepts_every_known_head(architecture: str, dtype: torch.dtyp
 def test_padding_does_not_change_the_sums(architecture: str) -> None:
     student, teacher = (build(architecture, tied=False, seed=seed).eval() for seed in (0, 1))
     student = Distiller(student, LOSS)
-    short, long = (sums(student, teacher, batch_of(num_rows=2, length=20, padded_to=size)) for size in (20, 37))
+    short, long = (
+        sums(student, teacher, batch_of(num_rows=2, length=20, padded_to=size)) for size in (20, 37)
+    )
     torch.testing.assert_close(long[:3], short[:3], rtol=2e-5, atol=0.0)
     torch.testing.assert_close(long[3], short[3], rtol=1e-4, atol=1e-5)
 
@@ -100,7 +128,9 @@ def test_padding_does_not_change_the_sums(architecture: str) -> None:
 def test_the_probe_would_see_a_scale_or_softcap_left_out(
     architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd.models.probe.head_of", lambda model: head_of(model)._replace(softcap=None, scale=1.0))
+    monkeypatch.setattr(
+        "kd.models.probe.head_of", lambda model: head_of(model)._replace(softcap=None, scale=1.0)
+    )
     with pytest.raises(UserError, match=r"teach kd/models/head\.py"):
         reference_states(build(architecture, tied=True, seed=0).to(dtype), role="student")
 
@@ -118,5 +148,7 @@ def test_every_mixture_of_experts_is_gathered_block_by_block(architecture: str) 
 def test_experts_without_a_known_block_are_refused() -> None:
     model = build("llama", tied=False, seed=0)
     model.config.num_experts = 8
-    with pytest.raises(UserError, match="LlamaForCausalLM has experts, but none of its modules is recognised"):
+    with pytest.raises(
+        UserError, match="LlamaForCausalLM has experts, but none of its modules is recognised"
+    ):
         set_moe_leaf_modules(model)

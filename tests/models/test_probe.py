@@ -1,4 +1,6 @@
-"""What the probe finds out: heads it does not know, models that look ahead, weights that did not arrive."""
+"""What the probe finds out: heads it does not know, models that look ahead, weights that did not
+arrive.
+"""
 
 import copy
 
@@ -25,17 +27,23 @@ class ShiftedHead(Qwen3ForCausalLM):
 
 def test_an_unknown_head_is_refused_by_name() -> None:
     model = ShiftedHead(build("qwen3", tied=True, seed=0).config)
-    with pytest.raises(UserError, match=r"^teacher\.model: ShiftedHead does something between lm_head and logits"):
+    with pytest.raises(
+        UserError, match=r"^teacher\.model: ShiftedHead does something between lm_head and logits"
+    ):
         reference_states(model, role="teacher")
 
 
 @pytest.mark.parametrize("head", ["behind a transform", "absent"])
 def test_a_head_that_does_not_read_the_last_hidden_states_is_refused(head: str) -> None:
     sizes = {"vocab_size": 160, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(BertConfig(**sizes, intermediate_size=48, is_decoder=True))
+    model = AutoModelForCausalLM.from_config(
+        BertConfig(**sizes, intermediate_size=48, is_decoder=True)
+    )
     if head == "absent":
         model.get_output_embeddings = lambda: None
-    with pytest.raises(UserError, match="BertLMHeadModel does something between lm_head and logits"):
+    with pytest.raises(
+        UserError, match="BertLMHeadModel does something between lm_head and logits"
+    ):
         reference_states(model, role="student")
 
 
@@ -52,7 +60,9 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
         reference_states(model, role="student")
 
 
-def test_flash_attention_is_put_aside_while_the_reference_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_put_aside_while_the_reference_runs_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, chosen = build("llama", tied=False, seed=0), []
     expected = reference_states(copy.deepcopy(model), role="student")
 
@@ -73,7 +83,9 @@ def test_one_random_layer_of_eight_is_found(dtype: torch.dtype, layer: int) -> N
     reference = reference_states(model, role="student")
     assert verify_weights(model, reference, role="student", device=CPU) == 0.0
     model.model.layers[layer] = other.model.layers[layer]
-    with pytest.raises(UserError, match=r"^student\.model: hidden states after loading differ .* did not arrive"):
+    with pytest.raises(
+        UserError, match=r"^student\.model: hidden states after loading differ .* did not arrive"
+    ):
         verify_weights(model, reference, role="student", device=CPU)
 
 

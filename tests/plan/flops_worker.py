@@ -1,4 +1,5 @@
-"""One rank: FLOPs of optimizer steps as torch counts them, and as kd.plan says, with real engines on real batches.
+"""One rank: FLOPs of optimizer steps as torch counts them, and as kd.plan says, with real engines
+on real batches.
 
 flops_worker.py RECIPE OUTPUT      writes OUTPUT, [{"counted": [...], "planned": [...]}], a list for each of SETTINGS
 """
@@ -29,9 +30,14 @@ def main() -> None:
     init_distributed()
     results = []
     for keep_fraction, checkpointing in SETTINGS:
-        overrides = [f"truncation.keep_fraction={keep_fraction}", f"student.gradient_checkpointing={checkpointing}"]
+        overrides = [
+            f"truncation.keep_fraction={keep_fraction}",
+            f"student.gradient_checkpointing={checkpointing}",
+        ]
         attention = ["teacher.attention=eager", "student.attention=eager"]
-        results.append(measure(load_recipe(sys.argv[1], [text.lower() for text in overrides + attention])))
+        results.append(
+            measure(load_recipe(sys.argv[1], [text.lower() for text in overrides + attention]))
+        )
     Path(sys.argv[2]).write_text(json.dumps(results))
 
 
@@ -39,7 +45,9 @@ def measure(recipe: Recipe) -> dict[str, list[float]]:
     device = init_distributed()
     tokenizer, training = load_tokenizers(recipe), recipe.training
     examples = load_data(recipe, tokenizer).train
-    loader = Loader(examples, training.global_batch_size, training.micro_batch_size, 0, tokenizer.pad_token_id)
+    loader = Loader(
+        examples, training.global_batch_size, training.micro_batch_size, 0, tokenizer.pad_token_id
+    )
     teacher = build_teacher(recipe, device)
     _, student = build_student(recipe, student_ds_config(recipe, 1, device.type), device)
     pair, result = pair_of(recipe), {"counted": [], "planned": []}

@@ -1,4 +1,5 @@
-"""Run by the launcher on every rank: the bytes that engines hold after two steps, and those of a checkpoint.
+"""Run by the launcher on every rank: the bytes that engines hold after two steps, and those of a
+checkpoint.
 
 plan_worker.py FOLDER      writes FOLDER/rank{rank}.json, {case: {part: bytes, "same_shapes": bool}}
 """
@@ -35,7 +36,9 @@ ASSETS = ROOT / "recipes" / "assets" / "tiny"
 
 
 def make_recipe(folder: Path, case: str) -> Recipe:
-    student, teacher = (str(folder / name) if (folder / name).exists() else name for name in CASES[case])
+    student, teacher = (
+        str(folder / name) if (folder / name).exists() else name for name in CASES[case]
+    )
     return Recipe.model_validate(
         {
             "teacher": {"model": str(ASSETS / "teacher")},
@@ -50,7 +53,10 @@ def make_recipe(folder: Path, case: str) -> Recipe:
 
 def main() -> None:
     folder, device = Path(sys.argv[1]), init_distributed()
-    measured = {case: measure(make_recipe(folder, case), folder / f"checkpoints {case}", device) for case in CASES}
+    measured = {
+        case: measure(make_recipe(folder, case), folder / f"checkpoints {case}", device)
+        for case in CASES
+    }
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(measured))
     dist.barrier()
 
@@ -64,14 +70,23 @@ def measure(recipe: Recipe, checkpoints: Path, device: torch.device) -> dict[str
     for index in range(2):
         train_step(student, teacher, [make_batch(index)], 1e-3, device)
     save_checkpoint(student, checkpoints, 2, {})
-    states = [value for state in student.optimizer.optimizer.state.values() for value in state.values()]
+    states = [
+        value for state in student.optimizer.optimizer.state.values() for value in state.values()
+    ]
     optimizer: Any = student.optimizer
     is_stage_3 = is_zero3(ds_config)
-    masters = optimizer.fp32_partitioned_groups_flat if is_stage_3 else optimizer.single_partition_of_fp32_groups
+    masters = (
+        optimizer.fp32_partitioned_groups_flat
+        if is_stage_3
+        else optimizer.single_partition_of_fp32_groups
+    )
     shapes = [shapes_of(teacher.model), shapes_of(model)]
     return {
         "same_shapes": shapes
-        == [model_shapes(recipe.teacher, role="teacher"), model_shapes(recipe.student, role="student")],
+        == [
+            model_shapes(recipe.teacher, role="teacher"),
+            model_shapes(recipe.student, role="student"),
+        ],
         "teacher_shard": held_bytes(weights_of(teacher.model)),
         "student_weights": held_bytes(weights_of(model)),
         "optimizer": held_bytes([*masters, *(state for state in states if state.numel() > 1)]),
@@ -82,12 +97,16 @@ def measure(recipe: Recipe, checkpoints: Path, device: torch.device) -> dict[str
 
 def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
     """Shards, and what is whole besides them."""
-    shards = [parameter.ds_tensor for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
+    shards = [
+        parameter.ds_tensor for parameter in model.parameters() if hasattr(parameter, "ds_tensor")
+    ]
     return [*shards, *(parameter.data for parameter in model.parameters())]
 
 
 def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     return sum(storages.values())
 
 
@@ -95,7 +114,10 @@ def make_batch(index: int) -> Batch:
     random = np.random.default_rng([dist.get_rank(), index])
     ids = [random.integers(0, 20, 64) for _ in range(2)]
     sections = np.array([4, 50, 10])
-    return collate([Example(tokens, tokens, i, sections, read_start=0) for i, tokens in enumerate(ids)], pad_token_id=0)
+    return collate(
+        [Example(tokens, tokens, i, sections, read_start=0) for i, tokens in enumerate(ids)],
+        pad_token_id=0,
+    )
 
 
 if __name__ == "__main__":

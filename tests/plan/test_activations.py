@@ -25,7 +25,9 @@ NUM_TOKENS = 2 * 256
 
 
 def saved_bytes(model: Any) -> int:
-    """Bytes of all storages that autograd keeps after the backbone's forward, weights and rotary tables left out."""
+    """Bytes of all storages that autograd keeps after the backbone's forward, weights and rotary
+    tables left out.
+    """
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -45,20 +47,28 @@ def saved_bytes(model: Any) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
-def test_activations_are_what_autograd_saves(config_class: Any, dtype: torch.dtype, checkpointing: bool):
+def test_activations_are_what_autograd_saves(
+    config_class: Any, dtype: torch.dtype, checkpointing: bool
+):
     extra = {"head_dim": 24} if config_class is Qwen3Config else {}
     model = AutoModelForCausalLM.from_config(config_class(**SIZES, **extra), dtype=dtype).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     expected = saved_bytes(model)
-    planned = saved_activations(shapes_of(model), NUM_TOKENS, dtype.itemsize, checkpointing=checkpointing)
+    planned = saved_activations(
+        shapes_of(model), NUM_TOKENS, dtype.itemsize, checkpointing=checkpointing
+    )
     assert planned == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("window", ["head", "middle", "tail"])
 @pytest.mark.parametrize("context", ["drop", "keep"])
-@pytest.mark.parametrize(("keep_fraction", "max_tokens"), [(1.0, None), (0.5, None), (0.3, 40), (1.0, 64)])
-def test_the_longest_sequence_is_cut_as_the_data_is(window: Any, context: Any, keep_fraction: float, max_tokens: Any):
+@pytest.mark.parametrize(
+    ("keep_fraction", "max_tokens"), [(1.0, None), (0.5, None), (0.3, 40), (1.0, 64)]
+)
+def test_the_longest_sequence_is_cut_as_the_data_is(
+    window: Any, context: Any, keep_fraction: float, max_tokens: Any
+):
     truncation = TruncationSection(
         keep_fraction=keep_fraction, max_tokens=max_tokens, window=window, window_context=context
     )

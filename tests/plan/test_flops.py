@@ -1,4 +1,6 @@
-"""FLOPs by formula, against torch's own counter over transformers' models, the loss, and whole optimizer steps."""
+"""FLOPs by formula, against torch's own counter over transformers' models, the loss, and whole
+optimizer steps.
+"""
 
 import json
 import subprocess
@@ -30,7 +32,8 @@ from kd.plan.shapes import ModelShapes, config_shapes, shapes_of
 SIZES = {
     key: value
     for key, value in tiny_config().to_dict().items()
-    if key.startswith(("num_", "hidden_size", "intermediate", "vocab")) or key == "max_position_embeddings"
+    if key.startswith(("num_", "hidden_size", "intermediate", "vocab"))
+    or key == "max_position_embeddings"
 }
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 CONFIGS = {
@@ -60,14 +63,18 @@ def eager(config: PretrainedConfig) -> Any:
 
 def pair_of_two() -> tuple[ModelShapes, ModelShapes]:
     """Teacher and student, of two widths and vocabularies."""
-    return config_shapes(tiny_config(hidden_size=64, vocab_size=192)), config_shapes(tiny_config("qwen2"))
+    return config_shapes(tiny_config(hidden_size=64, vocab_size=192)), config_shapes(
+        tiny_config("qwen2")
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_forward_pass_has_the_flops_that_torch_counts(name: str):
     model, input_ids = eager(CONFIGS[name]), torch.arange(2 * LENGTH).view(2, -1) % 160
     expected = counted(lambda: model.base_model(input_ids=input_ids, use_cache=False))
-    assert forward_flops(shapes_of(model), np.array([LENGTH, LENGTH])) == pytest.approx(expected, rel=RELATIVE)
+    assert forward_flops(shapes_of(model), np.array([LENGTH, LENGTH])) == pytest.approx(
+        expected, rel=RELATIVE
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
@@ -76,10 +83,14 @@ def test_a_backward_pass_has_the_flops_that_torch_counts(name: str, checkpointin
     model, input_ids = eager(CONFIGS[name]), torch.arange(LENGTH).view(1, -1)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with set_checkpoint_early_stop(False):  # as it is under ZeRO-3, whose linear layers save their inputs last
+    with set_checkpoint_early_stop(
+        False
+    ):  # as it is under ZeRO-3, whose linear layers save their inputs last
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     lengths_N = np.array([LENGTH])
-    flops = PairShapes(shapes_of(model), None, checkpointing).step_flops(lengths_N, np.array([0]), global_batch_size=1)
+    flops = PairShapes(shapes_of(model), None, checkpointing).step_flops(
+        lengths_N, np.array([0]), global_batch_size=1
+    )
     backward = flops.student - forward_flops(shapes_of(model), lengths_N) + flops.recomputed
     assert backward == pytest.approx(counted(hidden.sum().backward), rel=RELATIVE)
     assert (flops.recomputed > 0) == checkpointing
@@ -88,14 +99,22 @@ def test_a_backward_pass_has_the_flops_that_torch_counts(name: str, checkpointin
 @pytest.mark.parametrize("has_teacher", [True, False], ids=["kd", "ce"])
 def test_the_loss_has_the_flops_that_torch_counts_on_supervised_rows_alone(has_teacher: bool):
     teacher, student = pair_of_two()
-    hidden, labels = torch.randn(2, LENGTH, student.hidden_size), torch.arange(2 * LENGTH).view(2, -1) % 160
+    hidden, labels = (
+        torch.randn(2, LENGTH, student.hidden_size),
+        torch.arange(2 * LENGTH).view(2, -1) % 160,
+    )
     labels[:, ::3] = -100
     head = torch.randn(student.vocab_size, student.hidden_size, requires_grad=True)
-    of_teacher = torch.randn(2, LENGTH, teacher.hidden_size), torch.randn(teacher.vocab_size, teacher.hidden_size)
+    of_teacher = (
+        torch.randn(2, LENGTH, teacher.hidden_size),
+        torch.randn(teacher.vocab_size, teacher.hidden_size),
+    )
 
     def loss() -> None:
         inputs = hidden.requires_grad_(), head, *(of_teacher if has_teacher else (None, None))
-        distillation_loss(*inputs, labels, kd_weight=0.5 if has_teacher else 0.0, chunk_size=50).loss.backward()
+        distillation_loss(
+            *inputs, labels, kd_weight=0.5 if has_teacher else 0.0, chunk_size=50
+        ).loss.backward()
 
     planned = loss_flops(student, teacher if has_teacher else None, int((labels >= 0).sum()))
     assert planned == pytest.approx(counted(loss), rel=RELATIVE)
@@ -107,7 +126,11 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float
     recipe, output = write_tiny_recipe(folder), folder / "flops.json"
     worker = Path(__file__).with_name("flops_worker.py")
     done = subprocess.run(
-        [sys.executable, str(worker), str(recipe), str(output)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, str(worker), str(recipe), str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
@@ -123,13 +146,19 @@ def test_optimizer_steps_have_the_flops_that_torch_counts(steps: Any, index: int
 def test_flops_of_several_batches_are_their_mean():
     pair = PairShapes(*reversed(pair_of_two()), checkpointing=True)
     lengths_N = np.array([10, 10, 90, 90])
-    batches = [pair.step_flops(lengths_N[part], lengths_N[part] - 1, 2) for part in (slice(0, 2), slice(2, 4))]
+    batches = [
+        pair.step_flops(lengths_N[part], lengths_N[part] - 1, 2)
+        for part in (slice(0, 2), slice(2, 4))
+    ]
     mean = StepFlops(*np.mean([astuple(batch) for batch in batches], axis=0))
     assert astuple(pair.step_flops(lengths_N, lengths_N - 1, 2)) == pytest.approx(astuple(mean))
 
 
 def test_half_of_the_tokens_are_less_than_half_of_the_flops():
     teacher, student = pair_of_two()
-    half, whole = (PairShapes(student, teacher, False).step_flops(np.array([n]), np.array([n]), 1) for n in (48, 96))
+    half, whole = (
+        PairShapes(student, teacher, False).step_flops(np.array([n]), np.array([n]), 1)
+        for n in (48, 96)
+    )
     assert half.model < whole.model / 2
     assert half.loss == whole.loss / 2

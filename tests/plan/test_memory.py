@@ -11,10 +11,15 @@ from kd.recipe import RECIPES_DIR, load_recipe
 
 GIB = 2**30
 STUDENT, TEACHER = 1_543_714_304, 7_615_616_512  # parameters of qwen7b_to_1p5b
-PART_NAMES = [field.name for field in dataclasses.fields(memory_plan(load_recipe("tiny_trunc50")).gib_per_rank)]
+PART_NAMES = [
+    field.name
+    for field in dataclasses.fields(memory_plan(load_recipe("tiny_trunc50")).gib_per_rank)
+]
 
 
-def plan_of(*overrides: str, nodes: int = 1, gpus: int = 8, recipe: str = "qwen7b_to_1p5b_trunc50") -> MemoryPlan:
+def plan_of(
+    *overrides: str, nodes: int = 1, gpus: int = 8, recipe: str = "qwen7b_to_1p5b_trunc50"
+) -> MemoryPlan:
     return memory_plan(load_recipe(recipe, overrides), nodes, gpus)
 
 
@@ -24,7 +29,9 @@ def test_states_of_zero3_are_divided_over_all_ranks():
     assert parts.student_weights * GIB == pytest.approx(2 * STUDENT / 16, rel=0.01)
     assert parts.gradients * GIB == pytest.approx(4 * STUDENT / 16, rel=0.01)
     assert parts.optimizer * GIB == pytest.approx(12 * STUDENT / 16, rel=0.01)
-    assert plan_of(nodes=2).total_gib == pytest.approx(sum(getattr(parts, name) for name in PART_NAMES))
+    assert plan_of(nodes=2).total_gib == pytest.approx(
+        sum(getattr(parts, name) for name in PART_NAMES)
+    )
 
 
 def test_stage_2_keeps_the_student_whole():
@@ -41,7 +48,9 @@ def test_an_offloaded_optimizer_is_on_the_host():
 
 def test_a_teacher_of_a_node_is_divided_over_its_ranks_alone():
     world, node = plan_of(nodes=4), plan_of("teacher.shard=node", nodes=4)
-    assert node.gib_per_rank.teacher_shard == pytest.approx(4 * world.gib_per_rank.teacher_shard, rel=0.01)
+    assert node.gib_per_rank.teacher_shard == pytest.approx(
+        4 * world.gib_per_rank.teacher_shard, rel=0.01
+    )
     assert node.gib_per_rank.student_weights == world.gib_per_rank.student_weights
 
 
@@ -60,7 +69,9 @@ def test_activations_follow_the_tokens_that_are_kept_and_checkpointing():
     assert half.activations_checkpointed_gib < half.activations_whole_gib / 10
     without = plan_of("student.gradient_checkpointing=false")
     difference = without.gib_per_rank.activations - half.gib_per_rank.activations
-    assert difference == pytest.approx(half.activations_whole_gib - half.activations_checkpointed_gib)
+    assert difference == pytest.approx(
+        half.activations_whole_gib - half.activations_checkpointed_gib
+    )
 
 
 def test_chunks_of_logits_stay_within_their_budget():
@@ -69,7 +80,8 @@ def test_chunks_of_logits_stay_within_their_budget():
     hidden = 2 * 2560 * 4096 / GIB
     assert plan_of(recipe=recipe).gib_per_rank.loss == pytest.approx(2.0 + head + hidden, rel=0.03)
     small = plan_of("loss.chunk_size=128", recipe=recipe)
-    # 128 rows of the student, and as many of the teacher at most: whichever moment takes most now, it is less.
+    # 128 rows of the student, and as many of the teacher at most: whichever moment takes most now,
+    # it is less.
     assert small.gib_per_rank.loss < 2.0 + head
 
 
@@ -91,18 +103,30 @@ def test_what_fits_has_no_verdict():
         (["student.gradient_checkpointing=false"], 8, 24, "student.gradient_checkpointing = true"),
         (["training.micro_batch_size=4"], 8, 16, "training.micro_batch_size = 1"),
         (["teacher.shard=node"], 2, 18, "deepspeed.student"),
-        (["student.model=Qwen/Qwen3-4B-Base", "deepspeed.student=zero2_bf16.json"], 8, 23, '"zero3_bf16.json"'),
+        (
+            ["student.model=Qwen/Qwen3-4B-Base", "deepspeed.student=zero2_bf16.json"],
+            8,
+            23,
+            '"zero3_bf16.json"',
+        ),
         ([], 1, 24, "nodes"),
     ],
 )
-def test_what_a_verdict_proposes_fits(overrides: list[str], gpus: int, gpu_gib: float, setting: str):
+def test_what_a_verdict_proposes_fits(
+    overrides: list[str], gpus: int, gpu_gib: float, setting: str
+):
     verdict = plan_of(*overrides, gpus=gpus).verdict(gpu_gib)
     assert verdict is not None
     proposed = verdict.partition("; ")[2]
     assert setting in proposed
     nodes = re.search(r"(\d+) nodes", proposed)
     settings = [f"{key}={value}" for key, value in re.findall(r"(\w+\.\w+) = (\S+)", proposed)]
-    assert plan_of(*overrides, *settings, nodes=int(nodes[1]) if nodes else 1, gpus=gpus).verdict(gpu_gib) is None
+    assert (
+        plan_of(*overrides, *settings, nodes=int(nodes[1]) if nodes else 1, gpus=gpus).verdict(
+            gpu_gib
+        )
+        is None
+    )
 
 
 def test_what_can_never_fit_is_said_to():
@@ -111,5 +135,7 @@ def test_what_can_never_fit_is_said_to():
 
 def test_every_shipped_recipe_has_a_plan():
     for path in RECIPES_DIR.glob("*.toml"):
-        if not load_recipe(path.stem).student.model.startswith("runs/"):  # a second stage, whose first is to be run
+        if not load_recipe(path.stem).student.model.startswith(
+            "runs/"
+        ):  # a second stage, whose first is to be run
             assert memory_plan(load_recipe(path.stem)).total_gib > 0

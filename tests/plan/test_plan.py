@@ -30,7 +30,9 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("part", ["teacher_shard", "student_weights", "optimizer"])
 @pytest.mark.parametrize("case", CASES)
-def test_weights_and_optimizer_of_each_rank_are_planned_to_within_5_percent(folder, ranks, case: str, part: str):
+def test_weights_and_optimizer_of_each_rank_are_planned_to_within_5_percent(
+    folder, ranks, case: str, part: str
+):
     plan = memory_plan(make_recipe(folder, case), num_nodes=1, gpus_per_node=2)
     for rank in ranks:
         assert getattr(plan.gib_per_rank, part) * GIB == pytest.approx(rank[case][part], rel=0.05)
@@ -47,7 +49,9 @@ def test_gradients_of_each_rank_are_planned_to_within_5_percent(folder, ranks, c
 def test_a_checkpoint_is_planned_to_within_5_percent(folder, ranks):
     for case in CASES:
         plan = memory_plan(make_recipe(folder, case), num_nodes=1, gpus_per_node=2)
-        assert plan.checkpoint_gib * GIB == pytest.approx(ranks[0][case]["checkpoint"], rel=0.05), case
+        assert plan.checkpoint_gib * GIB == pytest.approx(ranks[0][case]["checkpoint"], rel=0.05), (
+            case
+        )
 
 
 def test_models_that_are_partitioned_have_the_shapes_of_their_configurations(ranks):

@@ -1,4 +1,6 @@
-"""Shapes of models: counted by transformers itself, stored for the models that recipes name, checked when loaded."""
+"""Shapes of models: counted by transformers itself, stored for the models that recipes name,
+checked when loaded.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +30,9 @@ def test_stored_shapes_have_the_parameters_that_the_models_publish(
 ):
     shapes = model_shapes(StudentSection(model=model), role="student")
     assert shapes.num_parameters == num_parameters
-    assert shapes.num_active_weights / 1e9 == pytest.approx(active_billions, rel=0.01)  # "non-embedding"
+    assert shapes.num_active_weights / 1e9 == pytest.approx(
+        active_billions, rel=0.01
+    )  # "non-embedding"
     assert (shapes.vocab_size, shapes.hidden_size) == head
 
 
@@ -40,7 +44,9 @@ def test_every_model_of_a_recipe_has_shapes_without_a_network():
             if section.model.startswith("runs/"):  # a second stage, whose first is to be run
                 continue
             assert model_shapes(section, role=role).num_parameters > 0
-            assert shapes_file(section.model).is_file() or not is_hub_id(section.model), section.model
+            assert shapes_file(section.model).is_file() or not is_hub_id(section.model), (
+                section.model
+            )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -68,7 +74,9 @@ def test_other_architectures_have_shapes_too():
 
 
 def test_an_architecture_that_cannot_be_planned_is_named():
-    with pytest.raises(UserError, match="the cost of xLSTMForCausalLM cannot be planned: .*num_attention_heads"):
+    with pytest.raises(
+        UserError, match="the cost of xLSTMForCausalLM cannot be planned: .*num_attention_heads"
+    ):
         config_shapes(xLSTMConfig(hidden_size=32, num_heads=4, num_hidden_layers=1, vocab_size=64))
 
 
@@ -76,7 +84,9 @@ def test_a_model_that_is_not_the_stored_one_is_named_with_what_differs():
     section = StudentSection(model="Qwen/Qwen3-4B-Base")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config())
-    with pytest.raises(UserError, match=r"student\.model = 'Qwen/Qwen3-4B-Base'.*num_layers is 2, stored as 36"):
+    with pytest.raises(
+        UserError, match=r"student\.model = 'Qwen/Qwen3-4B-Base'.*num_layers is 2, stored as 36"
+    ):
         check_shapes(section, model, role="student")
 
 
@@ -85,7 +95,11 @@ def test_a_model_that_is_the_stored_one_or_that_is_not_stored_passes():
         model = AutoModelForCausalLM.from_config(tiny_config())
     check_shapes(StudentSection(model="somewhere/else"), model, role="student")
     local = ROOT / "recipes" / "assets" / "tiny" / "teacher"
-    check_shapes(StudentSection(model=str(local)), AutoModelForCausalLM.from_pretrained(local), role="student")
+    check_shapes(
+        StudentSection(model=str(local)),
+        AutoModelForCausalLM.from_pretrained(local),
+        role="student",
+    )
 
 
 def test_stored_shapes_come_back_as_they_were():

@@ -1,6 +1,7 @@
 """The loss measured on each device present: `pytest tests/profile --profile`.
 
-One table per device; a Chrome trace and a row of profile.csv for each case, in build/profile or `--profile-output`.
+One table per device; a Chrome trace and a row of profile.csv for each case, in build/profile or
+`--profile-output`.
 """
 
 import csv
@@ -15,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 from loss import provenance
-from measure import bare_floor, errors, floor_fraction, forward_backward, peak_of_call, time_in_turn, times_and_floors
+from measure import (
+    bare_floor,
+    errors,
+    floor_fraction,
+    forward_backward,
+    peak_of_call,
+    time_in_turn,
+    times_and_floors,
+)
 from peers import Shape, make_problem, ours
 from rich.console import Console
 from rich.table import Column, Table
@@ -62,12 +71,16 @@ def is_asked_for(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="module")
 def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """Rows of profile.csv, one from each case; printed as a table per device when the last case is through."""
+    """Rows of profile.csv, one from each case; printed as a table per device when the last case is
+    through.
+    """
     measured: list[dict[str, Any]] = []
     yield measured
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         for hardware in dict.fromkeys(row["hardware"] for row in measured):
-            Console(width=180).print("", table([row for row in measured if row["hardware"] == hardware]))
+            Console(width=180).print(
+                "", table([row for row in measured if row["hardware"] == hardware])
+            )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -90,11 +103,15 @@ def test_a_case_is_measured_traced_and_written(case, rows, request):
     with (folder / "profile.csv").open(newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
     assert last == {name: "" if value is None else str(value) for name, value in row.items()}
-    assert any("mm" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+    assert any(
+        "mm" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]
+    )
 
 
 def test_on_the_cpu_the_loss_takes_at_most_a_quarter_more_than_its_products():
-    """Target: 1.25 times the bare products at (384, 768, 32000), N = 512, fp32, forward_kl without CE, one thread."""
+    """Target: 1.25 times the bare products at (384, 768, 32000), N = 512, fp32, forward_kl without
+    CE, one thread.
+    """
     problem, call = problem_and_call(CPU_CASES[0])
     calls = {"measured": call, "bare": bare_floor(problem, 512)}
     with threads_for("cpu"):
@@ -113,7 +130,11 @@ def threads_for(device: str) -> Iterator[None]:
 
 def problem_and_call(case: Case) -> tuple[Any, Any]:
     problem = make_problem(
-        case.shape, case.num_tokens, "forward_kl", dtype=case.dtype, device=torch.device(case.device)
+        case.shape,
+        case.num_tokens,
+        "forward_kl",
+        dtype=case.dtype,
+        device=torch.device(case.device),
     )
     return problem, partial(forward_backward, partial(ours, backend=case.backend), problem)
 
@@ -123,10 +144,17 @@ def measured_row(case: Case) -> dict[str, Any]:
     problem, call = problem_and_call(case)
     peak = peak_of_call(call, problem)
     times = times_and_floors(
-        call, problem, case.shape, torch.float32, reserved_bytes=peak, seconds=MEASURE_SECONDS[case.device]
+        call,
+        problem,
+        case.shape,
+        torch.float32,
+        reserved_bytes=peak,
+        seconds=MEASURE_SECONDS[case.device],
     )
     loss = partial(ours, backend=case.backend)
-    error_cases = errors(loss, case.shape, case.num_tokens, "forward_kl", dtype=case.dtype, device=device)
+    error_cases = errors(
+        loss, case.shape, case.num_tokens, "forward_kl", dtype=case.dtype, device=device
+    )
     place = provenance(case.device)
     return {
         "case": case.name,
@@ -174,10 +202,20 @@ def write_trace(path: Path, case: Case) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    names = ("case", "median ms (p20-p80)", "of bare", "of planned", "peak GiB", "random pair", "matched pair")
+    names = (
+        "case",
+        "median ms (p20-p80)",
+        "of bare",
+        "of planned",
+        "peak GiB",
+        "random pair",
+        "matched pair",
+    )
     where = f"{rows[0]['hardware']}, commit {rows[0]['commit'] or 'unknown'}"
     columns = [Column(name, no_wrap=True) for name in names]
-    result = Table(*columns, title=f"{where}; errors of loss, hidden states' gradient, head's gradient")
+    result = Table(
+        *columns, title=f"{where}; errors of loss, hidden states' gradient, head's gradient"
+    )
     for row in rows:
         result.add_row(
             row["case"],
@@ -186,7 +224,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['planned_floor_fraction']:.0%}",
             f"{row['peak_gib']:.3f}",
             *(
-                ", ".join(f"{row[f'{pair}_{name}_error']:.1e}" for name in ("loss", "grad_hidden", "grad_head"))
+                ", ".join(
+                    f"{row[f'{pair}_{name}_error']:.1e}"
+                    for name in ("loss", "grad_hidden", "grad_head")
+                )
                 for pair in ("random", "matched")
             ),
         )

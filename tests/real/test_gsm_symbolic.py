@@ -34,7 +34,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges=[]))
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", chat_template=template
+    )
 
 
 def numbers(text: str) -> list[float]:
@@ -52,7 +54,9 @@ def test_validation_and_report_hold_templates_that_training_never_sees() -> None
         "validation": 9,
         "report": 8,
     }
-    assert sorted(template for templates in by_split.values() for template in templates) == TEMPLATES
+    assert (
+        sorted(template for templates in by_split.values() for template in templates) == TEMPLATES
+    )
     for split, templates in by_split.items():
         assert {split_of(template) for template in templates} == {split}
 
@@ -70,7 +74,9 @@ def test_rows_are_distinct_and_the_same_for_the_same_seed() -> None:
     assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == 200
 
 
-def test_asking_for_more_problems_than_the_templates_give_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_for_more_problems_than_the_templates_give_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(gsm_symbolic, "TEMPLATES", [53])
     with pytest.raises(ValueError, match=r"num_rows = 5000: the templates of 'train'"):
         draw_rows("train", 5000)
@@ -84,11 +90,16 @@ def test_sections_are_the_problem_the_solution_up_to_its_marker_and_the_number(
         tokens = tokenise(tokenizer, render(tokenizer, read_row(SOURCES["local"], row), data))
         prompt_stop, cot_stop = tokens.num_prompt, tokens.num_prompt + tokens.num_cot
         assert tokenizer.decode(tokens.input_ids[:prompt_stop]).endswith(f"user: {row['prompt']}\n")
-        assert tokenizer.decode(tokens.input_ids[prompt_stop:cot_stop]) == f"{row['reasoning'].strip()}\n#### "
+        assert (
+            tokenizer.decode(tokens.input_ids[prompt_stop:cot_stop])
+            == f"{row['reasoning'].strip()}\n#### "
+        )
         assert tokenizer.decode(tokens.input_ids[cot_stop:]) == f"{row['answer']}<eos>"
 
 
-def test_written_sets_are_complete_and_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_sets_are_complete_and_not_written_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gsm_symbolic, "NUM_ROWS", {"train": 7, "report": 5})
     write_problem_sets(tmp_path / "sets")
     files = sorted((tmp_path / "sets").iterdir())

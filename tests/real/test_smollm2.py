@@ -1,4 +1,6 @@
-"""A real language model of 135 M parameters, and ten steps of distilling it into half of its layers, on the CPU."""
+"""A real language model of 135 M parameters, and ten steps of distilling it into half of its
+layers, on the CPU.
+"""
 
 import itertools
 import json
@@ -27,7 +29,10 @@ def assets() -> Path:
 
 
 def continuation(folder: Path, question: str, max_new_tokens: int) -> str:
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
     )
@@ -40,22 +45,32 @@ def continuation(folder: Path, question: str, max_new_tokens: int) -> str:
 @pytest.mark.parametrize(
     ("total", "chosen", "expected"), [(30, 3, [0, 14, 29]), (5, 3, [0, 2, 4]), (4, 4, [0, 1, 2, 3])]
 )
-def test_kept_layers_are_evenly_spaced_from_the_first_to_the_last(total: int, chosen: int, expected: list[int]) -> None:
+def test_kept_layers_are_evenly_spaced_from_the_first_to_the_last(
+    total: int, chosen: int, expected: list[int]
+) -> None:
     assert evenly_spaced(total, chosen) == expected
 
 
 @pytest.mark.real
 @pytest.mark.timeout(900)
-def test_the_unpacked_teacher_speaks_and_the_student_is_its_every_second_layer(assets: Path) -> None:
-    assert "Paris" in continuation(assets / "teacher", "What is the capital of France?", max_new_tokens=16)
-    teacher, student = (AutoModelForCausalLM.from_pretrained(assets / name) for name in ("teacher", "student"))
+def test_the_unpacked_teacher_speaks_and_the_student_is_its_every_second_layer(
+    assets: Path,
+) -> None:
+    assert "Paris" in continuation(
+        assets / "teacher", "What is the capital of France?", max_new_tokens=16
+    )
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(assets / name) for name in ("teacher", "student")
+    )
     assert [model.config.num_hidden_layers for model in (teacher, student)] == [30, 15]
     kept = evenly_spaced(30, 15)
     assert kept[0] == 0
     assert kept[-1] == 29
     assert {later - earlier for earlier, later in itertools.pairwise(kept)} == {2, 3}
     for ours, index in zip(student.model.layers, kept, strict=True):
-        torch.testing.assert_close(ours.state_dict(), teacher.model.layers[index].state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            ours.state_dict(), teacher.model.layers[index].state_dict(), rtol=0, atol=0
+        )
     assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
@@ -92,5 +107,8 @@ def test_ten_steps_under_zero3_lower_the_loss_and_export_a_student_that_generate
 
 def test_both_members_differ_in_truncation_alone() -> None:
     half, full = (load_recipe(f"smollm2_gsm_trunc{percent}").model_dump() for percent in (50, 100))
-    assert (half["truncation"].pop("keep_fraction"), full["truncation"].pop("keep_fraction")) == (0.5, 1.0)
+    assert (half["truncation"].pop("keep_fraction"), full["truncation"].pop("keep_fraction")) == (
+        0.5,
+        1.0,
+    )
     assert half | {"run": None} == full | {"run": None}

@@ -1,4 +1,6 @@
-"""The report's folder: pages that show the numbers, links that lead to files, and nothing foreign overwritten."""
+"""The report's folder: pages that show the numbers, links that lead to files, and nothing foreign
+overwritten.
+"""
 
 import html.parser
 import json
@@ -80,7 +82,13 @@ def test_links_of_the_page_lead_to_files_of_runs(report, page, study):
     outside = {unquote(link) for link in page.links if not link.startswith("#")}
     assert all((report / link).is_file() and not link.startswith("/") for link in outside)
     names = {Path(link).name for link in outside}
-    assert {"recipe.json", "metrics.jsonl", "student-after.json", "teacher.json", "study.json"} <= names
+    assert {
+        "recipe.json",
+        "metrics.jsonl",
+        "student-after.json",
+        "teacher.json",
+        "study.json",
+    } <= names
 
 
 def test_links_of_the_markdown_lead_to_files(report):
@@ -100,7 +108,10 @@ def test_every_number_of_a_table_is_a_link_or_has_one_beside_it(report):
     numbers = [cell for cell in cells if re.match(r"(<[^>]*>)*\d", cell)]
     unlinked = {re.sub(r"<[^>]*>", "", cell) for cell in numbers if "<a " not in cell}
     assert len(numbers) > 100
-    assert unlinked - keep_fractions == {"2", "3.11.7"}  # of the table of environments, which links its runs
+    assert unlinked - keep_fractions == {
+        "2",
+        "3.11.7",
+    }  # of the table of environments, which links its runs
 
 
 def test_pages_and_json_hold_the_same_numbers(report, page):
@@ -124,14 +135,19 @@ def test_pages_and_json_hold_the_same_numbers(report, page):
 def test_what_is_not_compared_is_told(page):
     assert "not finished (no SUCCESS) after step 200" in page.text
     assert "no_supervised_token: data.loss_sections: no token of an answer is kept" in page.text
-    assert "No full run to compare with (keep_fraction = 1): prompt+cot, head; cot, head; prompt, head" in page.text
+    assert (
+        "No full run to compare with (keep_fraction = 1): prompt+cot, head; cot, head; prompt, head"
+        in page.text
+    )
     assert "they treat seeds' problems as independent" in page.text
 
 
 def test_names_are_escaped(tmp_path):
     name = '<b>"a" & |b|_ *c* [d](e) #f%20'
     write_run(tmp_path / name, num_correct=50)
-    write_run(tmp_path / "plain", keep_fraction=0.5, num_correct=40, student__model="models/student")
+    write_run(
+        tmp_path / "plain", keep_fraction=0.5, num_correct=40, student__model="models/student"
+    )
     write_report([tmp_path], tmp_path / "report")
     page = Page((tmp_path / "report" / "index.html").read_text())
     assert "b" not in page.tags
@@ -145,7 +161,13 @@ def test_names_are_escaped(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "escaped"),
-    [("keep_fraction", "keep_fraction"), ("_a_", r"\_a\_"), ("# a", r"\# a"), ("1. a", r"\1. a"), ("a\nb", "a b")],
+    [
+        ("keep_fraction", "keep_fraction"),
+        ("_a_", r"\_a\_"),
+        ("# a", r"\# a"),
+        ("1. a", r"\1. a"),
+        ("a\nb", "a b"),
+    ],
 )
 def test_markdown_of_plain_text_is_plain_text(text, escaped):
     assert escape_markdown(text) == escaped
@@ -170,7 +192,11 @@ def test_a_warning_says_what_differs_between_runs_that_are_compared(tmp_path):
     write_run(tmp_path / "b", seed=1, num_correct=50, training__learning_rate=0.5)
     write_report([tmp_path], tmp_path / "report")
     page = Page((tmp_path / "report" / "index.html").read_text())
-    assert re.search(r"Warning: these runs are compared.*training.learning_rate\s*0.0001\s*a", page.text, re.DOTALL)
+    assert re.search(
+        r"Warning: these runs are compared.*training.learning_rate\s*0.0001\s*a",
+        page.text,
+        re.DOTALL,
+    )
 
 
 def test_a_run_that_never_took_a_step_is_listed(tmp_path):
@@ -185,7 +211,9 @@ def test_only_unfinished_runs_make_a_report_without_a_comparison(tmp_path):
 
 def test_a_row_of_plots_for_each_task(tmp_path):
     run = write_run(tmp_path / "a", num_correct=50)
-    second = json.loads((run / "evaluation" / "student-after.json").read_text()) | {"task": "aime24"}
+    second = json.loads((run / "evaluation" / "student-after.json").read_text()) | {
+        "task": "aime24"
+    }
     (run / "evaluation" / "after.aime24.json").write_text(json.dumps(second))
     write_report([run], tmp_path / "report")
     page = Page((tmp_path / "report" / "index.html").read_text())
@@ -200,7 +228,9 @@ def test_an_earlier_report_is_replaced_with_its_plots_and_nothing_else(tmp_path)
     (output / "mine.txt").write_text("kept")
     (output / "plots" / "mine.png").write_text("kept")
     write_report([run], output)
-    assert (output / "mine.txt").read_text() == (output / "plots" / "mine.png").read_text() == "kept"
+    assert (
+        (output / "mine.txt").read_text() == (output / "plots" / "mine.png").read_text() == "kept"
+    )
     listed = json.loads((output / "report.json").read_text())["plots"]
     assert {path.name for path in (output / "plots").iterdir()} == {*listed, "mine.png"}
 
@@ -222,12 +252,21 @@ def test_the_same_runs_make_the_same_report(tmp_path):
     run = write_run(tmp_path / "a", num_correct=50)
     for name in ("one", "two"):
         write_report([run], tmp_path / name)
-    files = [{path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two")]
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("one", "two")
+    ]
     assert files[0] == files[1]
 
 
 def test_the_command_says_in_one_block_what_is_wrong(tmp_path):
-    command = [sys.executable, str(ROOT / "launch" / "report.py"), str(tmp_path), "-o", str(tmp_path / "report")]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "report.py"),
+        str(tmp_path),
+        "-o",
+        str(tmp_path / "report"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == EXIT_USER_ERROR
     assert done.stderr.strip().startswith(f"error: RUNS = '{tmp_path}': no run is there")

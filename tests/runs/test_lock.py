@@ -13,9 +13,16 @@ from kd.runs.lock import hold, is_free
 @pytest.fixture
 def holder(tmp_path: Path):
     """Another process that holds the folder until it is killed."""
-    lines = ["import sys, time", "from pathlib import Path", "from kd.runs.lock import hold", "hold(Path(sys.argv[1]))"]
+    lines = [
+        "import sys, time",
+        "from pathlib import Path",
+        "from kd.runs.lock import hold",
+        "hold(Path(sys.argv[1]))",
+    ]
     code = "\n".join([*lines, "print('held', flush=True)", "time.sleep(60)"])
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -25,7 +32,9 @@ def holder(tmp_path: Path):
 def test_a_folder_that_another_process_holds_is_refused_with_its_name(tmp_path: Path, holder):
     assert not is_free(tmp_path)
     with pytest.raises(
-        UserError, match=rf"is in use by process {holder.pid} on .*: wait until that ends, or end it; if its node"
+        UserError,
+        match=rf"is in use by process {holder.pid} on .*: wait until that ends, or end it; if its "
+        rf"node",
     ):
         hold(tmp_path, patience_seconds=0)
 

@@ -1,4 +1,6 @@
-"""Jobs of launch/submit.py on a real SLURM: time limit, requeue, scancel, arrays, evaluation, failures."""
+"""Jobs of launch/submit.py on a real SLURM: time limit, requeue, scancel, arrays, evaluation,
+failures.
+"""
 
 import json
 import shlex
@@ -16,8 +18,13 @@ from kd.runs.records import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-# Losses that do not depend on the number of steps to come, so that runs of unequal length can be compared.
-STEADY = ("training.schedule=constant", "training.warmup_fraction=0.0", "training.learning_rate=1e-3")
+# Losses that do not depend on the number of steps to come, so that runs of unequal length can be
+# compared.
+STEADY = (
+    "training.schedule=constant",
+    "training.warmup_fraction=0.0",
+    "training.learning_rate=1e-3",
+)
 ENDLESS = ("training.max_steps=100000", "training.checkpoint_every=100000")
 COMPARED = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "diagnostics")
 
@@ -30,7 +37,9 @@ class Submitted(NamedTuple):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the recipe and its runs: a shell, SLURM and srun would each read something into its name."""
+    """Of the recipe and its runs: a shell, SLURM and srun would each read something into its
+    name.
+    """
     folder = tmp_path_factory.mktemp("jobs") / "it's $HOME & 50 %j; `x`"
     folder.mkdir()
     write_tiny_recipe(folder)
@@ -41,10 +50,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def submit(cluster: Cluster, folder: Path, name: str, *arguments: str) -> Submitted:
     """From the recipe's folder, to which runs and problems are relative."""
-    settings = [f"run.name={name}", "run.output_dir=runs", "evaluation.path=problems.jsonl", *STEADY]
+    settings = [
+        f"run.name={name}",
+        "run.output_dir=runs",
+        "evaluation.path=problems.jsonl",
+        *STEADY,
+    ]
     settings += ["evaluation.max_new_tokens=8", "evaluation.judge=exact"]
-    alone = ("--exclusive",) if "--" in arguments else ("--", "--exclusive")  # one job after another
-    done = cluster.submit("tiny_test.toml", *(f"--set={text}" for text in settings), *arguments, *alone, cwd=folder)
+    alone = (
+        ("--exclusive",) if "--" in arguments else ("--", "--exclusive")
+    )  # one job after another
+    done = cluster.submit(
+        "tiny_test.toml", *(f"--set={text}" for text in settings), *arguments, *alone, cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     ids = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("job ")]
     return Submitted(ids, folder / "runs" / name / "slurm" / "1", folder / "runs" / name)
@@ -69,13 +87,17 @@ class Interrupted(NamedTuple):
 
 @pytest.fixture(scope="module")
 def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
-    """A run on two nodes without end: it meets its time limit, is requeued, goes on, and is cancelled."""
+    """A run on two nodes without end: it meets its time limit, is requeued, goes on, and is
+    cancelled.
+    """
     endless = [f"--set={text}" for text in ENDLESS]
     submitted = submit(cluster, folder, "endless", *endless, "--time=2", "--signal-seconds=59")
     (job,), run = submitted.ids, submitted.run
     told = "USR1: the ranks are told"
     wait_until(lambda: num_steps(run) > 5 or told in log_of(submitted), "the first steps", 120)
-    cluster.run("scancel", "--signal=STOP", job)  # a long step, so that the run to compare with can be short
+    cluster.run(
+        "scancel", "--signal=STOP", job
+    )  # a long step, so that the run to compare with can be short
     wait_until(lambda: told in log_of(submitted), "the signal", 90)
     cluster.run("scancel", "--signal=CONT", job)
     wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the job to be requeued", 150)
@@ -100,25 +122,43 @@ class Array(NamedTuple):
 
 @pytest.fixture(scope="module")
 def array(cluster: Cluster, folder: Path, interrupted: Interrupted) -> Array:
-    """Two runs, as long as the cancelled one, and their evaluation; the second is interrupted and requeued."""
-    size = [f"--set=training.max_steps={interrupted.first_steps + 4}", "--set=training.checkpoint_every=100000"]
-    submitted = submit(cluster, folder, "sweep", *size, "--array-over=keep_fraction=0.5,0.25", "--evaluate")
+    """Two runs, as long as the cancelled one, and their evaluation; the second is interrupted and
+    requeued.
+    """
+    size = [
+        f"--set=training.max_steps={interrupted.first_steps + 4}",
+        "--set=training.checkpoint_every=100000",
+    ]
+    submitted = submit(
+        cluster, folder, "sweep", *size, "--array-over=keep_fraction=0.5,0.25", "--evaluate"
+    )
     runs = [folder / "runs" / f"sweep-keep_fraction={value}" for value in ("0.5", "0.25")]
     train, evaluation = submitted.ids
     wait_until(lambda: num_steps(runs[1]) > 2, "the second run's steps", 300)
     cluster.run("scancel", "--batch", "--signal=USR1", f"{train}_1")
-    wait_until(lambda: cluster.job(f"{train}_1")["Restarts"] == "1", "the second run to be requeued", 60)
+    wait_until(
+        lambda: cluster.job(f"{train}_1")["Restarts"] == "1", "the second run to be requeued", 60
+    )
     cluster.start_now(f"{train}_1")
     log = submitted.folder / f"evaluate-{evaluation}_1.out"
     wait_until(lambda: log.exists() and "start 1" in log.read_text(), "the second evaluation", 200)
     time.sleep(1)  # the script has come to its trap; evaluate.py still imports
     cluster.run("scancel", "--batch", "--signal=USR1", f"{evaluation}_1")
-    wait_until(lambda: cluster.job(f"{evaluation}_1")["Restarts"] == "1", "the evaluation to be requeued", 60)
+    wait_until(
+        lambda: cluster.job(f"{evaluation}_1")["Restarts"] == "1",
+        "the evaluation to be requeued",
+        60,
+    )
     cluster.start_now(f"{evaluation}_1")
     for task in (f"{train}_0", f"{train}_1", f"{evaluation}_0", f"{evaluation}_1"):
         cluster.wait_for_state(task, "COMPLETED", "FAILED", "CANCELLED")
     restarts = [cluster.job(f"{train}_{index}")["Restarts"] for index in range(2)]
-    return Array(submitted, runs, restarts, [cluster.job(f"{evaluation}_{index}")["JobState"] for index in range(2)])
+    return Array(
+        submitted,
+        runs,
+        restarts,
+        [cluster.job(f"{evaluation}_{index}")["JobState"] for index in range(2)],
+    )
 
 
 def test_a_job_that_nears_its_time_limit_saves_and_is_requeued(interrupted: Interrupted):
@@ -129,9 +169,15 @@ def test_a_job_that_nears_its_time_limit_saves_and_is_requeued(interrupted: Inte
     assert "DUE TO TIME LIMIT" not in log
 
 
-def test_the_requeued_job_goes_on_with_the_losses_of_an_uninterrupted_run(interrupted: Interrupted, array: Array):
-    there, here = (read_metrics(run / "metrics.jsonl") for run in (interrupted.submitted.run, array.runs[0]))
-    compared = [[[record[field] for field in COMPARED] for record in records] for records in (there, here)]
+def test_the_requeued_job_goes_on_with_the_losses_of_an_uninterrupted_run(
+    interrupted: Interrupted, array: Array
+):
+    there, here = (
+        read_metrics(run / "metrics.jsonl") for run in (interrupted.submitted.run, array.runs[0])
+    )
+    compared = [
+        [[record[field] for field in COMPARED] for record in records] for records in (there, here)
+    ]
     assert len(here) == interrupted.first_steps + 4
     assert compared[0][: len(here)] == compared[1]
 
@@ -145,7 +191,9 @@ def test_a_cancelled_job_saves_and_is_not_requeued_but_may_be_submitted_again(
     saved = json.loads((run / "INTERRUPTED").read_text())["step"]
     assert saved > interrupted.first_steps
     assert (run / "checkpoints" / f"step_{saved}" / "manifest.json").exists()
-    settings = [f"--set={text}" for text in ("run.name=endless", "run.output_dir=runs", *STEADY, *ENDLESS)]
+    settings = [
+        f"--set={text}" for text in ("run.name=endless", "run.output_dir=runs", *STEADY, *ENDLESS)
+    ]
     again = cluster.submit("tiny_test.toml", *settings, "--", "--hold", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert json.loads((run / "slurm.json").read_text())["submission"] == str(run / "slurm" / "2")
@@ -172,11 +220,16 @@ def test_an_array_trains_each_value_and_requeues_one_task_alone(array: Array):
     assert array.restarts == ["0", "1"]
     for run, fraction in zip(array.runs, (0.5, 0.25), strict=True):
         assert (run / "SUCCESS").exists()
-        assert json.loads((run / "recipe.json").read_text())["truncation"]["keep_fraction"] == fraction
+        assert (
+            json.loads((run / "recipe.json").read_text())["truncation"]["keep_fraction"] == fraction
+        )
 
 
 def test_a_study_is_an_array_whose_cells_the_study_then_finds_done(cluster: Cluster, folder: Path):
-    settings = [f"--set={text}" for text in ("run.output_dir=runs", "training.max_steps=4", "evaluation.judge=exact")]
+    settings = [
+        f"--set={text}"
+        for text in ("run.output_dir=runs", "training.max_steps=4", "evaluation.judge=exact")
+    ]
     settings += ["--set=evaluation.path=problems.jsonl", "--set=evaluation.max_new_tokens=8"]
     study = ["tiny_test.toml", "--keep=0.5,1.0", *settings]
     done = cluster.submit(*study, "--evaluate", "--", "--exclusive", cwd=folder)
@@ -190,7 +243,9 @@ def test_a_study_is_an_array_whose_cells_the_study_then_finds_done(cluster: Clus
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((folder / "runs" / "studies" / "tiny_test" / "study.json").read_text())
     assert [cell["status"] for cell in content["cells"]] == ["done", "done"]
-    logs = sorted(path.name for path in (folder / "runs" / "studies" / "tiny_test" / "logs").iterdir())
+    logs = sorted(
+        path.name for path in (folder / "runs" / "studies" / "tiny_test" / "logs").iterdir()
+    )
     assert logs == ["student-before.log", "teacher.log"]  # no cell was trained or scored again
 
 
@@ -203,7 +258,10 @@ def test_evaluation_follows_success(array: Array):
 
 def test_a_submission_of_a_finished_run_is_refused(cluster: Cluster, folder: Path, array: Array):
     done = cluster.submit(
-        "tiny_test.toml", "--set=run.output_dir=runs", f"--set=run.name={array.runs[0].name}", cwd=folder
+        "tiny_test.toml",
+        "--set=run.output_dir=runs",
+        f"--set=run.name={array.runs[0].name}",
+        cwd=folder,
     )
     assert done.returncode == 2
     assert "is finished, it has its SUCCESS" in done.stderr
@@ -217,11 +275,17 @@ class Failed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def failed(cluster: Cluster, folder: Path) -> Failed:
-    """One rank fails, in the copy of the code that the job has: it was broken there while the job waited."""
+    """One rank fails, in the copy of the code that the job has: it was broken there while the job
+    waited.
+    """
     submitted = submit(cluster, folder, "broken", "--evaluate", "--", "--hold")
-    again = cluster.submit("tiny_test.toml", "--set=run.output_dir=runs", "--set=run.name=broken", cwd=folder)
+    again = cluster.submit(
+        "tiny_test.toml", "--set=run.output_dir=runs", "--set=run.name=broken", cwd=folder
+    )
     script = submitted.folder / "code" / "kd" / "train.py"
-    script.write_text(f"import os, sys\nif os.environ['SLURM_PROCID'] == '1': sys.exit(7)\n{script.read_text()}")
+    script.write_text(
+        f"import os, sys\nif os.environ['SLURM_PROCID'] == '1': sys.exit(7)\n{script.read_text()}"
+    )
     started = time.monotonic()
     cluster.run("scontrol", "release", submitted.ids[0])
     cluster.wait_for_state(submitted.ids[0], "FAILED", "COMPLETED")
@@ -245,7 +309,10 @@ def test_a_run_whose_job_is_in_the_queue_is_not_submitted_again(failed: Failed):
     ("python", "message"),
     [
         ("exit 0", "srun's status is 0 and there is no SUCCESS"),
-        ('touch "$run/INTERRUPTED"; exit 85', "interrupted at step 0, where it began: not requeued"),
+        (
+            'touch "$run/INTERRUPTED"; exit 85',
+            "interrupted at step 0, where it began: not requeued",
+        ),
     ],
     ids=["nothing done", "never further"],
 )
@@ -267,18 +334,29 @@ def test_neither_a_status_nor_an_interruption_passes_for_success(
 
 def test_a_refused_submission_leaves_nothing_behind(cluster: Cluster, folder: Path):
     done = cluster.submit(
-        "tiny_test.toml", "--set=run.output_dir=runs", "--set=run.name=refused", "--partition=nowhere", cwd=folder
+        "tiny_test.toml",
+        "--set=run.output_dir=runs",
+        "--set=run.name=refused",
+        "--partition=nowhere",
+        cwd=folder,
     )
     assert done.returncode == 2
     assert "invalid partition specified: nowhere" in done.stderr
     assert not (folder / "runs" / "refused").exists()
 
 
-@pytest.mark.parametrize(("gpus", "answer"), [(2, "on nodes 127.0.0.[1-2]"), (3, "configuration is not available")])
+@pytest.mark.parametrize(
+    ("gpus", "answer"), [(2, "on nodes 127.0.0.[1-2]"), (3, "configuration is not available")]
+)
 def test_slurm_grants_the_gpus_that_a_script_asks_for(
     cluster: Cluster, folder: Path, tmp_path: Path, gpus: int, answer: str
 ):
-    arguments = ("--nodes=2", f"--gpus-per-node={gpus}", "--set=training.global_batch_size=24", "--dry-run")
+    arguments = (
+        "--nodes=2",
+        f"--gpus-per-node={gpus}",
+        "--set=training.global_batch_size=24",
+        "--dry-run",
+    )
     done = cluster.submit("tiny_test.toml", *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     (tmp_path / "train.sbatch").write_text(done.stdout)

@@ -8,7 +8,13 @@ from slurm_cluster import Cluster
 from tiny import ROOT, free_port, write_tiny_recipe
 
 pytestmark = pytest.mark.slurm
-STEP = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, str(ROOT / "launch" / "preflight.py")]
+STEP = [
+    "srun",
+    "--nodes=2",
+    "--ntasks-per-node=1",
+    sys.executable,
+    str(ROOT / "launch" / "preflight.py"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""launch/study.py by the real path: interrupted twice, it ends with the figures of one that was left alone."""
+"""launch/study.py by the real path: interrupted twice, it ends with the figures of one that was
+left alone.
+"""
 
 import json
 import os
@@ -23,17 +25,35 @@ NOTHING = "keep0.5_answer_head_seed0"
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("a study")
-    problems = [{"prompt": f"{a}+{b}", "answer": str((a + b) % 10)} for a in range(3) for b in range(2)]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    problems = [
+        {"prompt": f"{a}+{b}", "answer": str((a + b) % 10)} for a in range(3) for b in range(2)
+    ]
+    (folder / "problems.jsonl").write_text(
+        "".join(json.dumps(problem) + "\n" for problem in problems)
+    )
     recipe = write_tiny_recipe(folder)
-    evaluation = ["path = " + json.dumps(f"{folder}/problems.jsonl"), 'judge = "exact"', "max_new_tokens = 4"]
-    recipe.write_text(recipe.read_text() + "\n".join(["\n[evaluation]", *evaluation, "temperature = 0.0", ""]))
+    evaluation = [
+        "path = " + json.dumps(f"{folder}/problems.jsonl"),
+        'judge = "exact"',
+        "max_new_tokens = 4",
+    ]
+    recipe.write_text(
+        recipe.read_text() + "\n".join(["\n[evaluation]", *evaluation, "temperature = 0.0", ""])
+    )
     return recipe
 
 
 def command(recipe: Path, folder: Path) -> list[str]:
     axes = ["--keep", "0.5,1.0", "--sections", "answer"]
-    return [sys.executable, str(ROOT / "launch/study.py"), "--recipe", str(recipe), *axes, "--output", str(folder)]
+    return [
+        sys.executable,
+        str(ROOT / "launch/study.py"),
+        "--recipe",
+        str(recipe),
+        *axes,
+        "--output",
+        str(folder),
+    ]
 
 
 def start(recipe: Path, folder: Path) -> subprocess.Popen[str]:
@@ -48,12 +68,15 @@ def num_steps(run: Path) -> int:
 
 
 def losses(run: Path) -> list[list[float]]:
-    return [[record.get(name) for name in COMPARED] for record in read_metrics(run / "metrics.jsonl")]
+    return [
+        [record.get(name) for name in COMPARED] for record in read_metrics(run / "metrics.jsonl")
+    ]
 
 
 def cells(study: Path) -> dict[str, tuple[str, str]]:
     return {
-        cell["name"]: (cell["status"], cell["text"]) for cell in json.loads((study / "study.json").read_text())["cells"]
+        cell["name"]: (cell["status"], cell["text"])
+        for cell in json.loads((study / "study.json").read_text())["cells"]
     }
 
 
@@ -68,18 +91,30 @@ def whole(recipe) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(recipe) -> tuple[Path, int, str]:
-    """Told to stop in the first cell, killed in the second, started once more: folder, first status, last output."""
+    """Told to stop in the first cell, killed in the second, started once more: folder, first
+    status, last output.
+    """
     folder = recipe.parent / "interrupted"
     process = start(recipe, folder)
-    wait_until(lambda: num_steps(folder / DONE[0]) >= 3 or process.poll() is not None, "step 3", 200)
+    wait_until(
+        lambda: num_steps(folder / DONE[0]) >= 3 or process.poll() is not None, "step 3", 200
+    )
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     status = process.returncode
     assert (folder / DONE[0] / "INTERRUPTED").exists(), output
 
     process = start(recipe, folder)
-    wait_until(lambda: num_steps(folder / DONE[1]) >= 3 or process.poll() is not None, "step 3 of the second", 200)
-    ranks = [p for p in psutil.process_iter() if f"{DONE[1]}.json" in " ".join(p.cmdline()) and "-u" in p.cmdline()]
+    wait_until(
+        lambda: num_steps(folder / DONE[1]) >= 3 or process.poll() is not None,
+        "step 3 of the second",
+        200,
+    )
+    ranks = [
+        p
+        for p in psutil.process_iter()
+        if f"{DONE[1]}.json" in " ".join(p.cmdline()) and "-u" in p.cmdline()
+    ]
     for rank in ranks:
         rank.suspend()  # so that training is not over before the next start
     os.kill(process.pid, signal.SIGKILL)
@@ -87,8 +122,14 @@ def interrupted(recipe) -> tuple[Path, int, str]:
 
     log = recipe.parent / "last start.log"
     with log.open("w") as file:
-        process = subprocess.Popen(command(recipe, folder), cwd=recipe.parent, stdout=file, stderr=file)
-        wait_until(lambda: "waiting for the ranks" in log.read_text() or process.poll() is not None, "the wait", 100)
+        process = subprocess.Popen(
+            command(recipe, folder), cwd=recipe.parent, stdout=file, stderr=file
+        )
+        wait_until(
+            lambda: "waiting for the ranks" in log.read_text() or process.poll() is not None,
+            "the wait",
+            100,
+        )
         for rank in ranks:
             rank.resume()
         assert process.wait(400) == 0, log.read_text()
@@ -99,13 +140,16 @@ def test_an_interrupted_study_says_so_and_leaves_no_cell_half_trained(interrupte
     assert interrupted[1] == EXIT_INTERRUPTED
 
 
-def test_an_interrupted_study_ends_with_the_cells_losses_and_accuracies_of_a_whole_one(interrupted, whole):
+def test_an_interrupted_study_ends_with_the_cells_losses_and_accuracies_of_a_whole_one(
+    interrupted, whole
+):
     folder = interrupted[0]
     assert cells(folder) == cells(whole)
     for name in DONE:
         assert losses(folder / name) == losses(whole / name)
         there, here = (
-            (study / name / "evaluation" / "export-best.responses.jsonl").read_text() for study in (whole, folder)
+            (study / name / "evaluation" / "export-best.responses.jsonl").read_text()
+            for study in (whole, folder)
         )
         assert there == here
 
@@ -118,7 +162,10 @@ def test_training_that_outlived_its_study_is_waited_for(interrupted):
 def test_a_cell_that_leaves_no_supervised_token_is_reported_as_such(whole):
     status, text = cells(whole)[NOTHING]
     assert status == "no_supervised_token"
-    assert "no training example has a token in data.loss_sections = ['answer'] after truncation" in text
+    assert (
+        "no training example has a token in data.loss_sections = ['answer'] after truncation"
+        in text
+    )
     assert not (whole / NOTHING / "metrics.jsonl").exists()
 
 
@@ -130,7 +177,10 @@ def test_scores_of_other_settings_are_made_anew(recipe, whole, interrupted):
         cwd=recipe.parent, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    for file in (folder / DONE[0] / "evaluation" / "export-best.json", folder / "references" / "teacher.json"):
+    for file in (
+        folder / DONE[0] / "evaluation" / "export-best.json",
+        folder / "references" / "teacher.json",
+    ):
         assert json.loads(file.read_text())["sampling"]["max_new_tokens"] == 3
 
 
@@ -140,11 +190,19 @@ def test_teacher_and_student_before_training_are_scored_beside_the_cells(whole):
 
 
 def test_a_finished_study_is_not_run_again_and_another_recipe_is_refused(recipe, whole):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and "keep" in str(path)}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in whole.rglob("*")
+        if path.is_file() and "keep" in str(path)
+    }
     process = start(recipe, whole)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
-    runs = {path: time for path, time in before.items() if path.parts[len(whole.parts)].startswith("keep")}
+    runs = {
+        path: time
+        for path, time in before.items()
+        if path.parts[len(whole.parts)].startswith("keep")
+    }
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
     done = subprocess.run(
         [*command(recipe, whole), "--set", "training.max_steps=8"],

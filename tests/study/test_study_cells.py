@@ -57,13 +57,18 @@ def test_each_seed_has_all_cells_and_the_first_is_the_recipes_own(recipe: str):
 
 
 def test_a_cell_is_the_recipe_with_its_place_on_the_axes_in_the_studys_folder(recipe: str):
-    axes = Axes(keep_fraction=(0.25,), sections=(("cot", "answer"),), window=("middle",), cross=True)
+    axes = Axes(
+        keep_fraction=(0.25,), sections=(("cot", "answer"),), window=("middle",), cross=True
+    )
     (cell,) = make_study(recipe, ["training.max_steps=3"], axes).cells
     assert cell.recipe.truncation.keep_fraction == 0.25
     assert cell.recipe.data.loss_sections == ("cot", "answer")
     assert cell.recipe.truncation.window == "middle"
     assert cell.recipe.training.max_steps == 3
-    assert cell.recipe.run_dir == Path(recipe).parent / "runs/studies/tiny_test/keep0.25_cot+answer_middle_seed0"
+    assert (
+        cell.recipe.run_dir
+        == Path(recipe).parent / "runs/studies/tiny_test/keep0.25_cot+answer_middle_seed0"
+    )
 
 
 def test_text_of_the_command_line_becomes_axes():
@@ -79,7 +84,10 @@ def test_text_of_the_command_line_becomes_axes():
         (("half", None, None, 1, False), "--keep half: write a fraction"),
         (("0.5,", None, None, 1, False), "--keep 0.5,: write distinct values"),
         (("0.5,0.5", None, None, 1, False), "--keep 0.5,0.5: write distinct values"),
-        ((None, "cot+thought", None, 1, False), "--sections cot+thought: join any of prompt, cot, answer"),
+        (
+            (None, "cot+thought", None, 1, False),
+            "--sections cot+thought: join any of prompt, cot, answer",
+        ),
         ((None, "cot+cot", None, 1, False), "--sections cot\\+cot: join any of"),
         ((None, None, "left", 1, False), "--windows left: choose from head, middle, tail"),
         ((None, None, None, 0, False), "--seeds 0: at least 1 is needed"),
@@ -91,7 +99,9 @@ def test_values_that_are_none_are_refused(arguments: tuple, message: str):
 
 
 def test_windows_of_a_whole_trace_are_refused(recipe: str):
-    with pytest.raises(UserError, match=r"--windows middle,tail: at truncation\.keep_fraction = 1 nothing is cut"):
+    with pytest.raises(
+        UserError, match=r"--windows middle,tail: at truncation\.keep_fraction = 1 nothing is cut"
+    ):
         make_study(recipe, ["truncation.keep_fraction=1.0"], Axes(window=("middle", "tail")))
 
 
@@ -101,7 +111,9 @@ def test_a_base_is_a_recipe_that_a_study_can_vary():
     assert [cell.recipe.deepspeed.student for cell in study.cells] == ["zero3_cpu.json"] * 2
 
 
-def test_the_file_of_a_study_keeps_cells_of_earlier_starts_and_their_outcomes(recipe: str, tmp_path: Path):
+def test_the_file_of_a_study_keeps_cells_of_earlier_starts_and_their_outcomes(
+    recipe: str, tmp_path: Path
+):
     first = make_study(recipe, [], Axes(keep_fraction=(0.5, 1.0)), tmp_path)
     write_study(first, {first.cells[0].point: Outcome("done", "0.9")})
     second = make_study(recipe, [], Axes(keep_fraction=(0.25, 0.5)), tmp_path)

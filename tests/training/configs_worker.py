@@ -1,4 +1,5 @@
-"""Run by the launcher on every rank: optimizer steps under each configuration, some of them poisoned on one rank.
+"""Run by the launcher on every rank: optimizer steps under each configuration, some of them
+poisoned on one rank.
 
 configs_worker.py MODELS OUTPUT      writes OUTPUT/rank{rank}.json, and from rank 0 gradients and exported students
 """
@@ -82,7 +83,11 @@ def make_batch(rank: int, index: int) -> Batch:
         input_ids = random.integers(0, 150, int(random.integers(6, 10)) * (1 + 2 * rank))
         labels = input_ids.copy()
         labels[: len(labels) // 2] = -100
-        examples.append(Example(input_ids, labels, row, num_tokens_3=np.array([len(input_ids), 0, 0]), read_start=0))
+        examples.append(
+            Example(
+                input_ids, labels, row, num_tokens_3=np.array([len(input_ids), 0, 0]), read_start=0
+            )
+        )
     return collate(examples, pad_token_id=0)
 
 
@@ -108,18 +113,24 @@ def run_case(models: Path, output: Path, case: str, device: torch.device) -> dic
     batches = [make_batch(rank, index) for index in range(ACCUMULATION)]
     for step in range(NUM_STEPS):
         if step == NUM_STEPS - 1:
-            result["poisoned"] = {name: _poisoned_step(name, student, teacher, batches, device) for name in POISONS}
+            result["poisoned"] = {
+                name: _poisoned_step(name, student, teacher, batches, device) for name in POISONS
+            }
         taken = train_step(student, teacher, batches, RATE, device)
         result["losses"].append(taken.loss)
         result["grad_norms"].append(taken.grad_norm)
         result["skipped"].append(taken.skipped)
     result["teacher unchanged"] = all(
-        torch.equal(p.ds_tensor, shard) for p, shard in zip(teacher.model.parameters(), teacher_shards, strict=True)
+        torch.equal(p.ds_tensor, shard)
+        for p, shard in zip(teacher.model.parameters(), teacher_shards, strict=True)
     )
     state = _student_state(student)
     export_student(student, model, build_tokenizer(), output / case / "trained")
     if rank == 0:
-        save_file({name.removeprefix("model."): t for name, t in state.items()}, output / case / "state.safetensors")
+        save_file(
+            {name.removeprefix("model."): t for name, t in state.items()},
+            output / case / "state.safetensors",
+        )
     return result
 
 
@@ -149,7 +160,9 @@ def _poisoned_step(
 
 def _student_state(student: Any) -> dict[str, torch.Tensor] | None:
     state = consolidated_state_dict(student)
-    return {name: tensor.clone() for name, tensor in state.items()} if dist.get_rank() == 0 else None
+    return (
+        {name: tensor.clone() for name, tensor in state.items()} if dist.get_rank() == 0 else None
+    )
 
 
 def _save_first_gradients(student: Any, path: Path) -> None:
@@ -158,7 +171,10 @@ def _save_first_gradients(student: Any, path: Path) -> None:
 
     def save_and_step() -> None:
         if student.is_gradient_accumulation_boundary():
-            gradients = {name: safe_get_full_grad(p).clone() for name, p in student.module.model.named_parameters()}
+            gradients = {
+                name: safe_get_full_grad(p).clone()
+                for name, p in student.module.model.named_parameters()
+            }
             if dist.get_rank() == 0:
                 save_file(gradients, path)
             student.step = step

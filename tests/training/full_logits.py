@@ -1,4 +1,6 @@
-"""The loss and the diagnostics that two ranks are compared with: one process, full logits, plain autograd."""
+"""The loss and the diagnostics that two ranks are compared with: one process, full logits, plain
+autograd.
+"""
 
 from collections import defaultdict
 from typing import Any
@@ -28,13 +30,18 @@ def full_loss(recipe: Recipe, student: Any, teacher: Any, batch: Batch) -> torch
 
 
 @torch.no_grad()
-def full_diagnostics(recipe: Recipe, student: Any, teacher: Any, batches: list[Batch]) -> dict[str, Any]:
-    """{part: {measure: mean}} over the supervised tokens of a global batch, in a loop over tokens."""
+def full_diagnostics(
+    recipe: Recipe, student: Any, teacher: Any, batches: list[Batch]
+) -> dict[str, Any]:
+    """{part: {measure: mean}} over the supervised tokens of a global batch, in a loop over
+    tokens.
+    """
     tokens, shared = defaultdict(list), min(model.config.vocab_size for model in (student, teacher))
     for batch in batches:
         log_q_NV, log_p_NV = (
             (
-                model(batch.input_ids).logits.flatten(0, 1)[batch.row_index, :shared] / recipe.loss.temperature
+                model(batch.input_ids).logits.flatten(0, 1)[batch.row_index, :shared]
+                / recipe.loss.temperature
             ).log_softmax(-1)
             for model in (student, teacher)
         )
@@ -49,6 +56,7 @@ def full_diagnostics(recipe: Recipe, student: Any, teacher: Any, batches: list[B
             for part in ("all", f"section {cell // 8}", f"position {cell % 8}"):
                 tokens[part].append(token)
     return {
-        part: {name: sum(token[name] for token in of) / len(of) for name in of[0]} | {"num_tokens": len(of)}
+        part: {name: sum(token[name] for token in of) / len(of) for name in of[0]}
+        | {"num_tokens": len(of)}
         for part, of in tokens.items()
     }

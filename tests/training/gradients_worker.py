@@ -1,4 +1,5 @@
-"""Run by the launcher on every rank: what train_step() gives in many cases, against one process and full logits.
+"""Run by the launcher on every rank: what train_step() gives in many cases, against one process and
+full logits.
 
 gradients_worker.py MODELS OUTPUT      writes {case: {"gradients": {parameter: [error, norm of the reference]}, ...}}
 """
@@ -35,8 +36,12 @@ def main() -> None:
     for head, accumulation, checkpointing in itertools.product(TIED, ACCUMULATION, CHECKPOINTING):
         recipe = _recipe(models, head, accumulation, checkpointing)
         teacher = build_teacher(recipe, device)
-        _, student = build_student(recipe, student_ds_config(recipe, dist.get_world_size(), "cpu"), device)
-        assert all(p.ds_tensor.numel() < p.ds_numel for p in student.module.parameters()), "not partitioned"
+        _, student = build_student(
+            recipe, student_ds_config(recipe, dist.get_world_size(), "cpu"), device
+        )
+        assert all(p.ds_tensor.numel() < p.ds_numel for p in student.module.parameters()), (
+            "not partitioned"
+        )
         captured = _capture_gradients_at_boundary(student)
         for layout in LAYOUTS:
             batches = [[_batch(layout, rank, i) for i in range(accumulation)] for rank in range(2)]
@@ -44,7 +49,9 @@ def main() -> None:
             result = train_step(student, teacher, batches[dist.get_rank()], 0.0, device)
             name = f"{head}-accumulation{accumulation}-checkpointing{int(checkpointing)}-{layout}"
             if dist.get_rank() == 0:
-                loss, diagnostics, reference = _reference(recipe, [batch for rank in batches for batch in rank])
+                loss, diagnostics, reference = _reference(
+                    recipe, [batch for rank in batches for batch in rank]
+                )
                 errors = {key: _error(captured[key], reference[key]) for key in reference}
                 results[name] = {"loss": [result.loss, loss], "gradients": errors}
                 results[name]["diagnostics"] = [result.diagnostics, diagnostics]
@@ -60,18 +67,28 @@ def _recipe(models: Path, head: str, accumulation: int, checkpointing: bool) -> 
             "student": {"model": str(models / head), "gradient_checkpointing": checkpointing},
             "data": {"path": "unused.jsonl"},
             "loss": {"temperature": 2.0, "kd_weight": 0.7, "ce_weight": 0.3},
-            "training": {"global_batch_size": 2 * 2 * accumulation, "micro_batch_size": 2, "max_grad_norm": 1e9},
+            "training": {
+                "global_batch_size": 2 * 2 * accumulation,
+                "micro_batch_size": 2,
+                "max_grad_norm": 1e9,
+            },
             "deepspeed": {"student": "zero3_cpu.json", "teacher": "zero3_cpu.json"},
         }
     )
 
 
 def _batch(layout: str, rank: int, index: int) -> Batch:
-    """Two examples whose supervised tokens depend on the rank, as truncation and filters make it happen."""
+    """Two examples whose supervised tokens depend on the rank, as truncation and filters make it
+    happen.
+    """
     random = np.random.default_rng([rank, index])
     examples = []
     for row in range(2):
-        length = int(random.integers(5, 9)) if layout == "equal" or rank == 0 else int(random.integers(12, 30))
+        length = (
+            int(random.integers(5, 9))
+            if layout == "equal" or rank == 0
+            else int(random.integers(12, 30))
+        )
         input_ids = random.integers(0, 150, length)
         labels = input_ids.copy()
         labels[: length // 2] = -100
@@ -96,8 +113,12 @@ def _capture_gradients_at_boundary(student: Any) -> dict[str, torch.Tensor]:
     return captured
 
 
-def _reference(recipe: Recipe, batches: list[Batch]) -> tuple[float, dict[str, Any], dict[str, torch.Tensor]]:
-    """Loss, diagnostics and gradients of the whole global batch in one process, full logits and plain autograd."""
+def _reference(
+    recipe: Recipe, batches: list[Batch]
+) -> tuple[float, dict[str, Any], dict[str, torch.Tensor]]:
+    """Loss, diagnostics and gradients of the whole global batch in one process, full logits and
+    plain autograd.
+    """
     student = AutoModelForCausalLM.from_pretrained(recipe.student.model, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher.model, dtype=torch.float32)
     num_tokens = sum(int((batch.labels != -100).sum()) for batch in batches)

@@ -1,6 +1,8 @@
-"""A mixture of experts as a list of modules, as code that comes with a checkpoint has it: a token visits one of them.
+"""A mixture of experts as a list of modules, as code that comes with a checkpoint has it: a token
+visits one of them.
 
-transformers itself keeps a layer's experts in one weight, which every rank reads whatever its tokens choose.
+transformers itself keeps a layer's experts in one weight, which every rank reads whatever its
+tokens choose.
 """
 
 import torch
@@ -18,7 +20,8 @@ class ListMoeBlock(nn.Module):
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = nn.ModuleList(
-            nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(config.num_experts)
+            nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            for _ in range(config.num_experts)
         )
 
     def forward(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
@@ -27,7 +30,9 @@ class ListMoeBlock(nn.Module):
         output_NH = torch.zeros_like(hidden_NH)
         for index in chosen_N.unique():
             rows = (chosen_N == index).nonzero().squeeze(1)
-            output_NH = output_NH.index_add(0, rows, self.experts[index](hidden_NH[rows]) * weight_N[rows, None])
+            output_NH = output_NH.index_add(
+                0, rows, self.experts[index](hidden_NH[rows]) * weight_N[rows, None]
+            )
         return output_NH.view_as(hidden_BLH)
 
 

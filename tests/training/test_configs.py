@@ -1,4 +1,6 @@
-"""The shipped DeepSpeed configurations on two ranks, against the same optimizer steps in one process."""
+"""The shipped DeepSpeed configurations on two ranks, against the same optimizer steps in one
+process.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +13,13 @@ from full_logits import full_loss
 from list_experts import ListExpertsConfig, ListExpertsForCausalLM
 from safetensors.torch import load_file
 from tiny import save_tiny_model, tiny_config
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from kd.recipe import Recipe
 
@@ -25,13 +33,25 @@ def folder(launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("configs")
     save_tiny_model(folder / "tied", seed=1)
     save_tiny_model(folder / "untied", seed=2, tie_word_embeddings=False)
-    save_tiny_model(folder / "dense_teacher", seed=0, kind="qwen2", vocab_size=170, tie_word_embeddings=False)
+    save_tiny_model(
+        folder / "dense_teacher", seed=0, kind="qwen2", vocab_size=170, tie_word_embeddings=False
+    )
     sizes = tiny_config().to_dict() | {"num_experts_per_tok": 1, "moe_intermediate_size": 16}
     torch.manual_seed(3)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts=8)).save_pretrained(folder / "experts")
-    MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=8)).save_pretrained(folder / "experts_teacher")
-    ListExpertsForCausalLM(ListExpertsConfig(**tiny_config().to_dict())).save_pretrained(folder / "list_experts")
-    zero2 = {"zero_optimization": {"stage": 2, "contiguous_gradients": True, "reduce_bucket_size": 5000000}}
+    MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=8)).save_pretrained(
+        folder / "experts_teacher"
+    )
+    ListExpertsForCausalLM(ListExpertsConfig(**tiny_config().to_dict())).save_pretrained(
+        folder / "list_experts"
+    )
+    zero2 = {
+        "zero_optimization": {
+            "stage": 2,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 5000000,
+        }
+    }
     (folder / "zero2_fp32.json").write_text(json.dumps(zero2))
     done = launch("tests/training/configs_worker.py", str(folder), str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
@@ -44,7 +64,9 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 
 
 @ALL_CASES
-def test_losses_and_gradient_norms_are_those_of_one_process(folder: Path, ranks: list[dict[str, Any]], case: str):
+def test_losses_and_gradient_norms_are_those_of_one_process(
+    folder: Path, ranks: list[dict[str, Any]], case: str
+):
     losses, grad_norms, _ = one_process(make_recipe(folder, case), NUM_STEPS)
     tolerance = 3e-2 if "bf16" in case else 2e-5
     assert losses[-1] < losses[0] - 0.1, "the reference does not learn, the test would show little"
@@ -62,18 +84,24 @@ def test_gradients_are_those_of_one_process(folder: Path, case: str):
     assert actual.keys() == expected.keys()
     total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, gradient in expected.items():
-        assert (actual[name] - gradient).norm() < tolerance * max(gradient.norm(), 0.1 * total), name
+        assert (actual[name] - gradient).norm() < tolerance * max(gradient.norm(), 0.1 * total), (
+            name
+        )
 
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_a_student_that_is_not_partitioned_learns_the_same(ranks: list[dict[str, Any]], head: str):
-    whole, partitioned = (ranks[0][f"{name}-{head}"]["losses"] for name in ("zero2_bf16", "zero3_bf16"))
+    whole, partitioned = (
+        ranks[0][f"{name}-{head}"]["losses"] for name in ("zero2_bf16", "zero3_bf16")
+    )
     assert whole == pytest.approx(partitioned, rel=1e-2)
 
 
 @pytest.mark.parametrize("poison", POISONS)
 @ALL_CASES
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_both(ranks: list[dict[str, Any]], case: str, poison: str):
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_both(
+    ranks: list[dict[str, Any]], case: str, poison: str
+):
     for rank in ranks:
         assert rank[case]["poisoned"][poison] == {"skipped": True, "unchanged": True}
 
@@ -86,7 +114,9 @@ def test_the_teacher_does_not_change(ranks: list[dict[str, Any]], case: str):
 @ALL_CASES
 def test_a_student_exported_untrained_is_the_one_that_was_loaded(folder: Path, case: str):
     dtype = torch.bfloat16 if "bf16" in case else torch.float32
-    loaded = AutoModelForCausalLM.from_pretrained(make_recipe(folder, case).student.model, dtype=dtype).state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        make_recipe(folder, case).student.model, dtype=dtype
+    ).state_dict()
     exported = AutoModelForCausalLM.from_pretrained(folder / case / "loaded").state_dict()
     assert_same_bits(exported, loaded)
 
@@ -96,7 +126,9 @@ def test_a_trained_student_is_exported_whole_and_in_its_dtype(folder: Path, case
     trained = load_file(folder / case / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in trained.values())
     exported = AutoModelForCausalLM.from_pretrained(folder / case / "trained")
-    assert (exported.lm_head.weight is exported.get_input_embeddings().weight) == ("untied" not in case)
+    assert (exported.lm_head.weight is exported.get_input_embeddings().weight) == (
+        "untied" not in case
+    )
     assert_same_bits(exported.state_dict(), trained)
 
 
@@ -115,7 +147,9 @@ def test_the_two_ranks_send_their_tokens_to_different_experts(folder: Path, case
     model, chosen = AutoModelForCausalLM.from_pretrained(section.model), []
     for name, module in model.named_modules():
         if name.endswith("mlp.gate"):
-            module.register_forward_hook(lambda module, inputs, output: chosen.append(chosen_experts(output)))
+            module.register_forward_hook(
+                lambda module, inputs, output: chosen.append(chosen_experts(output))
+            )
     for rank in range(2):
         model(make_batch(rank, 0).input_ids)
     assert len(chosen) == 4
@@ -127,8 +161,12 @@ def chosen_experts(output: Any) -> list[int]:
     return logits.flatten(0, -2).argmax(-1).unique().tolist()
 
 
-def one_process(recipe: Recipe, num_steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, gradient norms, and the first step's gradients: full logits, plain autograd, PyTorch's AdamW, fp32."""
+def one_process(
+    recipe: Recipe, num_steps: int
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms, and the first step's gradients: full logits, plain autograd,
+    PyTorch's AdamW, fp32.
+    """
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32)
         for section in (recipe.student, recipe.teacher)
@@ -146,9 +184,12 @@ def one_process(recipe: Recipe, num_steps: int) -> tuple[list[float], list[float
         loss.backward()
         # An expert that no token visits has none.
         first = first or {
-            n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in student.named_parameters()
+            n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for n, p in student.named_parameters()
         }
-        norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), training.max_grad_norm)))
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(student.parameters(), training.max_grad_norm))
+        )
         optimizer.step()
         losses.append(loss.item())
     return losses, norms, first

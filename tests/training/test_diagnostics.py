@@ -12,8 +12,12 @@ from kd.data.truncate import SECTIONS
 from kd.training.diagnostics import MEASURES, NUM_SUMS, flatten, region_sums, summarise
 
 
-def random_rows(num_rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows_MN, region_index_N): values grow with the position, of which the cot has 2 to 5; there is no answer."""
+def random_rows(
+    num_rows: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows_MN, region_index_N): values grow with the position, of which the cot has 2 to 5; there
+    is no answer.
+    """
     random = torch.Generator().manual_seed(num_rows)
     position = torch.randint(0, 6, (num_rows,), generator=random)
     rows = torch.rand(len(MEASURES), num_rows, generator=random, dtype=dtype) + position
@@ -21,7 +25,10 @@ def random_rows(num_rows: int, dtype: torch.dtype = torch.float32) -> tuple[torc
 
 
 def mean_of(rows: torch.Tensor, chosen: list[int]) -> dict[str, Any]:
-    means = {name: sum(rows[m, i].item() for i in chosen) / len(chosen) for m, name in enumerate(MEASURES)}
+    means = {
+        name: sum(rows[m, i].item() for i in chosen) / len(chosen)
+        for m, name in enumerate(MEASURES)
+    }
     return {**means, "num_tokens": len(chosen)}
 
 
@@ -35,22 +42,31 @@ def test_means_are_those_of_a_loop_over_tokens(dtype: torch.dtype) -> None:
     assert summary == pytest.approx(mean_of(rows, list(range(300))))
     assert list(parts[0]) == ["prompt", "cot"]
     for name, means in parts[0].items():
-        assert means == pytest.approx(mean_of(rows, [i for i in range(300) if sections[i] == name])), name
+        assert means == pytest.approx(
+            mean_of(rows, [i for i in range(300) if sections[i] == name])
+        ), name
     assert len(parts[1]) == NUM_POSITIONS
     for position, means in enumerate(parts[1][:6]):
-        assert means == pytest.approx(mean_of(rows, [i for i in range(300) if positions[i] == position])), position
+        assert means == pytest.approx(
+            mean_of(rows, [i for i in range(300) if positions[i] == position])
+        ), position
     assert parts[1][6:] == [None, None]
 
 
 def test_the_whole_is_the_mean_of_its_sections_and_of_its_positions_weighted_by_tokens() -> None:
     rows, cells = random_rows(100)
     summary = summarise(region_sums(rows, cells).tolist())
-    for parts in (list(summary["by_section"].values()), [part for part in summary["by_position"] if part]):
+    for parts in (
+        list(summary["by_section"].values()),
+        [part for part in summary["by_position"] if part],
+    ):
         assert sum(part["num_tokens"] for part in parts) == summary["num_tokens"] == 100
         for name in MEASURES:
             weighted = sum(part[name] * part["num_tokens"] for part in parts) / 100
             assert weighted == pytest.approx(summary[name]), name
-            assert abs(sum(part[name] for part in parts) / len(parts) - weighted) > 0.01, "weights make no difference"
+            assert abs(sum(part[name] for part in parts) / len(parts) - weighted) > 0.01, (
+                "weights make no difference"
+            )
 
 
 def test_sums_add_up_over_batches_empty_ones_among_them() -> None:
@@ -61,9 +77,13 @@ def test_sums_add_up_over_batches_empty_ones_among_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_tokens"), [(None, NUM_REGIONS), (torch.empty(len(MEASURES), 0), 0)], ids=["no teacher", "no token"]
+    ("rows", "num_tokens"),
+    [(None, NUM_REGIONS), (torch.empty(len(MEASURES), 0), 0)],
+    ids=["no teacher", "no token"],
 )
-def test_without_a_teacher_or_a_token_there_is_nothing_to_report(rows: torch.Tensor | None, num_tokens: int) -> None:
+def test_without_a_teacher_or_a_token_there_is_nothing_to_report(
+    rows: torch.Tensor | None, num_tokens: int
+) -> None:
     sums = region_sums(rows, torch.arange(num_tokens))
     assert torch.equal(sums, torch.zeros(NUM_SUMS, dtype=torch.float64))
     assert summarise(sums.tolist()) is None
@@ -83,7 +103,10 @@ def test_a_value_that_is_not_finite_spoils_only_the_means_that_contain_it(value:
 
 
 def test_flattened_names_are_the_paths_of_the_numbers() -> None:
-    record = {"by_section": {"cot": {"forward_kl": 0.5, "num_tokens": 3}}, "by_position": [None, {"forward_kl": 0.25}]}
+    record = {
+        "by_section": {"cot": {"forward_kl": 0.5, "num_tokens": 3}},
+        "by_position": [None, {"forward_kl": 0.25}],
+    }
     assert dict(flatten("kd", record)) == {
         "kd/by_section/cot/forward_kl": 0.5,
         "kd/by_section/cot/num_tokens": 3.0,

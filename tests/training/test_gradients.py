@@ -1,4 +1,6 @@
-"""What two ranks with two ZeRO-3 engines, loaded under partitioning, make of a global batch, against one process."""
+"""What two ranks with two ZeRO-3 engines, loaded under partitioning, make of a global batch,
+against one process.
+"""
 
 import json
 from itertools import product
@@ -23,8 +25,16 @@ ALL_CASES = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def results(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
-    # Another hidden size, another architecture, more rows in the head: a teacher shares nothing but token ids.
-    save_tiny_model(folder / "teacher", seed=0, kind="qwen2", hidden_size=48, vocab_size=170, tie_word_embeddings=False)
+    # Another hidden size, another architecture, more rows in the head: a teacher shares nothing but
+    # token ids.
+    save_tiny_model(
+        folder / "teacher",
+        seed=0,
+        kind="qwen2",
+        hidden_size=48,
+        vocab_size=170,
+        tie_word_embeddings=False,
+    )
     save_tiny_model(folder / "tied", seed=1)
     save_tiny_model(folder / "untied", seed=2, tie_word_embeddings=False)
     output = folder / "results.json"
@@ -40,15 +50,23 @@ def test_every_parameter_has_the_gradient_of_one_process(results, case):
     assert loss == pytest.approx(reference_loss, rel=1e-5)
     assert ("lm_head.weight" in results[case]["gradients"]) == case.startswith("untied")
     for name, (error, norm) in results[case]["gradients"].items():
-        assert norm > 1e-3, f"{name}: the reference's gradient vanishes, the test would show nothing"
+        assert norm > 1e-3, (
+            f"{name}: the reference's gradient vanishes, the test would show nothing"
+        )
         assert error < 1e-5 * norm, f"{name}: relative error {error / norm:.2g}"
 
 
 @ALL_CASES
 def test_the_diagnostics_are_those_of_one_process(results, case):
     actual, expected = results[case]["diagnostics"]
-    parts = {f"section {SECTIONS.index(name)}": part for name, part in actual.pop("by_section").items()}
-    parts |= {f"position {i}": part for i, part in enumerate(actual.pop("by_position")) if part is not None}
+    parts = {
+        f"section {SECTIONS.index(name)}": part for name, part in actual.pop("by_section").items()
+    }
+    parts |= {
+        f"position {i}": part
+        for i, part in enumerate(actual.pop("by_position"))
+        if part is not None
+    }
     parts["all"] = actual
     assert parts.keys() == expected.keys()
     assert len(parts) > 5

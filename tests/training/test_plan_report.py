@@ -26,7 +26,9 @@ NUM_STEPS = 8  # an epoch
 @pytest.fixture(scope="module")
 def run(launch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     recipe = write_tiny_recipe(tmp_path_factory.mktemp("measured"))
-    done = launch("launch/train.py", "--recipe", str(recipe), "--set", f"training.max_steps={NUM_STEPS}")
+    done = launch(
+        "launch/train.py", "--recipe", str(recipe), "--set", f"training.max_steps={NUM_STEPS}"
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return recipe, done.stderr
 
@@ -83,8 +85,12 @@ def loader(recipe: Recipe) -> Loader:
     return Loader(load_data(recipe, load_tokenizers(recipe)).train, 8, 2, seed=0, pad_token_id=0)
 
 
-@pytest.mark.parametrize(("error", "has_stack"), [(UserError("of no shape"), False), (KeyError("of no shape"), True)])
-def test_a_model_that_cannot_be_planned_does_not_end_a_run(recipe, loader, monkeypatch, caplog, error, has_stack):
+@pytest.mark.parametrize(
+    ("error", "has_stack"), [(UserError("of no shape"), False), (KeyError("of no shape"), True)]
+)
+def test_a_model_that_cannot_be_planned_does_not_end_a_run(
+    recipe, loader, monkeypatch, caplog, error, has_stack
+):
     def plan_nothing(*_: object, **__: object):
         raise error
 
@@ -112,10 +118,14 @@ def test_mfu_is_flops_a_second_of_all_ranks_over_their_peak(on_h100: PlanReport,
     for seconds in (100.0, 2 * seconds_at_peak, 2 * seconds_at_peak):
         on_h100.add({"flops": 1e15, "num_input_tokens": 10, "step_ms": 1000 * seconds})
     report = json.loads((tmp_path / "runs" / "tiny_test" / "plan.json").read_text())
-    assert report["measured"]["mfu"] == pytest.approx(0.5)  # the first step warms up and is left out
+    assert report["measured"]["mfu"] == pytest.approx(
+        0.5
+    )  # the first step warms up and is left out
     planned = report["planned"]
     assert planned["mfu"] == DEFAULT_MFU
-    assert planned["seconds_per_step"] == pytest.approx(planned["flops_per_step"] / (4 * 989e12 * DEFAULT_MFU))
+    assert planned["seconds_per_step"] == pytest.approx(
+        planned["flops_per_step"] / (4 * 989e12 * DEFAULT_MFU)
+    )
 
 
 def test_a_disk_that_is_full_does_not_end_a_run_here(on_h100: PlanReport, monkeypatch, caplog):

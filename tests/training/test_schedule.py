@@ -19,7 +19,11 @@ def test_one_cycle_is_that_of_torch(total_steps, warmup_fraction):
     section = training(schedule="one_cycle", warmup_fraction=warmup_fraction)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.01, total_steps=total_steps, pct_start=warmup_fraction, cycle_momentum=False
+        optimizer,
+        max_lr=0.01,
+        total_steps=total_steps,
+        pct_start=warmup_fraction,
+        cycle_momentum=False,
     )
     for step in range(total_steps):
         expected = optimizer.param_groups[0]["lr"]

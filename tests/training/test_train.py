@@ -1,4 +1,6 @@
-"""A whole run by the real path: what it leaves, and that an interrupted one ends like an uninterrupted one."""
+"""A whole run by the real path: what it leaves, and that an interrupted one ends like an
+uninterrupted one.
+"""
 
 import json
 import os
@@ -35,9 +37,12 @@ def whole_run(launch, recipe) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted_run(launch, recipe) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The same, with a rank killed after step 25, a byte of checkpoint 20 flipped, and --resume auto."""
+    """The same, with a rank killed after step 25, a byte of checkpoint 20 flipped, and --resume
+    auto.
+    """
     folder = recipe.parent / "runs" / "interrupted"
-    # Slower steps, so that the kill lands between two checkpoints; only the cut, not the arithmetic, depends on it.
+    # Slower steps, so that the kill lands between two checkpoints; only the cut, not the
+    # arithmetic, depends on it.
     arguments = ["launch/train.py", "--recipe", str(recipe), "--set", "run.name=interrupted"]
     launcher = subprocess.Popen(
         launcher_command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -48,7 +53,11 @@ def interrupted_run(launch, recipe) -> tuple[Path, subprocess.CompletedProcess[s
         assert launcher.poll() is None, launcher.stderr.read().decode()[-4000:]
         assert time.monotonic() < deadline, "the run did not reach step 25"
         time.sleep(0.002)
-    ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    ranks = [
+        p
+        for p in psutil.Process(launcher.pid).children(recursive=True)
+        if p.environ().get("RANK") == "1"
+    ]
     os.kill(ranks[-1].pid, signal.SIGKILL)
     launcher.communicate(timeout=120)
     assert launcher.returncode != 0
@@ -66,7 +75,14 @@ def interrupted_run(launch, recipe) -> tuple[Path, subprocess.CompletedProcess[s
 
 def test_a_run_leaves_what_the_readme_says(whole_run):
     names = {path.name for path in whole_run.iterdir()}
-    assert {"recipe.json", "environment.json", "metrics.jsonl", "checkpoints", "export", "SUCCESS"} <= names
+    assert {
+        "recipe.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "export",
+        "SUCCESS",
+    } <= names
     environment = json.loads((whole_run / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     records = read_metrics(whole_run / "metrics.jsonl")
@@ -77,11 +93,15 @@ def test_a_run_leaves_what_the_readme_says(whole_run):
     for record in records:
         diagnostics = record["diagnostics"]
         assert diagnostics["num_tokens"] == record["num_tokens"]
-        assert diagnostics["forward_kl"] == pytest.approx(record["kd"], rel=1e-4)  # the recipe's divergence, T = 1
+        assert diagnostics["forward_kl"] == pytest.approx(
+            record["kd"], rel=1e-4
+        )  # the recipe's divergence, T = 1
         assert {"prompt", "cot"} <= set(diagnostics["by_section"])
         # The first half of each trace is read.
         assert [part is not None for part in diagnostics["by_position"]] == [True] * 4 + [False] * 4
-    assert records[9]["val_diagnostics"]["forward_kl"] == pytest.approx(records[9]["val_kd"], rel=1e-4)
+    assert records[9]["val_diagnostics"]["forward_kl"] == pytest.approx(
+        records[9]["val_kd"], rel=1e-4
+    )
     assert records[-1]["loss"] < 0.9 * records[0]["loss"], "the student learned nothing"
 
 
@@ -111,10 +131,15 @@ def test_export_loads_and_generates(whole_run, which):
     tokenizer = AutoTokenizer.from_pretrained(whole_run / "export" / which)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     inputs = tokenizer("1+2*3", return_tensors="pt")
-    assert model.generate(input_ids=inputs["input_ids"], max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+    assert (
+        model.generate(input_ids=inputs["input_ids"], max_new_tokens=3).shape[1]
+        > inputs["input_ids"].shape[1]
+    )
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_to_the_last_bit(whole_run, interrupted_run):
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_to_the_last_bit(
+    whole_run, interrupted_run
+):
     folder, _ = interrupted_run
     fields = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "val_loss")
     fields += ("diagnostics", "val_diagnostics")
@@ -127,12 +152,18 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_to_the_last_bit(wh
 
 @pytest.mark.parametrize("which", ["last", "best"])
 def test_a_resumed_run_exports_the_same_weights(whole_run, interrupted_run, which):
-    weights = [load_file(run / "export" / which / "model.safetensors") for run in (whole_run, interrupted_run[0])]
+    weights = [
+        load_file(run / "export" / which / "model.safetensors")
+        for run in (whole_run, interrupted_run[0])
+    ]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(interrupted_run):
     _, done = interrupted_run
-    assert "is damaged (zero_pp_rank_1_mp_rank_00_optim_states.pt differs from its checksum)" in done.stderr
+    assert (
+        "is damaged (zero_pp_rank_1_mp_rank_00_optim_states.pt differs from its checksum)"
+        in done.stderr
+    )
     assert "resuming from" in done.stderr

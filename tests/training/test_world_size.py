@@ -19,7 +19,11 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def arguments(recipe: Path, name: str, student: str, teacher: str) -> list[str]:
-    pairs = [f"run.name={name}", f"deepspeed.student={student}.json", f"deepspeed.teacher={teacher}.json"]
+    pairs = [
+        f"run.name={name}",
+        f"deepspeed.student={student}.json",
+        f"deepspeed.teacher={teacher}.json",
+    ]
     pairs += ["training.max_steps=20", "training.checkpoint_every=5", "training.keep_last=9"]
     settings = [word for pair in pairs for word in ("--set", pair)]
     return ["launch/train.py", "--recipe", str(recipe), *settings, "--resume", "auto"]
