@@ -25,7 +25,7 @@ ALLOWED = {
     "distributed": set(),
     "engine": {"distributed"},
     "models": {"distributed", "engine", "losses"},
-    "teachers": {"engine", "models"},
+    "teachers": {"engine", "losses", "models"},
     "generation": {"models"},
     "runs": {"distributed", "engine"},
     "demo": {"cli", "runs"},

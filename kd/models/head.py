@@ -3,10 +3,11 @@ it.
 """
 
 import math
-from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
+
+from kd.losses import Head
 
 # What follows an lm_head, under the names that configurations give it.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
@@ -16,17 +17,6 @@ SOFTCAPS = (
     "logits_soft_cap",
     "output_logit_soft_cap",
 )  # Gemma 2, RecurrentGemma, xLSTM
-
-
-class Head(NamedTuple):
-    """An lm_head, weight (V, H) and bias (V,) or None, and what follows it: softcap(scale * (hidden
-    W^T + bias)).
-    """
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    scale: float
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kd.losses import distillation_loss_with_diagnostics
-from kd.models.head import Head, backbone, head_of
+from kd.losses import Head, distillation_loss_with_diagnostics
+from kd.models.head import backbone, head_of
 from kd.recipe import LossSection
 
 Distilled = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kd.engine.zero3 import gathered
-from kd.models.head import Head, backbone, head_of
+from kd.losses import Head
+from kd.models.head import backbone, head_of
 
 
 class Teacher(Protocol):
