@@ -4,7 +4,7 @@ JSON and Markdown.
     python benchmarks/train_step.py --output DIR [--keep 4096,2048] [--device cuda|cpu] [--small]
 
 Both models have the real shapes and random weights, made on the device. They stand in the recipe's
-ZeRO-3 engines, and what is timed is kd.training.loop.train_step() itself, on one rank: nothing is
+ZeRO-3 engines, and what is timed is kd.training.step.train_step() itself, on one rank: nothing is
 communicated. DIR/train_step.json and .md are written after each length; lengths that they hold for
 the same commit, hardware and settings are not repeated.
 """
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
@@ -31,24 +30,25 @@ from kd.cli import run
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
 from kd.distributed.device import device_type
+from kd.distributed.layout import Layout
 from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import is_bf16, student_ds_config, teacher_ds_config
-from kd.engine.initialize import initialize
+from kd.engine.engine import initialize
 from kd.engine.zero3 import num_parameters, shard_bytes
 from kd.errors import UserError
 from kd.files import write_json, write_text
 from kd.logs import configure_logging
 from kd.models.head import backbone
 from kd.models.loading import choose_attention
-from kd.models.student import Distiller
+from kd.models.student import Student, StudentModule
 from kd.plan import flops
 from kd.plan.gpus import find_gpu
 from kd.plan.shapes import config_shapes
 from kd.recipe import ModelSection, Recipe, load_recipe
 from kd.runs.environment import environment
-from kd.teachers.live import TeacherModule, ZeroTeacher
-from kd.training.loop import train_step
+from kd.teachers.live import LiveTeacher, TeacherModule
 from kd.training.metrics import peak_memory_gib
+from kd.training.step import train_step
 
 RECIPE = "qwen7b_to_1p5b"
 # One rank's share of the recipe's 32 sequences on 8 GPUs: the optimizer's part of a step is what it
@@ -106,8 +106,8 @@ COLUMNS += (
 class Pair(NamedTuple):
     """Teacher and student in their engines, and what the benchmark says of them."""
 
-    teacher: ZeroTeacher
-    student: Any
+    teacher: LiveTeacher
+    student: Student
     configs: dict[str, Qwen2Config]
     facts: dict[str, Any]
 
@@ -126,18 +126,19 @@ def main() -> None:
     report = open_report(arguments, recipe)
     missing = [length for length in arguments.keep if str(length) not in report["lengths"]]
     if missing:
-        device = init_distributed()
-        if dist.get_world_size() != 1:
+        layout = init_distributed()
+        if layout.world_size != 1:
             raise UserError(
-                f"{dist.get_world_size()} ranks were started: start one, without a launcher"
+                f"{layout.world_size} ranks were started: start one, without a launcher"
             )
+        device = layout.device
         configure_logging(rank=0)
         torch.manual_seed(recipe.run.seed)
         pair = build_pair(recipe, arguments.small, device)
         report["models"], clock = pair.facts, Clock(device)
         watch_phases(pair, clock)
         for length in missing:
-            row = measure(pair, recipe, length, arguments.steps, clock, device)
+            row = measure(pair, recipe, length, arguments.steps, clock, layout)
             report["lengths"][str(length)] = row | {"command": shlex.join(["python", *sys.argv])}
             write_report(arguments.output, report)
     print(markdown(report))
@@ -226,20 +227,21 @@ def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
         model = random_model(
             recipe.teacher, configs["teacher"], ds_configs["teacher"], "teacher", device
         )
-        teacher = ZeroTeacher(initialize(TeacherModule(model), ds_configs["teacher"]))
+        teacher = LiveTeacher(model, initialize(TeacherModule(model), ds_configs["teacher"]))
         model = random_model(
             recipe.student, configs["student"], ds_configs["student"], "student", device
         )
         if recipe.student.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        student = initialize(Distiller(model.train(), recipe.loss), ds_configs["student"])
+        module = StudentModule(model.train(), recipe.loss)
+        student = Student(model, initialize(module, ds_configs["student"]))
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the two models and the optimizer's state do not fit in the device's memory: "
             f"{_first_line(error)}. "
             "--set deepspeed.student=zero3_bf16_offload.json keeps that state on the host"
         ) from error
-    optimizer = student.optimizer.optimizer
+    optimizer = student.engine.optimizer.optimizer
     facts = {
         "teacher": model_facts(teacher.model),
         "student": model_facts(model),
@@ -333,13 +335,12 @@ def watch_phases(pair: Pair, clock: Clock) -> None:
     """
     teacher, student = pair.teacher, pair.student
     teacher.hidden_states = clock.timed("teacher_forward", teacher.hidden_states)  # type: ignore[method-assign]
-    student.backward = clock.timed("backward", student.backward)
-    student.step = clock.timed("optimizer", student.step)
-    model = student.module.model
-    # The loss runs as lm_head's forward.
+    engine: Any = student.engine
+    engine.backward = clock.timed("backward", engine.backward)
+    engine.step = clock.timed("optimizer", engine.step)
     modules: dict[str, nn.Module] = {
-        "student_forward": backbone(model),
-        "loss": model.get_output_embeddings(),
+        "student_forward": backbone(student.model),
+        "loss": engine.module.head_loss,
     }
     for name, module in modules.items():
         module.register_forward_pre_hook(lambda *_, name=name: clock.start(name), prepend=True)
@@ -347,14 +348,14 @@ def watch_phases(pair: Pair, clock: Clock) -> None:
 
 
 def measure(
-    pair: Pair, recipe: Recipe, length: int, num_steps: int, clock: Clock, device: torch.device
+    pair: Pair, recipe: Recipe, length: int, num_steps: int, clock: Clock, layout: Layout
 ) -> dict[str, Any]:
     """Everything about steps on sequences of `length` tokens. Raises UserError when they do not
     fit.
     """
-    batches = random_batches(pair, recipe, length)
+    batches, device = random_batches(pair, recipe, length), layout.device
     step = partial(
-        train_step, pair.student, pair.teacher, batches, recipe.training.learning_rate, device
+        train_step, pair.student, pair.teacher, batches, recipe.training.learning_rate, layout
     )
     try:
         for _ in range(WARMUP_STEPS):
@@ -385,7 +386,7 @@ def measure(
             total / ms for total, ms in zip(sums_ms, step_ms, strict=True)
         ),
         "num_input_tokens": num_tokens,
-        "num_supervised_tokens": sum(batch.num_supervised for batch in batches),
+        "num_supervised_tokens": sum(batch.num_supervised_tokens for batch in batches),
         "tokens_per_second": num_tokens / (statistics.median(step_ms) / 1000),
         "last_loss": steps[-1][2],
         "memory_gib": {"peak": peak_gib, "resident": resident_gib, **resident_parts(pair)},
@@ -453,14 +454,14 @@ def resident_parts(pair: Pair) -> dict[str, float]:
     """Of the resident memory, in GiB: both models' weights, and the optimizer's fp32 weights and
     moments.
     """
-    state = pair.student.optimizer.optimizer.state
+    state = pair.student.engine.optimizer.optimizer.state
     held = [tensor for weight, moments in state.items() for tensor in (weight, *moments.values())]
     optimizer_bytes = sum(
         tensor.numel() * tensor.element_size() for tensor in held if torch.is_tensor(tensor)
     )
     return {
         "teacher_weights": shard_bytes(pair.teacher.model.parameters()) / 2**30,
-        "student_weights": shard_bytes(pair.student.module.parameters()) / 2**30,
+        "student_weights": shard_bytes(pair.student.model.parameters()) / 2**30,
         "optimizer": optimizer_bytes / 2**30,
     }
 
@@ -471,7 +472,7 @@ def count_flops(pair: Pair, recipe: Recipe, batches: list[Batch]) -> dict[str, f
     padded_N = np.repeat(
         [batch.input_ids.shape[1] for batch in batches], [len(batch.input_ids) for batch in batches]
     )
-    supervised_N = np.array([batch.num_supervised for batch in batches])
+    supervised_N = np.array([batch.num_supervised_tokens for batch in batches])
     shapes = flops.PairShapes(student, teacher, recipe.student.gradient_checkpointing)
     step = shapes.step_flops(padded_N, supervised_N, len(padded_N))
     forward, backward = step.student / 3, step.student * 2 / 3

@@ -21,11 +21,11 @@ ALLOWED = {
     "logs": set(),
     "cli": {"constants", "errors"},
     "losses": set(),
-    "data": set(),
     "distributed": set(),
+    "data": {"distributed"},
     "engine": {"distributed"},
-    "models": {"distributed", "engine", "losses"},
-    "teachers": {"engine", "losses", "models"},
+    "models": {"data", "distributed", "engine", "losses"},
+    "teachers": {"data", "engine", "losses", "models"},
     "generation": {"models"},
     "runs": {"distributed", "engine"},
     "demo": {"cli", "runs"},
@@ -107,11 +107,13 @@ def test_modules_and_public_classes_have_names_of_their_own():
     assert len(modules) > 100
 
 
-def test_models_reach_into_the_engine_only_for_zero3_and_its_json():
+def test_models_reach_into_the_engine_only_for_what_a_model_needs():
     for path in (ROOT / "kd" / "models").glob("*.py"):
         for name in imports_of(path):
             if name.startswith("kd.engine"):
-                assert name.split(".")[2] in {"zero3", "ds_config"}, f"{path}: {name}"
+                assert name.split(".")[2] in {"ds_config", "engine", "export", "zero3"}, (
+                    f"{path}: {name}"
+                )
 
 
 def test_deepspeed_is_known_to_two_packages_and_its_zero_to_one_module():
@@ -127,3 +129,13 @@ def test_commands_import_nothing_but_kd():
     for path in (ROOT / "launch").glob("*.py"):
         for name in imports_of(path):
             assert name.split(".")[0] not in {"deepspeed"}, f"{path} imports {name}"
+
+
+def test_ranks_are_asked_for_by_two_packages_only_and_passed_to_the_others():
+    asked = {"get_rank", "get_world_size"}
+    for path in files_of_kd():
+        if part_of(path) in {"distributed", "engine"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "attr", getattr(node, "id", None))
+            assert name not in asked, f"{path}:{node.lineno}: take them from the Layout"

@@ -31,6 +31,8 @@ if not torch.cuda.is_available():
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from kd.distributed.layout import Layout
+
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 
@@ -61,6 +63,12 @@ def free_ports(number: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
+
+
+def layout_of(rank: int, world_size: int) -> Layout:
+    """Of ranks on the CPU of one node, without a process group."""
+    nodes = (tuple(range(world_size)),)
+    return Layout(rank, world_size, rank, world_size, nodes, torch.device("cpu"))
 
 
 def wait_until(condition: Callable[[], T], what: str, seconds: float = 10.0) -> T:

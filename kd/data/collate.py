@@ -8,54 +8,78 @@ its fast path.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kd.constants import IGNORE_INDEX
 from kd.data.dataset import Example
 from kd.data.regions import regions_of
 
 
+class Place(NamedTuple):
+    """Which tokens of which trace a sequence holds."""
+
+    row: int  # of the file or hub dataset, counted from 0
+    read_start: int  # of the sequence's first token in the whole trace
+    length: int  # tokens
+
+
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of L tokens; all tensors int64.
+    """A micro-batch of B sequences, padded to L tokens; all tensors int64.
 
+    model_inputs are the keyword arguments of both backbones: input_ids (B, L).
     labels are already shifted: labels[b, t] is the token that hidden state t predicts, or
-    IGNORE_INDEX. row_index lists the supervised positions as flat indices into B * L, in rising
-    order; region_index, aligned with it, tells where in its whole trace each predicted token stands
+    IGNORE_INDEX.
+    row_index lists the supervised positions as flat indices into B * L, in rising order;
+    region_index, aligned with it, tells where in its whole trace each predicted token stands
     (kd.data.regions).
+    places has an entry for each sequence, and none for a batch of padding.
     """
 
-    input_ids: torch.Tensor  # (B, L)
-    labels: torch.Tensor  # (B, L)
-    row_index: torch.Tensor  # (num_supervised,)
-    region_index: torch.Tensor  # (num_supervised,)
-    num_input_tokens: int  # without padding
-    ids: tuple[int, ...]  # dataset row of each sequence
+    model_inputs: dict[str, Tensor]
+    labels: Tensor  # (B, L)
+    row_index: Tensor  # (num_supervised_tokens,)
+    region_index: Tensor  # (num_supervised_tokens,)
+    places: tuple[Place, ...]
 
     @property
-    def num_supervised(self) -> int:
+    def input_ids(self) -> Tensor:
+        return self.model_inputs["input_ids"]
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens that the models read, not counting padding."""
+        return sum(place.length for place in self.places)
+
+    @property
+    def num_supervised_tokens(self) -> int:
         return self.row_index.numel()
 
     def to(self, device: torch.device | str) -> "Batch":
-        input_ids, labels, row_index, region_index = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.input_ids, self.labels, self.row_index, self.region_index)
-        )
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         return replace(
-            self, input_ids=input_ids, labels=labels, row_index=row_index, region_index=region_index
+            self,
+            model_inputs={name: move(tensor) for name, tensor in self.model_inputs.items()},
+            labels=move(self.labels),
+            row_index=move(self.row_index),
+            region_index=move(self.region_index),
         )
 
 
-def collate(examples: Sequence[Example], pad_token_id: int, pad_to_multiple_of: int = 1) -> Batch:
-    """Pad examples to the longest, and further to a multiple of `pad_to_multiple_of`.
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Pad examples to the longest.
 
     No examples give a batch of padding without a supervised position, so that a rank with nothing
     to do still runs the model and takes part in every collective.
     """
     longest = max((len(example.input_ids) for example in examples), default=1)
-    shape = (max(len(examples), 1), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
+    shape = (max(len(examples), 1), longest)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
     regions = [np.empty(0, dtype=np.int64)]
@@ -66,10 +90,9 @@ def collate(examples: Sequence[Example], pad_token_id: int, pad_to_multiple_of: 
         predicted = 1 + np.flatnonzero(example.labels[1:] != IGNORE_INDEX)
         regions.append(regions_of(example.read_start + predicted, example.num_tokens_3))
     return Batch(
-        input_ids=input_ids,
+        model_inputs={"input_ids": input_ids},
         labels=labels,
         row_index=(labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
         region_index=torch.from_numpy(np.concatenate(regions)),
-        num_input_tokens=sum(len(example.input_ids) for example in examples),
-        ids=tuple(example.row for example in examples),
+        places=tuple(Place(e.row, e.read_start, len(e.input_ids)) for e in examples),
     )

@@ -14,7 +14,50 @@ import numpy.typing as npt
 
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Examples
+from kd.data.truncate import IntArray
+from kd.distributed.layout import Layout
 from kd.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which sequences form which micro-batch on which rank, in one optimizer step.
+
+    micro_batches[r][i] are the indices of the examples of data-parallel rank r's micro-batch i,
+    int64, longest first. All ranks have the same number of micro-batches.
+    """
+
+    micro_batches: tuple[tuple[IntArray, ...], ...]
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of each rank: DeepSpeed's gradient accumulation in this step."""
+        return len(self.micro_batches[0])
+
+
+def plan_step(
+    step: int,
+    num_input_tokens_N: IntArray,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_size: int,
+) -> StepPlan:
+    """The only author of a step's layout, and pure: all ranks and the plan of a run call it.
+
+    step: counted from 0. num_input_tokens_N: the length of each of N examples as it is read.
+
+    Sequences are dealt in the order of their length: those that run side by side, on all ranks, are
+    about equally long, so that there is little padding and no rank waits long for another.
+    """
+    epoch, position = divmod(step, len(num_input_tokens_N) // global_batch_size)
+    start = position * global_batch_size
+    order_N = _epoch_order(seed, epoch, len(num_input_tokens_N))
+    chosen = order_N[start : start + global_batch_size]
+    longest_first = chosen[np.argsort(-num_input_tokens_N[chosen], kind="stable")]
+    dealt = longest_first.reshape(-1, data_parallel_size, micro_batch_size)
+    return StepPlan(tuple(tuple(dealt[:, rank]) for rank in range(data_parallel_size)))
 
 
 @dataclass(frozen=True)
@@ -24,51 +67,47 @@ class Loader:
     micro_batch_size: int
     seed: int
     pad_token_id: int
-    pad_to_multiple_of: int = 1
 
     def __post_init__(self) -> None:
         if len(self.examples) < self.global_batch_size:
             raise UserError(
                 f"training.global_batch_size = {self.global_batch_size} needs as many training "
-                f"examples, and there "
-                f"are {len(self.examples)}: lower it, or widen data and truncation"
+                f"examples, and there are {len(self.examples)}: lower it, or widen data and "
+                "truncation"
             )
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.examples) // self.global_batch_size
 
-    def global_batch(self, step: int) -> npt.NDArray[np.int64]:
-        """Indices into `examples` of one optimizer step (counted from 0), longest first: int64
-        (global_batch_size,).
+    def plan_step(self, step: int, data_parallel_size: int) -> StepPlan:
+        return plan_step(
+            step,
+            self.examples.num_read_tokens,
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_size=data_parallel_size,
+        )
 
-        Ordered by length, examples that run side by side, on all ranks, are about equally long:
-        little padding, and no rank waits long for another.
-        """
-        epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.global_batch_size
-        chosen = _epoch_order(self.seed, epoch, len(self.examples))[
-            start : start + self.global_batch_size
-        ]
-        return chosen[np.argsort(-self.examples.num_read_tokens[chosen], kind="stable")]
-
-    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
-        """What `rank` runs in one optimizer step: as many micro-batches as every other rank."""
-        indices = self.global_batch(step).reshape(-1, world_size, self.micro_batch_size)[:, rank]
+    def micro_batches(self, step: int, layout: Layout) -> list[Batch]:
+        """What this rank runs in one optimizer step."""
+        plan = self.plan_step(step, layout.data_parallel_size)
         return [
-            collate([self.examples[i] for i in micro], self.pad_token_id, self.pad_to_multiple_of)
-            for micro in indices
+            collate([self.examples[i] for i in micro], self.pad_token_id)
+            for micro in plan.micro_batches[layout.data_parallel_rank]
         ]
 
 
 def validation_batches(
-    examples: Examples, micro_batch_size: int, rank: int, world_size: int, pad_token_id: int
+    examples: Examples, micro_batch_size: int, layout: Layout, pad_token_id: int
 ) -> Iterator[Batch]:
     """All examples once, dealt over the ranks; every rank gets as many batches, the last ones
     perhaps empty.
     """
-    stride = micro_batch_size * world_size
-    for start in range(rank * micro_batch_size, -(-len(examples) // stride) * stride, stride):
+    stride = micro_batch_size * layout.data_parallel_size
+    first = layout.data_parallel_rank * micro_batch_size
+    for start in range(first, -(-len(examples) // stride) * stride, stride):
         stop = min(start + micro_batch_size, len(examples))
         yield collate([examples[i] for i in range(start, stop)], pad_token_id)
 

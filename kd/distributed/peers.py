@@ -7,10 +7,11 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 
+from kd.distributed.process_group import gather_objects
 from kd.errors import LostPeer
 
 # How gloo words it when a process of its group has gone, or does not answer; NCCL's errors have a
@@ -31,10 +32,8 @@ class Peer(NamedTuple):
 
 
 def gather_peers() -> list[Peer]:
-    """Every rank's host and process. Every rank must call it."""
-    peers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(peers, Peer(dist.get_rank(), socket.gethostname(), os.getpid()))
-    return peers
+    """Every rank's host and process. Collective: every rank must call this."""
+    return gather_objects(Peer(dist.get_rank(), socket.gethostname(), os.getpid()))
 
 
 @contextlib.contextmanager

@@ -2,14 +2,17 @@
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kd.distributed.device import device_type
+from kd.distributed.layout import Layout
+from kd.distributed.nodes import divide, node_key
 from kd.distributed.ports import free_port
 from kd.errors import UserError
 
@@ -61,11 +64,11 @@ def find_ranks() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
-def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
-    """Join the launcher's process group, or make one of a single rank; returns this rank's device.
+def init_distributed(timeout_minutes: float = 30.0) -> Layout:
+    """Join the launcher's process group, or make one of a single rank.
 
-    timeout_minutes: how long a rank waits for the others in any collective. Raises UserError as
-        find_ranks does.
+    timeout_minutes: how long a rank waits for the others in any collective.
+    Collective: every rank must call this. Raises UserError as find_ranks does.
     """
     find_ranks()
     # This op is compiled on first use (minutes), and an interrupted build leaves a lock that hangs
@@ -81,14 +84,22 @@ def init_distributed(timeout_minutes: float = 30.0) -> torch.device:
         auto_mpi_discovery=False,
         verbose=False,
     )
-    return device
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Layout(
+        rank=rank,
+        world_size=world_size,
+        data_parallel_rank=rank,
+        data_parallel_size=world_size,
+        nodes=divide(gather_objects(node_key())),
+        device=device,
+    )
 
 
 def on_rank_zero(function: Callable[[], T]) -> T:
-    """Call function on rank 0 alone; every rank returns its result, or raises its UserError.
+    """Call function on rank 0 only; every rank returns its result, or raises its UserError.
 
-    The result travels by pickle between ranks of one run. Any other exception ends rank 0, and the
-    launcher the rest.
+    Collective: every rank must call this. The result travels by pickle between ranks of one run.
+    Any other exception ends rank 0, and the launcher the rest.
     """
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -102,13 +113,40 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     return box[0]
 
 
-def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """Element-wise sums over all ranks, in float64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, by rank; they travel by pickle between ranks of one run.
+
+    Collective: every rank must call this.
+    """
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_sum(sums: Mapping[str, Tensor | float], device: torch.device) -> dict[str, Any]:
+    """Element-wise sums over all ranks in float64, of one all-reduce: {name: float, or list for a
+    tensor of one dimension}.
+
+    Collective: every rank must call this, with the same names and shapes.
+    """
+    tensors = {
+        name: torch.as_tensor(value, dtype=torch.float64, device=device)
+        for name, value in sums.items()
+    }
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+    dist.all_reduce(flat)
+    parts = flat.cpu().split([tensor.numel() for tensor in tensors.values()])
+    return {
+        name: part.reshape(tensor.shape).tolist()
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    }
 
 
 def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether the value is true on any rank. Every rank must call it."""
-    return bool(all_reduce_sum([value], device)[0])
+    """Whether the value is true on any rank. Collective: every rank must call this."""
+    return bool(all_reduce_sum({"value": value}, device)["value"])
+
+
+def barrier() -> None:
+    """Wait for all ranks. Collective: every rank must call this."""
+    dist.barrier()

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kd.distributed.device import device_type
-from kd.distributed.process_group import on_rank_zero
+from kd.distributed.process_group import gather_objects, on_rank_zero
+from kd.engine.engine import Engine
 from kd.engine.universal import universal_checkpoint
 from kd.errors import UserError
 from kd.files import write_json
@@ -38,7 +39,7 @@ TORCH_SAVE_ERRORS = (
 log = logging.getLogger(__name__)
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any]) -> None:
+def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write step_{step} with the engine, the random state of each rank and the loop's own `state`
     (JSON).
 
@@ -58,8 +59,7 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any])
             lambda: _files(partial)
         )  # one listing: ranks may see a shared folder differently
         mine = {name: _checksum(partial / name, sync=True) for name in names[rank::world_size]}
-        parts: list[Any] = [None] * world_size
-        dist.all_gather_object(parts, mine)
+        parts = gather_objects(mine)
         if rank == 0:
             files = {name: entry for part in parts for name, entry in sorted(part.items())}
             write_json(
@@ -133,12 +133,10 @@ def damage_of(path: Path) -> str | None:
         found = ", ".join(f"{name} differs from its checksum" for name in damage[:1])
     except OSError as error:
         found = str(error)
-    parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, found)
-    return next((part for part in parts if part), None)
+    return next((part for part in gather_objects(found) if part), None)
 
 
-def load_checkpoint(engine: Any, path: Path) -> dict[str, Any]:
+def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     """Restore weights, optimizer and random state from a whole checkpoint; returns the loop's
     state.
 
@@ -178,7 +176,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: its {MANIFEST} is damaged") from None
 
 
-def _load_engine(engine: Any, path: Path) -> None:
+def _load_engine(engine: Engine, path: Path) -> None:
     loaded, _ = engine.load_checkpoint(
         str(path.parent), tag=path.name, load_lr_scheduler_states=False
     )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from kd.distributed.nodes import Nodes
 from kd.errors import UserError
 from kd.recipe import ROOT, Recipe
 
@@ -134,7 +135,7 @@ def hpz_size(config: dict[str, Any]) -> int:
     return config["zero_optimization"].get("zero_hpz_partition_size", 1)
 
 
-def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: list[list[int]]) -> None:
+def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: Nodes) -> None:
     """Raise UserError unless each of hpZ's groups, consecutive ranks as DeepSpeed divides them,
     stays in one node.
     """

@@ -4,37 +4,41 @@ config.
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kd.engine.engine import Engine
 from kd.engine.zero3 import consolidated_state_dict
 from kd.errors import UserError
 
-MODEL_PREFIX = "model."  # Distiller.model
+MODEL_PREFIX = "model."  # StudentModule.model
 
 
 def export_student(
-    engine: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+    engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write the engine's student to `folder`, aside first and then renamed over what was there. All
-    ranks call it.
+    """Write the engine's student to `folder`, aside first and then renamed over what was there.
+
+    Collective: every rank must call this.
     """
     state_dict = consolidated_state_dict(engine)
     if dist.get_rank() == 0:
         assert state_dict is not None
-        weights = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state_dict.items()}
+        weights = {
+            name.removeprefix(MODEL_PREFIX): tensor
+            for name, tensor in state_dict.items()
+            if name.startswith(MODEL_PREFIX)  # the loss names the head once more
+        }
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             model.generation_config = _generation_config(model, tokenizer)
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-            for weights_file in partial.glob(
-                "*.safetensors"
-            ):  # written for the owner alone; others may load a model
+            # Weights are written for the owner only; others may load a model.
+            for weights_file in partial.glob("*.safetensors"):
                 shutil.copymode(partial / "config.json", weights_file)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)

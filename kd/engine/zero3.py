@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from kd.engine.engine import Engine
 from kd.errors import UserError
 
 NUM_EXPERTS = (
@@ -73,6 +74,11 @@ def gathered(*parameters: torch.Tensor | None) -> contextlib.AbstractContextMana
     )
 
 
+def set_leaf_modules(module: nn.Module, classes: list[type[nn.Module]]) -> None:
+    """Make each child of these classes one unit of gathering: its hooks fetch all of its weights."""
+    set_z3_leaf_modules(module, classes)
+
+
 def set_moe_leaf_modules(model: PreTrainedModel) -> list[str]:
     """Make each mixture-of-experts block one unit of gathering, so that ranks that route
     differently stay in step.
@@ -103,11 +109,11 @@ def _is_moe_block(module: nn.Module) -> bool:
     )
 
 
-def consolidated_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
+def consolidated_state_dict(engine: Engine) -> dict[str, torch.Tensor] | None:
     """The module's whole state on the CPU, in the training dtype: on rank 0; other ranks may get
     None.
 
-    Every rank must call it.
+    Collective: every rank must call this.
     """
     if engine.zero_optimization_partition_weights():
         return engine._zero3_consolidated_16bit_state_dict()

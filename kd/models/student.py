@@ -1,88 +1,196 @@
-"""The student and its loss in one forward(), so that ZeRO-3 sees every use of every weight.
+"""The student, and its loss in one forward(), so that ZeRO-3 sees every use of every weight.
 
 Legend: B sequences, L tokens, N supervised tokens, M measures of kd.losses.RowDiagnostics, H hidden
-    size,
-V vocabulary rows; s student, t teacher.
+size.
 """
 
-import functools
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kd.losses import Head, distillation_loss_with_diagnostics
+from kd.data.collate import Batch
+from kd.engine.engine import Engine
+from kd.engine.export import export_student
+from kd.engine.zero3 import gathered, set_leaf_modules
+from kd.losses import (
+    DenseTargets,
+    Targets,
+    TopKTargets,
+    distillation_loss_with_diagnostics,
+    sparse_distillation_loss,
+)
 from kd.models.head import backbone, head_of
 from kd.recipe import LossSection
 
-Distilled = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
+class BatchLoss(NamedTuple):
+    """Sums over the supervised tokens of a batch, scalars; only `loss` carries gradient.
 
-class Distiller(nn.Module):
-    """forward() returns (loss, kd, ce, rows_MN); loss carries gradient.
-
-    The first three are sums over the supervised tokens of a batch, scalars. rows_MN are the
-    RowDiagnostics of these tokens, in the order of row_index, or None without a teacher. It must be
-    called through the engine: called directly, gradients are silently wrong under accumulation.
+    rows_MN are the RowDiagnostics of these tokens, in the order of row_index; None where there are
+    no dense targets.
     """
 
-    def __init__(self, model: PreTrainedModel, loss: LossSection) -> None:
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    rows_MN: Tensor | None
+
+
+class HeadLoss(nn.Module):
+    """The loss, as a module that owns the student's lm_head.
+
+    It is a leaf to ZeRO-3, whose hooks around it gather the head once for the whole micro-batch,
+    tied to the embedding or not, and reduce the gradient that the loss returns for it.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: LossSection) -> None:
+        super().__init__()
+        self.lm_head = model.get_output_embeddings()
+        self._model = (model,)  # in a tuple it is no child: this module gathers the head only
+        self._settings = settings
+
+    def forward(
+        self, hidden_BLH: Tensor, labels_BL: Tensor, row_index_N: Tensor, targets: Targets | None
+    ) -> BatchLoss:
+        head = head_of(self._model[0])  # read here, inside the hooks: the weight is whole now
+        settings, rows = self._settings, None
+        logits_dtype = getattr(torch, settings.logits_dtype) if settings.logits_dtype else None
+        match targets:
+            case TopKTargets():
+                result = sparse_distillation_loss(
+                    hidden_BLH,
+                    head.weight_VH,
+                    targets.ids_BLK,
+                    targets.logprobs_BLK,
+                    labels_BL,
+                    tail=targets.tail,
+                    divergence=settings.divergence,
+                    beta=settings.beta,
+                    alpha=settings.alpha,
+                    mix_weight=settings.mix_weight,
+                    temperature=settings.temperature,
+                    kd_weight=settings.kd_weight,
+                    ce_weight=settings.ce_weight,
+                    student_bias=head.bias_V,
+                    student_softcap=head.softcap,
+                    student_scale=head.scale,
+                    chunk_size=settings.chunk_size,
+                    logits_dtype=logits_dtype,
+                    row_index=row_index_N,
+                )
+            case DenseTargets() | None:
+                teacher = targets.head if targets else None
+                result, rows = distillation_loss_with_diagnostics(
+                    hidden_BLH,
+                    head.weight_VH,
+                    targets.hidden_BLH if targets else None,
+                    teacher.weight_VH if teacher else None,
+                    labels_BL,
+                    divergence=settings.divergence,
+                    beta=settings.beta,
+                    alpha=settings.alpha,
+                    mix_weight=settings.mix_weight,
+                    temperature=settings.temperature,
+                    kd_weight=settings.kd_weight,
+                    ce_weight=settings.ce_weight,
+                    student_bias=head.bias_V,
+                    student_softcap=head.softcap,
+                    student_scale=head.scale,
+                    teacher_bias=teacher.bias_V if teacher else None,
+                    teacher_softcap=teacher.softcap if teacher else None,
+                    teacher_scale=teacher.scale if teacher else 1.0,
+                    chunk_size=settings.chunk_size,
+                    logits_dtype=logits_dtype,
+                    row_index=row_index_N,
+                    backend=settings.backend,
+                )
+        rows_MN = None if rows is None else torch.stack(rows)
+        return BatchLoss(result.loss, result.kd, result.ce, rows_MN)
+
+
+class StudentModule(nn.Module):
+    """What the student's engine wraps: backbone, then loss. The model itself stays as it is."""
+
+    def __init__(self, model: PreTrainedModel, settings: LossSection) -> None:
         super().__init__()
         self.model = model
-        # The loss runs as lm_head's own forward: ZeRO-3's hooks around that module then gather the
-        # head once for the whole micro-batch, tied to the embedding or not, and reduce the gradient
-        # that the loss returns for it.
-        lm_head = model.get_output_embeddings()
-        lm_head.forward = functools.partial(_head_loss, model, loss)
+        self.head_loss = HeadLoss(model, settings)
+        set_leaf_modules(self, [HeadLoss])
+        # Checkpoints name each weight once, as the model does.
+        self.register_state_dict_post_hook(_leave_out_head_loss)
+        self.register_load_state_dict_pre_hook(_put_in_head_loss)
 
     def forward(
         self,
-        input_ids_BL: torch.Tensor,
-        labels_BL: torch.Tensor,
-        row_index_N: torch.Tensor,
-        teacher_hidden_BLH: torch.Tensor | None = None,
-        teacher_head: Head | None = None,
-    ) -> Distilled:
+        model_inputs: dict[str, Tensor],
+        labels_BL: Tensor,
+        row_index_N: Tensor,
+        targets: Targets | None,
+    ) -> BatchLoss:
         # No attention mask: batches are padded on the right, and under causal attention no token
         # sees what follows.
-        hidden_BLH = backbone(self.model)(input_ids=input_ids_BL, use_cache=False).last_hidden_state
-        return self.model.get_output_embeddings()(
-            hidden_BLH, labels_BL, row_index_N, teacher_hidden_BLH, teacher_head
-        )
+        hidden_BLH = backbone(self.model)(**model_inputs, use_cache=False).last_hidden_state
+        return self.head_loss(hidden_BLH, labels_BL, row_index_N, targets)
 
 
-def _head_loss(
-    model: PreTrainedModel,
-    loss: LossSection,
-    hidden_BLH: torch.Tensor,
-    labels_BL: torch.Tensor,
-    row_index_N: torch.Tensor,
-    teacher_hidden_BLH: torch.Tensor | None,
-    teacher_head: Head | None,
-) -> Distilled:
-    head = head_of(model)  # read here, inside the hooks: the weight is whole now
-    result, rows = distillation_loss_with_diagnostics(
-        hidden_BLH,
-        head.weight_VH,
-        teacher_hidden_BLH,
-        teacher_head and teacher_head.weight_VH,
-        labels_BL,
-        divergence=loss.divergence,
-        beta=loss.beta,
-        alpha=loss.alpha,
-        mix_weight=loss.mix_weight,
-        temperature=loss.temperature,
-        kd_weight=loss.kd_weight,
-        ce_weight=loss.ce_weight,
-        student_bias=head.bias_V,
-        student_softcap=head.softcap,
-        student_scale=head.scale,
-        teacher_bias=teacher_head and teacher_head.bias_V,
-        teacher_softcap=teacher_head and teacher_head.softcap,
-        teacher_scale=teacher_head.scale if teacher_head else 1.0,
-        chunk_size=loss.chunk_size,
-        logits_dtype=getattr(torch, loss.logits_dtype) if loss.logits_dtype else None,
-        row_index=row_index_N,
-        backend=loss.backend,
-    )
-    return result.loss, result.kd, result.ce, None if rows is None else torch.stack(rows)
+class Student:
+    """The model that learns, and its engine."""
+
+    def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
+        """engine: around a StudentModule of the model."""
+        self.model = model
+        self.engine = engine
+
+    @property
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Each holds this rank's shard only, where ZeRO-3 partitions it."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def loss(self, batch: Batch, targets: Targets | None) -> BatchLoss:
+        """The loss of a batch on this rank.
+
+        Through the engine: its module called directly would give gradients that are silently wrong
+        under accumulation. Collective: every rank must call this.
+        """
+        return self.engine(batch.model_inputs, batch.labels, batch.row_index, targets)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def export(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Write the student as a Hugging Face folder. Collective: every rank must call this."""
+        export_student(self.engine, self.model, tokenizer, folder)
+
+    @torch.no_grad()
+    def generate(self, input_ids_BL: Tensor, **options: Any) -> Tensor:
+        """What model.generate() returns, token ids (B, L + new), from the weights of now.
+
+        The whole model is gathered on each rank. Collective: every rank must call this, with the
+        same options; the number of new tokens may differ.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with gathered(*self.model.parameters()):
+                return self.model.generate(input_ids=input_ids_BL, **options)  # type: ignore[operator]
+        finally:
+            self.model.train(training)
+
+
+def _leave_out_head_loss(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}head_loss.")]:
+        del state[name]
+
+
+def _put_in_head_loss(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(module, StudentModule)
+    lm_head = module.head_loss.lm_head
+    name = next(name for name, child in module.named_modules() if child is lm_head)
+    for key in lm_head.state_dict():
+        state[f"{prefix}head_loss.lm_head.{key}"] = state[f"{prefix}{name}.{key}"]

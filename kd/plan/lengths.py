@@ -149,10 +149,8 @@ def step_lengths(loader: Loader, step: int) -> Lengths:
     """Of one optimizer step over all ranks: those of `Loader.micro_batches`, without reading a
     token.
     """
-    chosen_N = loader.global_batch(step)
-    read_N = loader.examples.num_read_tokens[chosen_N]
-    longest = read_N.reshape(-1, loader.micro_batch_size).max(axis=1)
-    longest = -(-longest // loader.pad_to_multiple_of) * loader.pad_to_multiple_of
-    return Lengths(
-        read_N, longest.repeat(loader.micro_batch_size), loader.examples.num_supervised[chosen_N]
-    )
+    (micro_batches,) = loader.plan_step(step, data_parallel_size=1).micro_batches
+    examples, chosen_N = loader.examples, np.concatenate(micro_batches)
+    length_N = examples.num_read_tokens
+    padded = [np.full(len(micro), length_N[micro].max()) for micro in micro_batches]
+    return Lengths(length_N[chosen_N], np.concatenate(padded), examples.num_supervised[chosen_N])

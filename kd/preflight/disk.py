@@ -8,11 +8,9 @@ import socket
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-
-from kd.distributed.process_group import on_rank_zero
+from kd.distributed.layout import Layout
+from kd.distributed.process_group import gather_objects, on_rank_zero
 from kd.engine.checkpoint import step_folders
 from kd.errors import UserError
 from kd.plan import MemoryPlan
@@ -26,17 +24,17 @@ PATIENCE_SECONDS = 5.0  # a network file system may show another host's new file
 LAUNCHER_SECONDS = 30
 
 
-def check_disk(plan: MemoryPlan) -> list[Check]:
-    """Every rank calls it; makes run.output_dir, and leaves nothing in it."""
+def check_disk(plan: MemoryPlan, layout: Layout) -> list[Check]:
+    """Makes run.output_dir, and leaves nothing in it. Collective: every rank must call this."""
     output_dir = plan.recipe.run.output_dir
     folder = Path(output_dir).resolve()
     try:
         name = on_rank_zero(lambda: _write_token(folder))
     except UserError as error:
         return [fail("shared folder", f"run.output_dir = {output_dir!r}: {error}")]
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, _problem_of(folder / name))
-    if dist.get_rank() == 0:
+    me = f"rank {layout.rank} on {socket.gethostname()}"
+    problems = gather_objects(_problem_of(folder / name, me))
+    if layout.rank == 0:
         (folder / name).unlink()
     found = [problem for problem in problems if problem]
     if found:
@@ -60,7 +58,11 @@ def check_disk(plan: MemoryPlan) -> list[Check]:
     )
     if free < needed * GIB:
         return [shared, fail("free space", f"{needs}: make room, or lower training.keep_last")]
-    return [shared, ok("free space", needs), _check_speed(plan, folder, free)]
+    return [
+        shared,
+        ok("free space", needs),
+        _check_speed(plan, folder, free, me, layout.world_size),
+    ]
 
 
 def _write_token(folder: Path) -> str:
@@ -73,19 +75,15 @@ def _write_token(folder: Path) -> str:
     return name
 
 
-def _problem_of(token: Path) -> str | None:
+def _problem_of(token: Path, me: str) -> str | None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             same = token.read_text() == token.name
-            return (
-                None
-                if same
-                else f"rank {dist.get_rank()} on {socket.gethostname()} reads other contents"
-            )
+            return None if same else f"{me} reads other contents"
         except OSError as error:
             if time.monotonic() > deadline:
-                return f"rank {dist.get_rank()} on {socket.gethostname()}: {error.strerror}"
+                return f"{me}: {error.strerror}"
             time.sleep(0.1)
 
 
@@ -97,17 +95,16 @@ def _bytes_of_run(run_dir: Path) -> int:
     )
 
 
-def _check_speed(plan: MemoryPlan, folder: Path, free: int) -> Check:
+def _check_speed(plan: MemoryPlan, folder: Path, free: int, me: str, world_size: int) -> Check:
     """All ranks write at once, as for a checkpoint, and wait until it is on the disk."""
-    world_size = dist.get_world_size()
     wanted = min(MAX_BYTES, int(plan.checkpoint_gib * GIB) // world_size, free // 4 // world_size)
     num_blocks = max(1, wanted // BLOCK_BYTES)
-    results: list[Any] = [None] * world_size
-    dist.all_gather_object(results, _write(folder / f".preflight_{uuid.uuid4().hex}", num_blocks))
+    results = gather_objects(_write(folder / f".preflight_{uuid.uuid4().hex}", num_blocks, me))
     problems = [result for result in results if isinstance(result, str)]
     if problems:
         return fail("write speed", f"{problems[0]}: see to the disk or the quota of run.output_dir")
-    rate = world_size * num_blocks * BLOCK_BYTES / max(results)
+    slowest = max(result for result in results if not isinstance(result, str))
+    rate = world_size * num_blocks * BLOCK_BYTES / slowest
     seconds = plan.checkpoint_gib * GIB / rate
     text = f"{rate / 2**20:.0f} MiB/s by {world_size} ranks, fsync included: {seconds:.1f} s for a checkpoint"
     if seconds > LAUNCHER_SECONDS:
@@ -119,7 +116,8 @@ def _check_speed(plan: MemoryPlan, folder: Path, free: int) -> Check:
     return ok("write speed", text)
 
 
-def _write(path: Path, num_blocks: int) -> float | str:
+def _write(path: Path, num_blocks: int, me: str) -> float | str:
+    """Seconds, or what went wrong."""
     block = os.urandom(BLOCK_BYTES)
     started = time.perf_counter()
     try:
@@ -130,6 +128,6 @@ def _write(path: Path, num_blocks: int) -> float | str:
             os.fsync(file.fileno())
         return time.perf_counter() - started
     except OSError as error:
-        return f"rank {dist.get_rank()} on {socket.gethostname()}: {error}"
+        return f"{me}: {error}"
     finally:
         path.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from huggingface_hub import snapshot_download
 
 from kd.distributed.agreement import describe_differences
 from kd.distributed.device import device_type
-from kd.distributed.nodes import NODE_VARIABLES, divide, size_to_plan
+from kd.distributed.nodes import divide, node_key, size_to_plan
 from kd.engine.ds_config import Role, read_ds_config
 from kd.errors import UserError
 from kd.hub import hub_errors, resolve
@@ -34,7 +33,7 @@ def facts_of_rank(recipe: Recipe) -> Facts:
     """
     return {
         **facts_of_run(recipe),
-        "node": str((socket.gethostname(), *(os.environ.get(name) for name in NODE_VARIABLES))),
+        "node": str(node_key()),
         "inputs": _problem_with(lambda: _check_inputs(recipe)),
         "attention": _problem_with(lambda: _choose_attention(recipe)),
         "gpu": _gpu(),

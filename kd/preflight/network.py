@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from kd.distributed.nodes import group_of_node, ranks_of_nodes
+from kd.distributed.layout import Layout
+from kd.distributed.nodes import group_of_node
 from kd.plan import MemoryPlan
 from kd.preflight.verdict import Check, fail, ok, size, skipped
 
@@ -35,31 +36,34 @@ def check_port() -> Check:
 
 
 def check_bandwidth(
-    plan: MemoryPlan, device: torch.device, timeout_minutes: float, minimum: float
+    plan: MemoryPlan, layout: Layout, timeout_minutes: float, minimum: float
 ) -> list[Check]:
-    """Bus bandwidth among the ranks of a node and among all; fails below `minimum` GB/s. Every rank
-    calls it.
+    """Bus bandwidth among the ranks of a node and among all; fails below `minimum` GB/s.
+
+    Collective: every rank must call this.
     """
-    if dist.get_world_size() == 1:
+    if layout.world_size == 1:
         return [skipped("bandwidth", "a single rank")]
-    nodes = ranks_of_nodes()
+    nodes, device = layout.nodes, layout.device
     group = group_of_node(nodes, timeout_minutes)
     checks = []
     if len(nodes) > 1 and min(map(len, nodes)) > 1:
-        checks.append(_check("bandwidth in a node", group, device, minimum))
+        num_ranks = len(nodes[layout.node])
+        checks.append(_check("bandwidth in a node", group, num_ranks, device, minimum))
     where = "bandwidth in a node" if len(nodes) == 1 else "bandwidth of all"
-    checks.append(_check(where, dist.group.WORLD, device, minimum, plan))
+    checks.append(_check(where, dist.group.WORLD, layout.world_size, device, minimum, plan))
     return checks
 
 
 def _check(
     name: str,
     group: dist.ProcessGroup | None,
+    num_ranks: int,
     device: torch.device,
     minimum: float,
     plan: MemoryPlan | None = None,
 ) -> Check:
-    num_ranks, num_bytes = dist.get_world_size(group), NUM_BYTES[device.type]
+    num_bytes = NUM_BYTES[device.type]
     whole = torch.ones(num_bytes // 4 // num_ranks * num_ranks, device=device)
     part = torch.ones(whole.numel() // num_ranks, device=device)
     # Bytes that cross a rank's link for `whole`: what NCCL's tests call bus bandwidth.

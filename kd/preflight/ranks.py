@@ -47,13 +47,13 @@ def check_ranks(recipe: Recipe, *, timeout_seconds: float, min_bandwidth: float)
             if agree(_why_not_together(everyone), timedelta(seconds=timeout_seconds)):
                 return False
             stage = "process group"
-            device = init_distributed(timeout_seconds / 60)
+            layout = init_distributed(timeout_seconds / 60)
             plan = on_rank_zero(lambda: memory_plan(recipe, *num_nodes_and_gpus(everyone or [])))
             passed &= _show([ok(stage, f"{dist.get_backend()}, over {os.environ['MASTER_ADDR']}")])
             stage = "shared folder"
-            passed &= _show(check_disk(plan))
+            passed &= _show(check_disk(plan, layout))
             stage = "bandwidth"
-            passed &= _show(check_bandwidth(plan, device, timeout_seconds / 60, min_bandwidth))
+            passed &= _show(check_bandwidth(plan, layout, timeout_seconds / 60, min_bandwidth))
             return on_rank_zero(lambda: passed)
     except UserError:
         return False  # of the recipe, which judge has shown

@@ -6,13 +6,13 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from kd.distributed.nodes import group_of_node, ranks_of_nodes
-from kd.distributed.process_group import on_rank_zero
+from kd.distributed.layout import Layout
+from kd.distributed.nodes import group_of_node
+from kd.distributed.process_group import gather_objects, on_rank_zero
 from kd.engine.ds_config import teacher_ds_config
-from kd.engine.initialize import initialize
+from kd.engine.engine import initialize
 from kd.engine.zero3 import (
     num_parameters,
     num_shards,
@@ -22,39 +22,45 @@ from kd.engine.zero3 import (
 )
 from kd.models.loading import load_partitioned, load_whole, random_model
 from kd.models.probe import reference_states, verify_weights
-from kd.models.student import Distiller
+from kd.models.student import Student, StudentModule
 from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
-from kd.teachers.live import TeacherModule, ZeroTeacher
+from kd.teachers.live import LiveTeacher, TeacherModule
 
 log = logging.getLogger(__name__)
 
 
-def build_teacher(recipe: Recipe, device: torch.device) -> ZeroTeacher | None:
-    """The recipe's teacher in its own ZeRO-3 engine, its weights proven to have arrived."""
+def build_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher | None:
+    """The recipe's teacher in its own ZeRO-3 engine, its weights proven to have arrived.
+
+    Collective: every rank must call this.
+    """
     if recipe.teacher is None:
         return None
     ds_config = teacher_ds_config(recipe)
     reference = _reference_states(recipe.teacher, ds_config, role="teacher")
     model = load_partitioned(recipe.teacher, ds_config, role="teacher")
     if recipe.teacher.shard == "node":
-        group = group_of_node(ranks_of_nodes(), recipe.run.collective_timeout_minutes)
+        group = group_of_node(layout.nodes, recipe.run.collective_timeout_minutes)
         repartition(model, group, ds_config)
     check_shapes(recipe.teacher, model, role="teacher")
     set_moe_leaf_modules(model)
-    teacher = ZeroTeacher(initialize(TeacherModule(model), ds_config))
+    teacher = LiveTeacher(model, initialize(TeacherModule(model), ds_config))
     verify_weights(
-        model, reference, role="teacher", device=device, hidden_states=teacher.hidden_states
+        model,
+        reference,
+        role="teacher",
+        device=layout.device,
+        hidden_states=lambda input_ids: teacher.hidden_states(input_ids=input_ids),
     )
     _log_size("teacher", model)
     return teacher
 
 
-def build_student(
-    recipe: Recipe, ds_config: dict[str, Any], device: torch.device
-) -> tuple[PreTrainedModel, Any]:
-    """The recipe's student and its engine around student and loss, its weights proven to have
-    arrived.
+def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> Student:
+    """The recipe's student in its engine, its weights proven to have arrived.
+
+    Collective: every rank must call this.
     """
     section = recipe.student
     if section.init == "random":
@@ -67,10 +73,11 @@ def build_student(
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     set_moe_leaf_modules(model)
-    engine = initialize(Distiller(model, recipe.loss), ds_config)
-    verify_weights(model, reference, role="student", device=device)
+    engine = initialize(StudentModule(model, recipe.loss), ds_config)
+    verify_weights(model, reference, role="student", device=layout.device)
     _log_size("student", model)
-    return model.train(), engine
+    model.train()
+    return Student(model, engine)
 
 
 def _reference_states(
@@ -87,8 +94,7 @@ def _reference_states(
 def _log_size(role: str, model: PreTrainedModel) -> None:
     """What was measured on all ranks, after a first forward pass."""
     parameters = list(model.parameters())
-    measured: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(measured, (num_shards(parameters), shard_bytes(parameters) / 2**20))
+    measured = gather_objects((num_shards(parameters), shard_bytes(parameters) / 2**20))
     shards, mebibytes = zip(*measured, strict=True)
     log.info(
         "%s: %.2f M parameters over %s of %d ranks, %.1f to %.1f MiB on each",

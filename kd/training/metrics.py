@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from kd.files import write_jsonl
 from kd.runs.records import read_metrics
+from kd.training.diagnostics import flatten
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def send_to_monitor(monitor: Any, record: dict[str, Any]) -> None:
+    """To whichever of TensorBoard, CSV and W&B the recipe switched on, through DeepSpeed's monitor.
+
+    Scalars are named kd/NAME, and their places in nested records follow, as
+    kd/diagnostics/by_section/cot/forward_kl.
+    """
+    if monitor.enabled:
+        values = {name: value for name, value in record.items() if name != "step"}
+        scalars = flatten("kd", values)
+        monitor.write_events([(name, value, record["step"]) for name, value in scalars])
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from kd.constants import DEFAULT_MFU
 from kd.data.loader import Loader
-from kd.distributed.nodes import size_to_plan
+from kd.distributed.nodes import Nodes, size_to_plan
+from kd.engine.engine import Engine
 from kd.engine.zero3 import shard_bytes
 from kd.errors import UserError
 from kd.files import write_json
@@ -32,12 +33,11 @@ from kd.training.metrics import peak_memory_gib
 
 log = logging.getLogger(__name__)
 
-FIRST_REPORT = (
-    3  # steps after which a plan can be judged, and a run be stopped that is not what was planned
-)
+# Steps after which a plan can be judged, and a run be stopped that is not what was planned.
+FIRST_REPORT = 3
 
 
-def plan_training(recipe: Recipe, loader: Loader, nodes: list[list[int]]) -> RunPlan | None:
+def plan_training(recipe: Recipe, loader: Loader, nodes: Nodes) -> RunPlan | None:
     """The plan of a run on the batches that it will see, or None, and why in the log, for models of
     which nothing can be planned. nodes: the ranks of each."""
     longest = DataTraces(loader.examples).longest
@@ -45,9 +45,8 @@ def plan_training(recipe: Recipe, loader: Loader, nodes: list[list[int]]) -> Run
     sizes = {"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}
     try:
         return plan_run(recipe, epoch_lengths(loader), loader.steps_per_epoch, longest, **sizes)
-    except (
-        Exception
-    ) as error:  # a model whose shapes were not tried must not end a run that could be trained
+    except Exception as error:
+        # A model whose shapes were not tried must not end a run that could be trained.
         log.warning(
             "no plan, and no FLOPs in the metrics: %s",
             error,
@@ -66,10 +65,9 @@ class PlanReport:
         plan: RunPlan,
         loader: Loader,
         teacher: PreTrainedModel | None,
-        student: Any,
+        student: Engine,
         device: torch.device,
     ) -> None:
-        """student: its engine."""
         self._plan, self._loader, self._pair = plan, loader, pair_of(plan.memory.recipe)
         self._teacher, self._student, self._device = teacher, student, device
         self._gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -101,9 +99,8 @@ class PlanReport:
         log.info("%s", _describe(report))
         try:
             write_json(self._path, report)
-        except (
-            OSError
-        ) as error:  # as for the metrics: the next checkpoint says what is wrong, on all ranks
+        except OSError as error:
+            # As for the metrics: the next checkpoint says what is wrong, on all ranks.
             log.warning("%s: %s; it is left out", self._path, error.strerror)
 
     def _measured(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from data_samples import build_tokenizer, good_rows, write_jsonl
 from rich.console import Console
+from tiny import layout_of
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
@@ -73,9 +74,9 @@ def test_tokens_are_those_of_the_loaders_batches_and_of_the_data_report(
     batches = [
         batch
         for step in range(loader.steps_per_epoch)
-        for batch in loader.micro_batches(step, 0, 1)
+        for batch in loader.micro_batches(step, layout_of(0, 1))
     ]
-    assert sum(len(batch.ids) for batch in batches) == len(data.train) == 20
+    assert sum(len(batch.places) for batch in batches) == len(data.train) == 20
     total, report = audited.tokens["total"], data.report.train
     assert (
         total.num_kept == report.num_read_tokens == sum(batch.num_input_tokens for batch in batches)
@@ -83,7 +84,7 @@ def test_tokens_are_those_of_the_loaders_batches_and_of_the_data_report(
     assert (
         total.num_supervised
         == report.num_supervised_tokens
-        == sum(batch.num_supervised for batch in batches)
+        == sum(batch.num_supervised_tokens for batch in batches)
     )
     assert total.num_tokens == report.num_full_tokens
     cells = np.concatenate([batch.region_index for batch in batches])

@@ -1,5 +1,6 @@
+from dataclasses import replace
+
 import numpy as np
-import pytest
 import torch
 
 from kd.constants import IGNORE_INDEX
@@ -16,12 +17,11 @@ def example(length: int, row: int = 0) -> Example:
     )
 
 
-@pytest.mark.parametrize("pad_to_multiple_of", [1, 8])
-def test_labels_are_what_each_position_predicts(pad_to_multiple_of: int) -> None:
+def test_labels_are_what_each_position_predicts() -> None:
     examples = [example(5, row=7), example(12, row=3), example(1, row=9)]
-    batch = collate(examples, PAD, pad_to_multiple_of)
-    assert batch.input_ids.shape == batch.labels.shape == (3, 16 if pad_to_multiple_of == 8 else 12)
-    assert batch.ids == (7, 3, 9)
+    batch = collate(examples, PAD)
+    assert batch.input_ids.shape == batch.labels.shape == (3, 12)
+    assert batch.places == ((7, 0, 5), (3, 0, 12), (9, 0, 1))
     assert batch.num_input_tokens == 18
     for b, e in enumerate(examples):
         length = len(e.input_ids)
@@ -33,7 +33,7 @@ def test_labels_are_what_each_position_predicts(pad_to_multiple_of: int) -> None
 
 def test_the_row_index_lists_the_supervised_positions() -> None:
     batch = collate([example(5), example(12)], PAD)
-    assert batch.num_supervised == 2 + 4
+    assert batch.num_supervised_tokens == 2 + 4
     assert batch.row_index.dtype == torch.int64
     mask = torch.zeros(batch.labels.numel(), dtype=torch.bool)
     mask[batch.row_index] = True
@@ -47,7 +47,7 @@ def test_no_examples_give_padding_without_a_label() -> None:
     batch = collate([], PAD)
     assert batch.input_ids.tolist() == [[PAD]]
     assert batch.labels.tolist() == [[IGNORE_INDEX]]
-    assert (batch.num_supervised, batch.num_input_tokens, batch.ids) == (0, 0, ())
+    assert (batch.num_supervised_tokens, batch.num_input_tokens, batch.places) == (0, 0, ())
     assert (batch.region_index.shape, batch.region_index.dtype) == ((0,), torch.int64)
 
 
@@ -56,4 +56,16 @@ def test_a_batch_moves_as_a_whole() -> None:
     moved = batch.to("meta")
     tensors = (moved.input_ids, moved.labels, moved.row_index, moved.region_index)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert (moved.num_input_tokens, moved.ids) == (batch.num_input_tokens, batch.ids)
+    assert (moved.num_input_tokens, moved.places) == (batch.num_input_tokens, batch.places)
+
+
+def test_a_place_tells_where_in_its_trace_a_sequence_begins() -> None:
+    middle = replace(example(5, row=7), num_tokens_3=np.array([9, 2, 3]), read_start=6)
+    (place,) = collate([middle], PAD).places
+    assert (place.row, place.read_start, place.length) == (7, 6, 5)
+
+
+def test_the_models_get_what_model_inputs_name_and_nothing_else() -> None:
+    batch = collate([example(5), example(12)], PAD)
+    assert batch.model_inputs.keys() == {"input_ids"}
+    assert batch.input_ids is batch.model_inputs["input_ids"]

@@ -20,12 +20,12 @@ from kd.engine.ds_config import student_ds_config
 from kd.engine.zero3 import consolidated_state_dict
 from kd.recipe import Recipe
 from kd.training.build import build_student
-from kd.training.loop import train_step
+from kd.training.step import train_step
 
 
 def main() -> None:
     models, output = Path(sys.argv[1]), Path(sys.argv[2])
-    device = init_distributed()
+    layout = init_distributed()
     recipe = Recipe.model_validate(
         {
             "student": {"model": str(models / "tied"), "gradient_checkpointing": False},
@@ -35,19 +35,20 @@ def main() -> None:
             "deepspeed": {"student": "zero3_cpu.json"},
         }
     )
-    _, student = build_student(recipe, student_ds_config(recipe, 2, "cpu"), device)
+    student = build_student(recipe, student_ds_config(recipe, 2, "cpu"), layout)
+    engine = student.engine
     folder = output.parent / "checkpoints"
 
     def steps(numbers: range) -> list[float]:
-        return [train_step(student, None, [_batch(i)], 0.1, device).loss for i in numbers]
+        return [train_step(student, None, [_batch(i)], 0.1, layout).loss for i in numbers]
 
     steps(range(2))
-    saved = _state(student)
-    save_checkpoint(student, folder, 2, {"note": "two steps"})
+    saved = _state(engine)
+    save_checkpoint(engine, folder, 2, {"note": "two steps"})
     losses = steps(range(2, 5))
-    changed = _state(student)
-    state = load_checkpoint(student, choose_checkpoint(folder, "auto"))
-    restored = _state(student)
+    changed = _state(engine)
+    state = load_checkpoint(engine, choose_checkpoint(folder, "auto"))
+    restored = _state(engine)
     repeated = steps(range(2, 5))
     if dist.get_rank() == 0:
         results = {
@@ -70,8 +71,8 @@ def _batch(index: int) -> Batch:
     )
 
 
-def _state(student: Any) -> dict[str, torch.Tensor]:
-    state = consolidated_state_dict(student)
+def _state(engine: Any) -> dict[str, torch.Tensor]:
+    state = consolidated_state_dict(engine)
     return {name: tensor.clone() for name, tensor in (state or {}).items()}
 
 

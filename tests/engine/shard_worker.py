@@ -7,6 +7,7 @@ shard_worker.py MODELS OUTPUT      writes OUTPUT/rank{rank}_of_{number of ranks}
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,22 @@ from transformers import AutoModelForCausalLM
 import kd.training.build
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
-from kd.distributed.nodes import ranks_of_nodes
+from kd.distributed.layout import Layout
 from kd.distributed.process_group import init_distributed
 from kd.engine.checkpoint import load_checkpoint, save_checkpoint
 from kd.engine.ds_config import check_hpz, student_ds_config
-from kd.engine.zero3 import num_shards, shard_bytes
+from kd.engine.zero3 import gathered, num_shards, shard_bytes
 from kd.errors import UserError
 from kd.logs import configure_logging
+from kd.models.head import head_of
+from kd.models.student import Student
 from kd.recipe import Recipe
+from kd.teachers.live import LiveTeacher
 from kd.training.build import build_student, build_teacher
-from kd.training.loop import distill_batch, train_step
+from kd.training.step import train_step
 
 NUM_STEPS = 3
-UNEQUAL_NODES = [[0, 2, 3], [1]]
+UNEQUAL_NODES = ((0, 2, 3), (1,))
 
 
 class Collectives(TorchDispatchMode):
@@ -57,24 +61,24 @@ class Collectives(TorchDispatchMode):
 
 def main() -> None:
     models, output = Path(sys.argv[1]), Path(sys.argv[2])
-    device = init_distributed()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    layout = init_distributed()
+    rank, world_size = layout.rank, layout.world_size
     configure_logging(rank)
     results: dict[str, Any] = {
-        "nodes": ranks_of_nodes(),
-        "world": run_case(models, output, device, shard="world"),
+        "nodes": layout.nodes,
+        "world": run_case(models, output, layout, shard="world"),
     }
     if world_size == 4:
-        results["node"] = run_case(models, output, device, shard="node")
+        results["node"] = run_case(models, output, layout, shard="node")
         results["hpz"] = run_case(
-            models, output, device, shard="node", student_json=str(models / "hpz2.json")
+            models, output, layout, shard="node", student_json=str(models / "hpz2.json")
         )
         results["hpZ across nodes"] = across_nodes(
-            make_recipe(models, shard="node", student_json=str(models / "hpz4.json"))
+            make_recipe(models, shard="node", student_json=str(models / "hpz4.json")), layout
         )
-        results["damaged node"] = find_damage(make_recipe(models, shard="node"), device)
+        results["damaged node"] = find_damage(make_recipe(models, shard="node"), layout)
         results["unequal nodes"] = unequal_nodes(
-            make_recipe(models, shard="node", teacher="experts_teacher"), device
+            make_recipe(models, shard="node", teacher="experts_teacher"), layout
         )
     (output / f"rank{rank}_of_{world_size}.json").write_text(json.dumps(results))
     dist.barrier()
@@ -94,13 +98,13 @@ def make_recipe(
     )
 
 
-def run_case(models: Path, output: Path, device: torch.device, **fields: str) -> dict[str, Any]:
-    recipe, world_size = make_recipe(models, **fields), dist.get_world_size()
-    teacher = build_teacher(recipe, device)
-    _, student = build_student(recipe, student_ds_config(recipe, world_size, "cpu"), device)
-    batches = [make_batch(dist.get_rank(), index) for index in range(8 // world_size)]
-    digest = digest_gradients(student)
-    losses = [train_step(student, teacher, batches, 1e-2, device).loss for _ in range(NUM_STEPS)]
+def run_case(models: Path, output: Path, layout: Layout, **fields: str) -> dict[str, Any]:
+    recipe, world_size = make_recipe(models, **fields), layout.world_size
+    teacher = build_teacher(recipe, layout)
+    student = build_student(recipe, student_ds_config(recipe, world_size, "cpu"), layout)
+    batches = [make_batch(layout.rank, index) for index in range(8 // world_size)]
+    digest = digest_gradients(student.engine)
+    losses = [train_step(student, teacher, batches, 1e-2, layout).loss for _ in range(NUM_STEPS)]
     result = {
         "losses": losses,
         "gradients": digest.hexdigest(),
@@ -109,49 +113,51 @@ def run_case(models: Path, output: Path, device: torch.device, **fields: str) ->
         "teacher is untouched by hpZ": all(
             p.ds_zero_param_process_group is None for p in teacher.model.parameters()
         ),
-        "student groups": groups_of(student),
-        "hpZ group": hpz_group(student),
+        "student groups": groups_of(student.engine),
+        "hpZ group": hpz_group(student.engine),
     }
     if "student_json" in fields:
-        result["resumed"] = resume(student, teacher, output, batches, device)
+        result["resumed"] = resume(student, teacher, output, batches, layout)
     with Collectives() as forward:
-        teacher.hidden_states(batches[0].input_ids)
-    with Collectives() as head, teacher.head():
+        teacher.hidden_states(**batches[0].model_inputs)
+    weights = head_of(teacher.model)
+    with Collectives() as head, gathered(weights.weight_VH, weights.bias_V):
         pass
-    loss, _ = distill_batch(student, teacher, batches[0])
+    with teacher.targets(batches[0]) as targets:
+        loss = student.loss(batches[0], targets).loss
     with Collectives("allgather") as backward:
-        student.backward(loss)
+        student.engine.backward(loss)
     result |= {"teacher": sorted(forward.groups), "teacher head": sorted(head.groups)}
     return result | {"student's gathers in backward": sorted(backward.groups)}
 
 
 def resume(
-    student: Any, teacher: Any, output: Path, batches: list[Batch], device: torch.device
+    student: Student, teacher: LiveTeacher, output: Path, batches: list[Batch], layout: Layout
 ) -> list[list[float]]:
     """Losses after a checkpoint, and again after going back to it."""
 
     def losses() -> list[float]:
-        return [train_step(student, teacher, batches, 1e-2, device).loss for _ in range(2)]
+        return [train_step(student, teacher, batches, 1e-2, layout).loss for _ in range(2)]
 
-    save_checkpoint(student, output / "checkpoints", NUM_STEPS, {})
+    save_checkpoint(student.engine, output / "checkpoints", NUM_STEPS, {})
     first = losses()
-    load_checkpoint(student, output / "checkpoints" / f"step_{NUM_STEPS}")
+    load_checkpoint(student.engine, output / "checkpoints" / f"step_{NUM_STEPS}")
     return [first, losses()]
 
 
-def across_nodes(recipe: Recipe) -> str:
+def across_nodes(recipe: Recipe, layout: Layout) -> str:
     with pytest.raises(UserError) as error:
-        check_hpz(recipe, student_ds_config(recipe, dist.get_world_size(), "cpu"), ranks_of_nodes())
+        check_hpz(recipe, student_ds_config(recipe, layout.world_size, "cpu"), layout.nodes)
     return str(error.value)
 
 
-def find_damage(recipe: Recipe, device: torch.device) -> str | None:
+def find_damage(recipe: Recipe, layout: Layout) -> str | None:
     """What building says when weights do not arrive on the node without rank 0."""
     repartition, log_size = kd.training.build.repartition, kd.training.build._log_size
 
     def damage(model: Any, *arguments: Any) -> None:
         repartition(model, *arguments)
-        if dist.get_rank() in ranks_of_nodes()[1]:
+        if layout.node == 1:
             for parameter in model.parameters():
                 parameter.ds_tensor.add_(1.0)
 
@@ -160,7 +166,7 @@ def find_damage(recipe: Recipe, device: torch.device) -> str | None:
         lambda *_: None,
     )  # the latter waits for every rank
     try:
-        build_teacher(recipe, device)
+        build_teacher(recipe, layout)
     except UserError as error:
         return str(error)
     finally:
@@ -168,17 +174,17 @@ def find_damage(recipe: Recipe, device: torch.device) -> str | None:
     return None
 
 
-def unequal_nodes(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def unequal_nodes(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     """A mixture of experts divided over three ranks and, whole, on one, each rank with tokens of
     its own.
     """
-    kd.training.build.ranks_of_nodes = lambda: UNEQUAL_NODES
-    teacher, batch = build_teacher(recipe, device), make_batch(dist.get_rank(), 0)
+    teacher = build_teacher(recipe, replace(layout, nodes=UNEQUAL_NODES))
+    batch = make_batch(layout.rank, 0)
     whole = AutoModelForCausalLM.from_pretrained(recipe.teacher.model).eval()
     expected = whole.model(batch.input_ids).last_hidden_state.detach()
-    teacher.hidden_states(batch.input_ids)  # once, all ranks compare their order of modules
+    teacher.hidden_states(**batch.model_inputs)  # once, all ranks compare their order of modules
     with Collectives() as forward:
-        actual = teacher.hidden_states(batch.input_ids)
+        actual = teacher.hidden_states(**batch.model_inputs)
     return {
         "error": float((actual - expected).norm() / expected.norm()),
         "tied": teacher.model.lm_head.weight is teacher.model.get_input_embeddings().weight,
@@ -195,29 +201,29 @@ def make_batch(rank: int, index: int) -> Batch:
     return collate([example], pad_token_id=0)
 
 
-def groups_of(student: Any) -> list[list[int]]:
+def groups_of(engine: Any) -> list[list[int]]:
     """The groups that a student's parameters and its engine use, each once."""
-    groups = {id(p.ds_process_group): p.ds_process_group for p in student.module.parameters()}
-    groups[0] = student.optimizer.dp_process_group
+    groups = {id(p.ds_process_group): p.ds_process_group for p in engine.module.parameters()}
+    groups[0] = engine.optimizer.dp_process_group
     return sorted({tuple(dist.get_process_group_ranks(group)) for group in groups.values()})
 
 
-def hpz_group(student: Any) -> list[int] | None:
-    group = next(student.module.parameters()).ds_zero_param_process_group
+def hpz_group(engine: Any) -> list[int] | None:
+    group = next(engine.module.parameters()).ds_zero_param_process_group
     return group and dist.get_process_group_ranks(group)
 
 
-def digest_gradients(student: Any) -> Any:
+def digest_gradients(engine: Any) -> Any:
     """A digest that is updated with every gradient before each optimizer step."""
-    digest, step = hashlib.sha256(), student.step
+    digest, step = hashlib.sha256(), engine.step
 
     def digest_and_step() -> None:
-        if student.is_gradient_accumulation_boundary():
-            for parameter in student.module.parameters():
+        if engine.is_gradient_accumulation_boundary():
+            for parameter in engine.module.parameters():
                 digest.update(safe_get_full_grad(parameter).numpy().tobytes())
         step()
 
-    student.step = digest_and_step
+    engine.step = digest_and_step
     return digest
 
 

@@ -198,6 +198,6 @@ def test_experts_are_divided_within_nodes_of_different_sizes(
     result = ranks[rank]["unequal nodes"]
     (node,) = (node for node in UNEQUAL_NODES if rank in node)
     assert result["shards"] == len(node)
-    assert result["teacher"] == ([node] if len(node) > 1 else [])
+    assert result["teacher"] == ([list(node)] if len(node) > 1 else [])
     assert result["tied"]
     assert result["error"] < 1e-5

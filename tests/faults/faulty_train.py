@@ -18,8 +18,9 @@ import torch.distributed as dist
 from tiny import ROOT
 
 import kd.engine.checkpoint
-import kd.models.student
 import kd.training.loop
+import kd.training.step
+from kd.models.student import BatchLoss, HeadLoss, Student
 
 
 def end_at_once(*_: Any) -> None:
@@ -34,21 +35,19 @@ def hang(*_: Any) -> None:
     time.sleep(3600)
 
 
-def make_nan(result: tuple[Any, Any]) -> tuple[Any, Any]:
-    loss, sums = result
-    sums[0] = math.nan
-    return loss * math.nan, sums
+def make_nan(result: BatchLoss) -> BatchLoss:
+    return result._replace(loss=result.loss * math.nan)
 
 
 # fault -> where it happens, and what is done there: to the call, or to its result
 BEFORE = {
-    "killed in forward": (kd.models.student, "_head_loss", end_at_once),
-    "killed in all-reduce": (kd.training.loop, "all_reduce_sum", end_at_once),
+    "killed in forward": (HeadLoss, "forward", end_at_once),
+    "killed in all-reduce": (kd.training.step, "all_reduce_sum", end_at_once),
     "killed in checkpoint": (kd.engine.checkpoint, "save_file", end_at_once),
-    "exception": (kd.training.loop, "distill_batch", run_out_of_memory),
-    "hang": (kd.training.loop, "distill_batch", hang),
+    "exception": (Student, "loss", run_out_of_memory),
+    "hang": (Student, "loss", hang),
 }
-AFTER = {"nan": (kd.training.loop, "distill_batch", make_nan)}
+AFTER = {"nan": (Student, "loss", make_nan)}
 
 
 def main() -> None:

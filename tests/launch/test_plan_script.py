@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import ROOT, write_tiny_recipe
+from tiny import ROOT, layout_of, write_tiny_recipe
 
 from kd.errors import UserError
 from kd.recipe import RECIPES_DIR, load_recipe
@@ -125,17 +125,16 @@ def test_batches_are_planned_as_they_are_collated(recipe: str):
     from kd.plan.lengths import step_lengths
 
     loaded = load_recipe(recipe, ["data.random_mask_fraction=0.3", 'data.loss_sections=["cot"]'])
-    loader = Loader(
-        load_data(loaded, load_tokenizers(loaded)).train, 8, 2, 0, 0, pad_to_multiple_of=8
-    )
+    loader = Loader(load_data(loaded, load_tokenizers(loaded)).train, 8, 2, 0, 0)
     for step in range(3):
         lengths = step_lengths(loader, step)
-        batches = [batch for rank in range(2) for batch in loader.micro_batches(step, rank, 2)]
+        layouts = [layout_of(rank, 2) for rank in range(2)]
+        batches = [batch for layout in layouts for batch in loader.micro_batches(step, layout)]
         assert sorted(lengths.padded_N) == sorted(
             np.repeat([batch.input_ids.shape[1] for batch in batches], 2)
         )
         assert lengths.read_N.sum() == sum(batch.num_input_tokens for batch in batches)
-        assert lengths.supervised_N.sum() == sum(batch.num_supervised for batch in batches)
+        assert lengths.supervised_N.sum() == sum(batch.num_supervised_tokens for batch in batches)
 
 
 def test_what_cannot_be_known_is_not_guessed(monkeypatch, recipe: str, capsys):

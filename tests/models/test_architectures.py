@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, NEVER_TIED, SCALED_OR_CAPPED, build
 
-from kd.data.collate import Batch
+from kd.data.collate import Batch, Place
 from kd.engine.zero3 import set_moe_leaf_modules
 from kd.errors import UserError
+from kd.losses import DenseTargets
 from kd.models.head import backbone, head_of
 from kd.models.probe import reference_states
-from kd.models.student import Distiller
+from kd.models.student import StudentModule
 from kd.recipe import LossSection
 
 LOSS = LossSection(temperature=2.0, kd_weight=0.7, ce_weight=0.3, chunk_size=7)
@@ -32,12 +33,11 @@ def batch_of(num_rows: int, length: int, padded_to: int) -> Batch:
     labels[:, length // 2 : length - 1] = input_ids[:, length // 2 + 1 : length]
     row_index = (labels.flatten() != -100).nonzero().squeeze(1)
     return Batch(
-        input_ids,
+        {"input_ids": input_ids},
         labels,
         row_index,
         torch.zeros_like(row_index),
-        num_rows * length,
-        tuple(range(num_rows)),
+        tuple(Place(row, 0, length) for row in range(num_rows)),
     )
 
 
@@ -49,7 +49,8 @@ def sums(
         teacher_hidden = backbone(teacher)(
             input_ids=batch.input_ids, use_cache=False
         ).last_hidden_state
-    return student(batch.input_ids, batch.labels, batch.row_index, teacher_hidden, head_of(teacher))
+    targets = DenseTargets(teacher_hidden, head_of(teacher))
+    return student(batch.model_inputs, batch.labels, batch.row_index, targets)
 
 
 def sums_of_full_logits(
@@ -90,13 +91,13 @@ def test_the_loss_and_its_gradients_are_those_of_the_models_own_logits(
     expected = sums_of_full_logits(student, teacher, batch)
     expected[0].backward()
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    assert min(term / batch.num_supervised for term in expected[:3]) > 0.05
+    assert min(term / batch.num_supervised_tokens for term in expected[:3]) > 0.05
     assert "lm_head.weight" in gradients or tied
 
     student.zero_grad(set_to_none=True)
     if student.supports_gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    actual = sums(Distiller(student, LOSS), teacher, batch)
+    actual = sums(StudentModule(student, LOSS), teacher, batch)
     torch.testing.assert_close(actual[:3], expected[:3], rtol=2e-5, atol=0.0)
     torch.testing.assert_close(actual[3], expected[3], rtol=1e-4, atol=1e-5)
     actual[0].backward()
@@ -115,7 +116,7 @@ def test_the_probe_accepts_every_known_head(architecture: str, dtype: torch.dtyp
 
 def test_padding_does_not_change_the_sums(architecture: str) -> None:
     student, teacher = (build(architecture, tied=False, seed=seed).eval() for seed in (0, 1))
-    student = Distiller(student, LOSS)
+    student = StudentModule(student, LOSS)
     short, long = (
         sums(student, teacher, batch_of(num_rows=2, length=20, padded_to=size)) for size in (20, 37)
     )

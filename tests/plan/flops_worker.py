@@ -19,7 +19,7 @@ from kd.plan.cost import pair_of
 from kd.plan.lengths import step_lengths
 from kd.recipe import Recipe, load_recipe
 from kd.training.build import build_student, build_teacher
-from kd.training.loop import train_step
+from kd.training.step import train_step
 
 # (truncation.keep_fraction, student.gradient_checkpointing)
 SETTINGS = [(0.5, False), (1.0, False), (0.5, True), (1.0, True)]
@@ -42,18 +42,18 @@ def main() -> None:
 
 
 def measure(recipe: Recipe) -> dict[str, list[float]]:
-    device = init_distributed()
+    layout = init_distributed()
     tokenizer, training = load_tokenizers(recipe), recipe.training
     examples = load_data(recipe, tokenizer).train
     loader = Loader(
         examples, training.global_batch_size, training.micro_batch_size, 0, tokenizer.pad_token_id
     )
-    teacher = build_teacher(recipe, device)
-    _, student = build_student(recipe, student_ds_config(recipe, 1, device.type), device)
+    teacher = build_teacher(recipe, layout)
+    student = build_student(recipe, student_ds_config(recipe, 1, layout.device.type), layout)
     pair, result = pair_of(recipe), {"counted": [], "planned": []}
     for step in range(NUM_STEPS):
         with FlopCounterMode(display=False) as counter:
-            train_step(student, teacher, loader.micro_batches(step, 0, 1), 1e-3, device)
+            train_step(student, teacher, loader.micro_batches(step, layout), 1e-3, layout)
         lengths = step_lengths(loader, step)
         flops = pair.step_flops(lengths.padded_N, lengths.supervised_N, training.global_batch_size)
         result["counted"].append(counter.get_total_flops())

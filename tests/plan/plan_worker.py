@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
+from kd.distributed.layout import Layout
 from kd.distributed.process_group import init_distributed
 from kd.engine.checkpoint import save_checkpoint
 from kd.engine.ds_config import is_zero3, student_ds_config
@@ -23,7 +24,7 @@ from kd.plan import model_shapes
 from kd.plan.shapes import shapes_of
 from kd.recipe import ROOT, Recipe
 from kd.training.build import build_student, build_teacher
-from kd.training.loop import train_step
+from kd.training.step import train_step
 
 # case -> JSON of student and teacher: in ds_configs/, or written by the test
 CASES = {
@@ -52,28 +53,29 @@ def make_recipe(folder: Path, case: str) -> Recipe:
 
 
 def main() -> None:
-    folder, device = Path(sys.argv[1]), init_distributed()
+    folder, layout = Path(sys.argv[1]), init_distributed()
     measured = {
-        case: measure(make_recipe(folder, case), folder / f"checkpoints {case}", device)
+        case: measure(make_recipe(folder, case), folder / f"checkpoints {case}", layout)
         for case in CASES
     }
-    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(measured))
+    (folder / f"rank{layout.rank}.json").write_text(json.dumps(measured))
     dist.barrier()
 
 
-def measure(recipe: Recipe, checkpoints: Path, device: torch.device) -> dict[str, int]:
-    ds_config = student_ds_config(recipe, dist.get_world_size(), device.type)
-    teacher = build_teacher(recipe, device)
-    model, student = build_student(recipe, ds_config, device)
+def measure(recipe: Recipe, checkpoints: Path, layout: Layout) -> dict[str, int]:
+    ds_config = student_ds_config(recipe, layout.world_size, layout.device.type)
+    teacher = build_teacher(recipe, layout)
+    student = build_student(recipe, ds_config, layout)
+    model, engine = student.model, student.engine
     assert teacher is not None
     assert recipe.teacher is not None
     for index in range(2):
-        train_step(student, teacher, [make_batch(index)], 1e-3, device)
-    save_checkpoint(student, checkpoints, 2, {})
+        train_step(student, teacher, [make_batch(index)], 1e-3, layout)
+    save_checkpoint(engine, checkpoints, 2, {})
     states = [
-        value for state in student.optimizer.optimizer.state.values() for value in state.values()
+        value for state in engine.optimizer.optimizer.state.values() for value in state.values()
     ]
-    optimizer: Any = student.optimizer
+    optimizer: Any = engine.optimizer
     is_stage_3 = is_zero3(ds_config)
     masters = (
         optimizer.fp32_partitioned_groups_flat

@@ -17,17 +17,18 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
-import kd.training.loop
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
 from kd.demo.tiny_models import build_tokenizer
+from kd.distributed.layout import Layout
 from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import is_zero3, student_ds_config
-from kd.engine.export import export_student
 from kd.engine.zero3 import consolidated_state_dict
+from kd.models.student import BatchLoss, Student
 from kd.recipe import Recipe
+from kd.teachers.live import LiveTeacher
 from kd.training.build import build_student, build_teacher
-from kd.training.loop import distill_batch, train_step
+from kd.training.step import train_step
 
 RATE, ACCUMULATION, NUM_STEPS = 3e-3, 2, 4
 # case -> models and JSON of student and teacher
@@ -93,30 +94,30 @@ def make_batch(rank: int, index: int) -> Batch:
 
 def main() -> None:
     models, output = Path(sys.argv[1]), Path(sys.argv[2])
-    device = init_distributed()
-    results = {case: run_case(models, output, case, device) for case in CASES}
-    (output / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    layout = init_distributed()
+    results = {case: run_case(models, output, case, layout) for case in CASES}
+    (output / f"rank{layout.rank}.json").write_text(json.dumps(results))
     dist.barrier()
 
 
-def run_case(models: Path, output: Path, case: str, device: torch.device) -> dict[str, Any]:
-    recipe, rank = make_recipe(models, case), dist.get_rank()
-    ds_config = student_ds_config(recipe, dist.get_world_size(), "cpu")
-    teacher = build_teacher(recipe, device)
-    model, student = build_student(recipe, ds_config, device)
-    export_student(student, model, build_tokenizer(), output / case / "loaded")
+def run_case(models: Path, output: Path, case: str, layout: Layout) -> dict[str, Any]:
+    recipe, rank = make_recipe(models, case), layout.rank
+    ds_config = student_ds_config(recipe, layout.world_size, "cpu")
+    teacher = build_teacher(recipe, layout)
+    student = build_student(recipe, ds_config, layout)
+    student.export(build_tokenizer(), output / case / "loaded")
     teacher_shards = [p.ds_tensor.clone() for p in teacher.model.parameters()]
     if is_zero3(ds_config):
-        _save_first_gradients(student, output / case / "gradients.safetensors")
+        _save_first_gradients(student.engine, output / case / "gradients.safetensors")
 
     result: dict[str, Any] = {"losses": [], "grad_norms": [], "skipped": [], "poisoned": {}}
     batches = [make_batch(rank, index) for index in range(ACCUMULATION)]
     for step in range(NUM_STEPS):
         if step == NUM_STEPS - 1:
             result["poisoned"] = {
-                name: _poisoned_step(name, student, teacher, batches, device) for name in POISONS
+                name: _poisoned_step(name, student, teacher, batches, layout) for name in POISONS
             }
-        taken = train_step(student, teacher, batches, RATE, device)
+        taken = train_step(student, teacher, batches, RATE, layout)
         result["losses"].append(taken.loss)
         result["grad_norms"].append(taken.grad_norm)
         result["skipped"].append(taken.skipped)
@@ -124,63 +125,62 @@ def run_case(models: Path, output: Path, case: str, device: torch.device) -> dic
         torch.equal(p.ds_tensor, shard)
         for p, shard in zip(teacher.model.parameters(), teacher_shards, strict=True)
     )
-    state = _student_state(student)
-    export_student(student, model, build_tokenizer(), output / case / "trained")
+    state = _student_state(student.engine)
+    student.export(build_tokenizer(), output / case / "trained")
     if rank == 0:
         save_file(
-            {name.removeprefix("model."): t for name, t in state.items()},
+            {name[6:]: t for name, t in state.items() if name.startswith("model.")},
             output / case / "state.safetensors",
         )
     return result
 
 
 def _poisoned_step(
-    name: str, student: Any, teacher: Any, batches: list[Batch], device: torch.device
+    name: str, student: Student, teacher: LiveTeacher, batches: list[Batch], layout: Layout
 ) -> dict[str, bool]:
     """One step with a poisoned last micro-batch on rank 1 alone."""
-    before, calls = _student_state(student), []
+    before, calls, loss_of = _student_state(student.engine), [], student.loss
 
-    def poisoned(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        loss, sums = distill_batch(*arguments)
+    def poisoned(*arguments: Any) -> BatchLoss:
+        result = loss_of(*arguments)
         calls.append(name)
-        if dist.get_rank() == 1 and len(calls) == ACCUMULATION:
-            loss = POISONS[name](loss)
-            sums[0] = loss.detach()
-        return loss, sums
+        if layout.rank == 1 and len(calls) == ACCUMULATION:
+            result = result._replace(loss=POISONS[name](result.loss))
+        return result
 
-    kd.training.loop.distill_batch = poisoned
+    student.loss = poisoned
     try:
-        result = train_step(student, teacher, batches, RATE, device)
+        result = train_step(student, teacher, batches, RATE, layout)
     finally:
-        kd.training.loop.distill_batch = distill_batch
-    after = _student_state(student)
+        student.loss = loss_of
+    after = _student_state(student.engine)
     unchanged = before is None or all(torch.equal(before[name], after[name]) for name in before)
     return {"skipped": result.skipped, "unchanged": unchanged}
 
 
-def _student_state(student: Any) -> dict[str, torch.Tensor] | None:
-    state = consolidated_state_dict(student)
+def _student_state(engine: Any) -> dict[str, torch.Tensor] | None:
+    state = consolidated_state_dict(engine)
     return (
         {name: tensor.clone() for name, tensor in state.items()} if dist.get_rank() == 0 else None
     )
 
 
-def _save_first_gradients(student: Any, path: Path) -> None:
+def _save_first_gradients(engine: Any, path: Path) -> None:
     """Before the first optimizer step, write the gradients that it is about to take."""
-    step = student.step
+    step = engine.step
 
     def save_and_step() -> None:
-        if student.is_gradient_accumulation_boundary():
+        if engine.is_gradient_accumulation_boundary():
             gradients = {
                 name: safe_get_full_grad(p).clone()
-                for name, p in student.module.model.named_parameters()
+                for name, p in engine.module.model.named_parameters()
             }
             if dist.get_rank() == 0:
                 save_file(gradients, path)
-            student.step = step
+            engine.step = step
         step()
 
-    student.step = save_and_step
+    engine.step = save_and_step
 
 
 if __name__ == "__main__":

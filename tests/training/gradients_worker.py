@@ -23,39 +23,45 @@ from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.recipe import Recipe
 from kd.training.build import build_student, build_teacher
-from kd.training.loop import train_step
+from kd.training.step import train_step
 
 TIED, ACCUMULATION, CHECKPOINTING = ("tied", "untied"), (1, 4), (False, True)
-LAYOUTS = ("equal", "unequal", "empty")  # how supervised tokens are spread over the two ranks
+SPREADS = ("equal", "unequal", "empty")  # how supervised tokens are spread over the two ranks
 
 
 def main() -> None:
     models, output = Path(sys.argv[1]), Path(sys.argv[2])
-    device = init_distributed()
+    layout = init_distributed()
     results: dict[str, Any] = {}
     for head, accumulation, checkpointing in itertools.product(TIED, ACCUMULATION, CHECKPOINTING):
         recipe = _recipe(models, head, accumulation, checkpointing)
-        teacher = build_teacher(recipe, device)
-        _, student = build_student(
-            recipe, student_ds_config(recipe, dist.get_world_size(), "cpu"), device
-        )
-        assert all(p.ds_tensor.numel() < p.ds_numel for p in student.module.parameters()), (
+        teacher = build_teacher(recipe, layout)
+        student = build_student(recipe, student_ds_config(recipe, layout.world_size, "cpu"), layout)
+        assert all(p.ds_tensor.numel() < p.ds_numel for p in student.trainable_parameters), (
             "not partitioned"
         )
-        captured = _capture_gradients_at_boundary(student)
-        for layout in LAYOUTS:
-            batches = [[_batch(layout, rank, i) for i in range(accumulation)] for rank in range(2)]
-            # rate 0: the weights stay those of the checkpoint for the next layout
-            result = train_step(student, teacher, batches[dist.get_rank()], 0.0, device)
-            name = f"{head}-accumulation{accumulation}-checkpointing{int(checkpointing)}-{layout}"
-            if dist.get_rank() == 0:
+        captured = _capture_gradients_at_boundary(student.engine)
+        for spread in SPREADS:
+            batches = [[_batch(spread, rank, i) for i in range(accumulation)] for rank in range(2)]
+            # rate 0: the weights stay those of the checkpoint for the next spread
+            result = train_step(student, teacher, batches[layout.rank], 0.0, layout)
+            name = f"{head}-accumulation{accumulation}-checkpointing{int(checkpointing)}-{spread}"
+            if layout.rank == 0:
                 loss, diagnostics, reference = _reference(
                     recipe, [batch for rank in batches for batch in rank]
                 )
                 errors = {key: _error(captured[key], reference[key]) for key in reference}
                 results[name] = {"loss": [result.loss, loss], "gradients": errors}
                 results[name]["diagnostics"] = [result.diagnostics, diagnostics]
-    if dist.get_rank() == 0:
+        prompt = torch.arange(3, 11)[None]
+        generated = student.generate(prompt, max_new_tokens=5, do_sample=False)
+        if layout.rank == 0:
+            whole = AutoModelForCausalLM.from_pretrained(recipe.student.model, dtype=torch.float32)
+            expected = whole.generate(input_ids=prompt, max_new_tokens=5, do_sample=False)
+            name = f"{head}-accumulation{accumulation}-checkpointing{int(checkpointing)}"
+            results[name] = {"generated": [generated.tolist(), expected.tolist()]}
+        assert student.model.training
+    if layout.rank == 0:
         output.write_text(json.dumps(results))
     dist.barrier()
 
@@ -77,7 +83,7 @@ def _recipe(models: Path, head: str, accumulation: int, checkpointing: bool) -> 
     )
 
 
-def _batch(layout: str, rank: int, index: int) -> Batch:
+def _batch(spread: str, rank: int, index: int) -> Batch:
     """Two examples whose supervised tokens depend on the rank, as truncation and filters make it
     happen.
     """
@@ -86,30 +92,30 @@ def _batch(layout: str, rank: int, index: int) -> Batch:
     for row in range(2):
         length = (
             int(random.integers(5, 9))
-            if layout == "equal" or rank == 0
+            if spread == "equal" or rank == 0
             else int(random.integers(12, 30))
         )
         input_ids = random.integers(0, 150, length)
         labels = input_ids.copy()
         labels[: length // 2] = -100
-        if layout == "empty" and (rank == 1 or index == 1):
+        if spread == "empty" and (rank == 1 or index == 1):
             labels[:] = -100
         num_tokens, read_start = np.array([6, length, 10]), int(random.integers(0, 16))
         examples.append(Example(input_ids, labels, row, num_tokens, read_start))
     return collate(examples, pad_token_id=0)
 
 
-def _capture_gradients_at_boundary(student: Any) -> dict[str, torch.Tensor]:
+def _capture_gradients_at_boundary(engine: Any) -> dict[str, torch.Tensor]:
     captured: dict[str, torch.Tensor] = {}
-    step = student.step
+    step = engine.step
 
     def capture_and_step() -> None:
-        if student.is_gradient_accumulation_boundary():
-            for name, parameter in student.module.model.named_parameters():
+        if engine.is_gradient_accumulation_boundary():
+            for name, parameter in engine.module.model.named_parameters():
                 captured[name] = safe_get_full_grad(parameter).clone()
         step()
 
-    student.step = capture_and_step
+    engine.step = capture_and_step
     return captured
 
 

@@ -179,7 +179,7 @@ def one_process(
     batches = [make_batch(rank, index) for rank in range(2) for index in range(ACCUMULATION)]
     for _ in range(num_steps):
         total = torch.stack([full_loss(recipe, student, teacher, batch) for batch in batches]).sum()
-        loss = total / sum(batch.num_supervised for batch in batches)
+        loss = total / sum(batch.num_supervised_tokens for batch in batches)
         optimizer.zero_grad()
         loss.backward()
         # An expert that no token visits has none.

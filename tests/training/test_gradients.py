@@ -72,3 +72,16 @@ def test_the_diagnostics_are_those_of_one_process(results, case):
     assert len(parts) > 5
     for part, means in expected.items():
         assert parts[part] == pytest.approx(means, rel=1e-4), part
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        f"{head}-accumulation{accumulation}-checkpointing{checkpointing}"
+        for head, accumulation, checkpointing in product(["tied", "untied"], [1, 4], [0, 1])
+    ],
+)
+def test_between_steps_the_partitioned_student_generates_as_the_whole_model_does(results, case):
+    generated, expected = results[case]["generated"]
+    assert len(expected[0]) > 8
+    assert generated == expected

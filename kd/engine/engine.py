@@ -1,0 +1,45 @@
+"""A ZeRO engine: the one place that calls deepspeed.initialize, and what is used of its result."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import deepspeed
+from torch import Tensor, nn
+
+
+class Engine(Protocol):
+    """What this project uses of a deepspeed.DeepSpeedEngine, which has no types of its own."""
+
+    module: nn.Module
+    optimizer: Any  # of DeepSpeed, another class for each stage
+    monitor: Any
+    skipped_steps: int
+    _config: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None: ...
+    def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> Any: ...
+    def step(self) -> None: ...
+    def get_global_grad_norm(self) -> float | None: ...
+    def zero_optimization_partition_weights(self) -> bool: ...
+    def _zero3_consolidated_16bit_state_dict(self) -> dict[str, Tensor] | None: ...
+    def save_checkpoint(self, save_dir: str, *, tag: str, save_latest: bool) -> Any: ...
+    def load_checkpoint(
+        self, load_dir: str, *, tag: str, load_lr_scheduler_states: bool
+    ) -> tuple[str | None, Any]: ...
+
+
+def initialize(module: nn.Module, ds_config: dict[str, Any]) -> Engine:
+    """A ZeRO engine around the module: with an optimizer when ds_config has one, else for
+    inference.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=trained if "optimizer" in ds_config else None,
+        config=ds_config,
+    )
+    return engine

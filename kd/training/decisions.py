@@ -1,0 +1,72 @@
+"""What a run decides between two steps: to validate, save, stop, leave or end. No process is needed
+to look at it: run_steps() takes anything that does what RunActions does.
+"""
+
+import math
+from typing import NamedTuple, Protocol
+
+from kd.recipe import TrainingSection
+from kd.training.step import StepResult, Validation
+
+
+class Progress(NamedTuple):
+    """What the loop itself must remember between a checkpoint and its resumption."""
+
+    step: int = 0
+    num_skipped: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    def after(self, result: StepResult) -> "Progress":
+        """One step further."""
+        return self._replace(step=self.step + 1, num_skipped=self.num_skipped + result.skipped)
+
+    def with_validation(self, validation: Validation | None) -> "Progress":
+        """The step is the best one if its validation loss is lower than all before."""
+        if validation is None or not math.isfinite(validation.loss):
+            return self
+        if self.best_loss is not None and self.best_loss <= validation.loss:
+            return self
+        return self._replace(best_step=self.step, best_loss=validation.loss)
+
+
+class RunActions(Protocol):
+    """What run_steps() directs. Each call is collective: every rank makes the same ones."""
+
+    def take_step(self, step: int) -> StepResult: ...
+    def validate(self) -> Validation | None: ...
+    def record(self, validation: Validation | None) -> None: ...
+    def stop(self, progress: Progress, result: StepResult) -> None:
+        """Raises UserError: too many steps were not finite."""
+
+    def is_interrupted(self) -> bool: ...
+    def save(self, progress: Progress) -> None: ...
+    def leave(self, progress: Progress) -> None:
+        """Raises Interrupted."""
+
+
+def run_steps(
+    run: RunActions, progress: Progress, total_steps: int, training: TrainingSection
+) -> Progress:
+    """Take the steps after `progress` up to total_steps; returns what was reached.
+
+    A step after which the run stops is recorded, but neither validated nor saved. An interruption
+    at the last step only saves, as the last step does anyway.
+    """
+    while progress.step < total_steps:
+        result = run.take_step(progress.step)
+        progress = progress.after(result)
+        ends = progress.step == total_steps
+        stops = progress.num_skipped > training.skip_nonfinite
+        validates = not stops and (progress.step % training.checkpoint_every == 0 or ends)
+        validation = run.validate() if validates else None
+        progress = progress.with_validation(validation)
+        run.record(validation)
+        if stops:
+            run.stop(progress, result)
+        interrupted = run.is_interrupted()
+        if validates or interrupted:
+            run.save(progress)
+        if interrupted and not ends:
+            run.leave(progress)
+    return progress

@@ -1,0 +1,135 @@
+"""One optimizer step, and one validation: read train_step() from top to bottom."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd.data.collate import Batch
+from kd.distributed.layout import Layout
+from kd.distributed.process_group import all_reduce_sum
+from kd.models.student import BatchLoss, Student
+from kd.teachers.teacher import Teacher, targets_of
+from kd.training.diagnostics import NUM_SUMS, region_sums, summarise
+
+
+class StepResult(NamedTuple):
+    """Of one optimizer step over all ranks; losses are means over its supervised tokens."""
+
+    loss: float
+    kd: float
+    ce: float
+    num_supervised_tokens: int
+    num_input_tokens: int
+    grad_norm: float
+    skipped: bool  # the loss or the gradient is not finite
+    diagnostics: dict[str, Any] | None
+
+
+class Validation(NamedTuple):
+    """Means over the supervised tokens of the validation set, under the training objective."""
+
+    loss: float
+    kd: float
+    ce: float
+    diagnostics: dict[str, Any] | None
+
+
+class Sums:
+    """What is added up over batches, on the device, in float64; the host does not wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.losses = torch.zeros(3, dtype=torch.float64, device=device)  # loss, kd, ce
+        self.regions = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
+
+    def add(self, batch: Batch, result: BatchLoss) -> None:
+        losses = torch.stack([result.loss.detach(), result.kd, result.ce])
+        self.losses += losses.double()
+        self.regions += region_sums(result.rows_MN, batch.region_index)
+
+    def over_all_ranks(self, layout: Layout, **counts: int) -> "dict[str, Any]":
+        """{"loss", "kd", "ce", "regions", and the counts}. Collective: every rank must call this."""
+        loss, kd, ce = self.losses
+        sums: dict[str, Tensor | float] = {"loss": loss, "kd": kd, "ce": ce, **counts}
+        return all_reduce_sum(sums | {"regions": self.regions}, layout.device)
+
+
+def train_step(
+    student: Student,
+    teacher: Teacher | None,
+    batches: list[Batch],
+    learning_rate: float,
+    layout: Layout,
+) -> StepResult:
+    """One optimizer step over this rank's micro-batches of the global batch.
+
+    Each micro-batch's loss is a sum over its tokens, divided once by the number of supervised
+    tokens in the whole global batch: how tokens are spread over ranks and micro-batches does not
+    change the gradient. DeepSpeed averages gradients over data-parallel ranks, hence that factor;
+    its own division by accumulation steps is switched off.
+
+    Collective: every rank must call this, with the same number of micro-batches.
+    """
+    num_here = sum(batch.num_supervised_tokens for batch in batches)
+    counts = all_reduce_sum({"num_supervised_tokens": num_here}, layout.device)
+    num_tokens = max(counts["num_supervised_tokens"], 1.0)
+    scale = layout.data_parallel_size / num_tokens
+    engine, num_skipped_before = student.engine, student.engine.skipped_steps
+    student.set_learning_rate(learning_rate)
+
+    sums = Sums(layout.device)
+    for number, batch in enumerate(batches, start=1):
+        batch = batch.to(layout.device)
+        engine.set_gradient_accumulation_boundary(number == len(batches))
+        with targets_of(teacher, batch) as targets:
+            result = student.loss(batch, targets)
+        sums.add(batch, result)
+        # 1 for a finite loss; NaN for an infinite one, so that its gradient cannot pass for a
+        # finite one.
+        poison = 1.0 + 0.0 * result.loss.detach()
+        engine.backward(result.loss * (scale * poison), scale_wrt_gas=False)
+        engine.step()  # takes the step at the boundary only
+
+    num_read_here = sum(batch.num_input_tokens for batch in batches)
+    total = sums.over_all_ranks(layout, num_input_tokens=num_read_here)
+    grad_norm = float(engine.get_global_grad_norm() or 0.0)
+    finite = math.isfinite(total["loss"]) and math.isfinite(grad_norm)
+    taken = engine.skipped_steps == num_skipped_before
+    return StepResult(
+        loss=total["loss"] / num_tokens,
+        kd=total["kd"] / num_tokens,
+        ce=total["ce"] / num_tokens,
+        num_supervised_tokens=int(counts["num_supervised_tokens"]),
+        num_input_tokens=int(total["num_input_tokens"]),
+        grad_norm=grad_norm,
+        skipped=not (finite and taken),
+        diagnostics=summarise(total["regions"]),
+    )
+
+
+@torch.no_grad()
+def validate(
+    student: Student, teacher: Teacher | None, batches: Iterable[Batch], layout: Layout
+) -> Validation:
+    """The loss of this rank's batches and all others'.
+
+    Collective: every rank must call this, with the same number of batches.
+    """
+    student.engine.eval()
+    sums, num_here = Sums(layout.device), 0
+    for batch in batches:
+        batch = batch.to(layout.device)
+        with targets_of(teacher, batch) as targets:
+            sums.add(batch, student.loss(batch, targets))
+        num_here += batch.num_supervised_tokens
+    student.engine.train()
+    total = sums.over_all_ranks(layout, num_supervised_tokens=num_here)
+    num_tokens = total["num_supervised_tokens"]
+    return Validation(
+        loss=total["loss"] / num_tokens,
+        kd=total["kd"] / num_tokens,
+        ce=total["ce"] / num_tokens,
+        diagnostics=summarise(total["regions"]),
+    )
