@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd.errors import UserError
-from kd.recipe import ROOT, Recipe
+from kd.recipe import DS_CONFIGS_DIR, Recipe
 
 Role = Literal["student", "teacher"]
 
@@ -31,9 +31,9 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
     and the key.
     """
     name: str = getattr(recipe.deepspeed, role)
-    path = next((p for p in (ROOT / "ds_configs" / name, Path(name)) if p.is_file()), None)
+    path = next((p for p in (DS_CONFIGS_DIR / name, Path(name)) if p.is_file()), None)
     if path is None:
-        known = ", ".join(sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
+        known = ", ".join(sorted(p.name for p in DS_CONFIGS_DIR.glob("*.json")))
         raise UserError(f"deepspeed.{role} = {name!r}: no such file; ds_configs/ has {known}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
