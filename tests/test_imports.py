@@ -127,3 +127,9 @@ def test_commands_import_nothing_but_kd():
     for path in (ROOT / "launch").glob("*.py"):
         for name in imports_of(path):
             assert name.split(".")[0] not in {"deepspeed"}, f"{path} imports {name}"
+
+
+def test_the_reference_of_the_two_rank_tests_shares_nothing_with_the_losses():
+    names = imports_of(ROOT / "tests" / "training" / "full_logits.py")
+    of_kd = {name for name in names if name.split(".")[0] == "kd"}
+    assert of_kd == {"kd.data.collate.Batch", "kd.recipe.Recipe"}
