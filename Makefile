@@ -53,3 +53,9 @@ else
 endif
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[test]'
 	touch $(STAMP)
+
+# The tests again, slower, with the lines and branches of kd/ that they run; the floor is in setup.cfg.
+.PHONY: coverage
+coverage: $(STAMP) assets
+	mkdir -p build/coverage
+	$(BIN)/python -m pytest -m "not real and not fault" --cov --cov-config=setup.cfg $(PYTEST_ARGS)

@@ -7,7 +7,8 @@ imports no torch, so that it can be checked on a login node. Facts of ZeRO and o
 ds_configs/ and are not repeated here.
 
 Relative paths of inputs (models, data, templates) are looked up in the current directory, then in
-the repository; run.output_dir is relative to the current directory.
+the repository, or where there is none in the installed package; run.output_dir is relative to the
+current directory.
 """
 
 import difflib
@@ -23,7 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES_DIR = ROOT / "recipes"
+# A checkout has recipes/ and ds_configs/ beside kd; a wheel carries both inside of it (setup.cfg).
+SHIPPED_DIR = ROOT if (ROOT / "recipes" / "bases").is_dir() else ROOT / "kd" / "_shipped"
+RECIPES_DIR = SHIPPED_DIR / "recipes"
+DS_CONFIGS_DIR = SHIPPED_DIR / "ds_configs"
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -319,7 +323,7 @@ def find_input(value: str) -> Path | None:
     """The local file or folder that a recipe's value names, or None when there is none and it may
     be a hub id.
     """
-    for folder in (Path(), ROOT):
+    for folder in (Path(), SHIPPED_DIR):
         path = folder / os.path.expanduser(value)
         if path.exists():
             return path

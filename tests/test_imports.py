@@ -12,7 +12,7 @@ BASE = {"constants", "errors", "files", "hub", "recipe"}
 # module or package of kd -> what of kd it may import, besides itself and, for a package, BASE. In
 # order: each line names only what stands above it.
 ALLOWED = {
-    "__init__": {"losses"},
+    "__init__": {"losses", "recipe"},
     "constants": set(),
     "errors": set(),
     "files": set(),
@@ -139,3 +139,9 @@ def test_ranks_are_asked_for_by_two_packages_only_and_passed_to_the_others():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = getattr(node, "attr", getattr(node, "id", None))
             assert name not in asked, f"{path}:{node.lineno}: take them from the Layout"
+
+
+def test_the_reference_of_the_two_rank_tests_shares_nothing_with_the_losses():
+    names = imports_of(ROOT / "tests" / "training" / "full_logits.py")
+    of_kd = {name for name in names if name.split(".")[0] == "kd"}
+    assert of_kd == {"kd.data.collate.Batch", "kd.recipe.Recipe"}

@@ -80,9 +80,9 @@ def _count_supervised(examples: Examples) -> IntArray:
     """Labels of each section: int64 (3,). The random mask has to be drawn, example by example."""
     data = examples.recipe.data
     if not data.random_mask_fraction:
-        return count_candidates(examples.num_tokens_N3, examples.windows, data.loss_sections).sum(
-            axis=0
-        )
+        count_N3 = count_candidates(examples.num_tokens_N3, examples.windows, data.loss_sections)
+        total_3: IntArray = count_N3.sum(axis=0)
+        return total_3
     count_3 = np.zeros(len(SECTIONS), dtype=np.int64)
     for i in range(len(examples)):
         example = examples[i]

@@ -76,6 +76,7 @@ def prepare(
 
     folder and recipes: of read_recipes, or of a study. Raises UserError.
     """
+    _check_checkout()
     env_file = os.environ.get("DS_ENV_FILE")
     if env_file and not Path(env_file).is_file():
         raise UserError(
@@ -138,6 +139,15 @@ def submit(submission: Submission) -> list[str]:
             run / "slurm.json", {"jobs": [id + task for id in ids], "submission": str(job.folder)}
         )
     return ids
+
+
+def _check_checkout() -> None:
+    missing = [part for part in COPIED if not (ROOT / part).is_dir()]
+    if missing:
+        raise UserError(
+            f"{ROOT} has no {', '.join(missing)}: a job runs from a copy of a checkout, and this kd "
+            "was installed without one; clone the repository and run its launch/submit.py"
+        )
 
 
 def _section_of(recipe: Recipe, key: str) -> str:

@@ -20,6 +20,6 @@ def regions_of(index_T: IntArray, num_tokens_3: IntArray) -> IntArray:
     sequence, whatever a truncation leaves of it: a region means the same place at every
     keep_fraction.
     """
-    section_T = np.searchsorted(num_tokens_3.cumsum(), index_T, side="right")
-    position_T = NUM_POSITIONS * index_T // num_tokens_3.sum()
+    section_T: IntArray = np.searchsorted(num_tokens_3.cumsum(), index_T, side="right")
+    position_T: IntArray = NUM_POSITIONS * index_T // num_tokens_3.sum()
     return section_T * NUM_POSITIONS + position_T

@@ -152,7 +152,7 @@ def _pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
     here or downstream, that masks every end of sequence with it. No token is added: ids beyond the
     vocabulary have no embedding.
     """
-    vocab = tokenizer.get_vocab()
+    vocab: dict[str, int] = tokenizer.get_vocab()
     usual = [
         tokenizer.pad_token,
         "<|endoftext|>",
@@ -161,7 +161,6 @@ def _pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
         tokenizer.unk_token,
         tokenizer.bos_token,
     ]
-    candidates = [token for token in usual if token in vocab] + sorted(
-        vocab, key=vocab.__getitem__
-    )[:2]
+    first_two = sorted(vocab, key=vocab.__getitem__)[:2]
+    candidates: list[str] = [token for token in usual if token in vocab] + first_two
     return next(token for token in candidates if token != tokenizer.eos_token)

@@ -63,10 +63,9 @@ def count_in_sections(num_tokens_N3: IntArray, start_N: IntArray, stop_N: IntArr
     """Tokens of each section inside [start, stop): int64 (N, 3)."""
     section_stop_N3 = num_tokens_N3.cumsum(axis=1)
     section_start_N3 = section_stop_N3 - num_tokens_N3
-    overlap_N3 = np.minimum(section_stop_N3, stop_N[:, None]) - np.maximum(
-        section_start_N3, start_N[:, None]
-    )
-    return np.maximum(overlap_N3, 0)
+    first_N3 = np.maximum(section_start_N3, start_N[:, None])
+    overlap_N3: IntArray = np.minimum(section_stop_N3, stop_N[:, None]) - first_N3
+    return overlap_N3.clip(min=0)
 
 
 def count_supervised(
@@ -76,8 +75,9 @@ def count_supervised(
     random_mask_fraction: float,
 ) -> IntArray:
     """How many labels `make_labels` sets for each example: int64 (N,)."""
-    count_N = count_candidates(num_tokens_N3, windows, loss_sections).sum(axis=1)
-    return count_N - (random_mask_fraction * count_N).astype(np.int64)
+    count_N: IntArray = count_candidates(num_tokens_N3, windows, loss_sections).sum(axis=1)
+    num_masked_N: IntArray = (random_mask_fraction * count_N).astype(np.int64)
+    return count_N - num_masked_N
 
 
 def count_candidates(

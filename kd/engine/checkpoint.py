@@ -160,7 +160,8 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     random_file = path / f"rng_rank{dist.get_rank()}.safetensors"
     if random_file.exists():
         _restore_random_state(load_file(random_file))
-    return manifest["state"]
+    state: dict[str, Any] = manifest["state"]
+    return state
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

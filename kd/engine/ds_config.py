@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kd.distributed.nodes import Nodes
 from kd.errors import UserError
-from kd.recipe import ROOT, Recipe
+from kd.recipe import DS_CONFIGS_DIR, Recipe
 
 Role = Literal["student", "teacher"]
 
@@ -32,12 +32,12 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
     and the key.
     """
     name: str = getattr(recipe.deepspeed, role)
-    path = next((p for p in (ROOT / "ds_configs" / name, Path(name)) if p.is_file()), None)
+    path = next((p for p in (DS_CONFIGS_DIR / name, Path(name)) if p.is_file()), None)
     if path is None:
-        known = ", ".join(sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
+        known = ", ".join(sorted(p.name for p in DS_CONFIGS_DIR.glob("*.json")))
         raise UserError(f"deepspeed.{role} = {name!r}: no such file; ds_configs/ has {known}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     _check_objects(config, path)
@@ -132,7 +132,8 @@ def hpz_size(config: dict[str, Any]) -> int:
     """Ranks that hold a second copy of the weights between them, to gather from in the backward
     pass; 1 is none.
     """
-    return config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    size: int = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    return size
 
 
 def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: Nodes) -> None:
@@ -159,7 +160,8 @@ def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: Nodes) -> None:
 
 
 def _stage(config: dict[str, Any]) -> int:
-    return config.get("zero_optimization", {}).get("stage", 0)
+    stage: int = config.get("zero_optimization", {}).get("stage", 0)
+    return stage
 
 
 def _check_objects(config: Any, path: Path) -> None:

@@ -37,9 +37,9 @@ def initialize(module: nn.Module, ds_config: dict[str, Any]) -> Engine:
     inference.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
+    engine: Engine = deepspeed.initialize(
         model=module,
         model_parameters=trained if "optimizer" in ds_config else None,
         config=ds_config,
-    )
+    )[0]
     return engine

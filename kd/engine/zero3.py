@@ -116,7 +116,8 @@ def consolidated_state_dict(engine: Engine) -> dict[str, torch.Tensor] | None:
     Collective: every rank must call this.
     """
     if engine.zero_optimization_partition_weights():
-        return engine._zero3_consolidated_16bit_state_dict()
+        state: dict[str, torch.Tensor] | None = engine._zero3_consolidated_16bit_state_dict()
+        return state
     return {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()}
 
 

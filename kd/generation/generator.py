@@ -21,7 +21,8 @@ def load_generator(field: str, section: ModelSection) -> PreTrainedModel:
     model: Any = load_pretrained(
         field, section, dtype="auto" if on_gpu else torch.float32, attention=attention
     )
-    return model.to("cuda" if on_gpu else "cpu").eval()
+    generator: PreTrainedModel = model.to("cuda" if on_gpu else "cpu").eval()
+    return generator
 
 
 def weights_sha256(model: str) -> str | None:

@@ -120,8 +120,8 @@ class StudentModule(nn.Module):
         self.head_loss = HeadLoss(model, settings)
         set_leaf_modules(self, [HeadLoss])
         # Checkpoints name each weight once, as the model does.
-        self.register_state_dict_post_hook(_leave_out_head_loss)
-        self.register_load_state_dict_pre_hook(_put_in_head_loss)
+        self.register_state_dict_post_hook(_leave_out_head_loss)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_put_in_head_loss)  # type: ignore[no-untyped-call]
 
     def forward(
         self,

@@ -34,7 +34,7 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        return sum(dataclasses.astuple(self))
+        return float(sum(dataclasses.astuple(self)))
 
 
 def rank_memory(
@@ -104,7 +104,7 @@ def _chunk_bytes(
     loss: LossSection, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int
 ) -> int:
     """Logits of both models that exist at a time, of at most num_tokens rows each."""
-    dtype = getattr(torch, loss.logits_dtype or "float32")
+    dtype: torch.dtype = getattr(torch, loss.logits_dtype or "float32")
     vocab_size = min(engine.shapes.vocab_size for engine in (student, teacher) if engine)
     chunks = plan_chunks(
         vocab_size, dtype, has_teacher=teacher is not None, chunk_size=loss.chunk_size

@@ -143,7 +143,8 @@ class ZeroEngine:
         return num_gathers * self.model_bytes * (self.num_ranks - 1) / self.num_ranks
 
     def offloads(self, what: str) -> bool:
-        return (self._zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+        device: str = (self._zero.get(f"offload_{what}") or {}).get("device", "none")
+        return device != "none"
 
     def value(self, key: str) -> int:
         return int(self._zero.get(key, ZERO_DEFAULTS[key]))
@@ -155,4 +156,5 @@ class ZeroEngine:
 
     @property
     def _zero(self) -> dict[str, Any]:
-        return self.config["zero_optimization"]
+        section: dict[str, Any] = self.config["zero_optimization"]
+        return section

@@ -13,7 +13,7 @@ import pytest
 from tiny import ROOT, write_tiny_recipe
 
 from kd.cluster.sbatch import Job, JobRequest, seconds_of, train_script
-from kd.cluster.submit import read_recipes
+from kd.cluster.submit import prepare, read_recipes
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.recipe import load_recipe
@@ -47,6 +47,15 @@ def shell_values(script: str, name: str) -> list[str]:
     return subprocess.run(
         ["bash", "-c", show], capture_output=True, text=True, check=True
     ).stdout.split("\0")[:-1]
+
+
+def test_a_kd_without_a_checkout_submits_nothing_and_says_what_to_do(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("kd.cluster.submit.ROOT", tmp_path)
+    (tmp_path / "kd").mkdir()
+    folder, recipes = read_recipes(str(recipe), [], None)
+    message = f"{tmp_path} has no launch, recipes, ds_configs.* clone the repository"
+    with pytest.raises(UserError, match=message):
+        prepare(folder, recipes, request=None, evaluate=False)
 
 
 def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tmp_path):
