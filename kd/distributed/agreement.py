@@ -43,8 +43,9 @@ def check_same_everywhere(facts: dict[str, Any], timeout: timedelta) -> None:
 
 
 def gather_facts(facts: dict[str, Any], timeout: timedelta) -> list[dict[str, Any]] | None:
-    """The facts (JSON) of every rank, with its "host", by rank; None on all ranks but rank 0. Every
-    rank calls it.
+    """The facts (JSON) of all ranks by rank, each with its "host"; None except on rank 0.
+
+    Collective: every rank must call this.
     """
     store, rank, world_size = _store(timeout)
     store.set(f"facts/{rank}", json.dumps({"host": socket.gethostname(), **facts}))
@@ -54,8 +55,9 @@ def gather_facts(facts: dict[str, Any], timeout: timedelta) -> list[dict[str, An
 
 
 def agree(verdict: str | None, timeout: timedelta) -> str:
-    """Rank 0's verdict, on every rank; returns when all have it, so that rank 0 may leave. Every
-    rank calls it.
+    """Rank 0's verdict, on every rank; returns when all have it, so that rank 0 may leave.
+
+    Collective: every rank must call this.
     """
     store, rank, world_size = _store(timeout)
     if rank == 0:

@@ -5,7 +5,7 @@ renamed.
     checkpoints/step_40/manifest.json   state of the loop, world size, size and SHA-256 of every file
     checkpoints/.step_60.partial/ a save in progress, or one that was interrupted
 
-All ranks share the folder, and call every function that does not say rank 0.
+All ranks share the folder. What does not say rank 0 is collective: every rank must call it.
 """
 
 import hashlib

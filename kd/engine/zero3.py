@@ -46,7 +46,9 @@ def repartition(
 
     transformers cannot load into groups: rank 0 alone reads the checkpoint, and other groups would
     keep their random start. Done here module by module, so that no rank holds more than its shards
-    and one module. Every rank must call it, before the model's engine is made.
+    and one module.
+
+    Collective: every rank must call this. Before the model's engine is made.
     """
     moved: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
     for module in model.modules():
@@ -63,8 +65,9 @@ def repartition(
 
 
 def gathered(*parameters: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
-    """Inside, the given parameters are whole on every rank, for reading. Plain parameters pass
-    unchanged.
+    """Inside, the given parameters are whole, for reading. Plain parameters pass unchanged.
+
+    Collective: every rank must enter it.
     """
     partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     return (

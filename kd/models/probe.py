@@ -65,10 +65,11 @@ def verify_weights(
     device: torch.device,
     hidden_states: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
-    """Run the probe through the partitioned model, on all ranks; where a reference is given,
-    compare and return the relative L2 error (0.0 elsewhere). Raises UserError when the states
-    differ: the weights did not arrive.
+    """Run the probe through the partitioned model; where a reference is given, compare and return
+    the relative L2 error (0.0 elsewhere). Raises UserError when the states differ: the weights did
+    not arrive.
 
+    Collective: every rank must call this.
     hidden_states: how to run the model where its engine is to see it, ids (B, L) to states (B, L,
         H).
     """

@@ -23,8 +23,9 @@ from kd.recipe import Recipe
 
 
 def check_ranks(recipe: Recipe, *, timeout_seconds: float, min_bandwidth: float) -> bool:
-    """Run all checks, print a line for each, and return whether none failed. Every rank calls it.
+    """Run all checks, print a line for each, and return whether none failed.
 
+    Collective: every rank must call this.
     min_bandwidth: in GB/s. Rank 0 prints, and a rank that cannot reach the others.
     """
     try:
