@@ -116,7 +116,7 @@ def summarise(name: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "keep": name,
         "num_steps": len(steps),
-        "tokens_per_step": statistics.fmean(step["num_input_tokens"] for step in steps),
+        "num_input_tokens_per_step": statistics.fmean(step["num_input_tokens"] for step in steps),
         "flops_per_step": statistics.fmean(step["flops"] for step in steps),
         "step_ms": statistics.median(step["step_ms"] for step in steps),
         "step_ms_of_rounds": [
@@ -138,7 +138,7 @@ def markdown(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         )
 
     cells = ["two tokens: the fixed part" if row is fixed else row["keep"]]
-    cells += [cell("tokens_per_step", ",.0f"), cell("flops_per_step", ".3g")]
+    cells += [cell("num_input_tokens_per_step", ",.0f"), cell("flops_per_step", ".3g")]
     for key, form in (("step_ms", ".0f"), ("peak_memory_gib", ".2f")):
         cells += [cell(key, form), "" if row is fixed else cell(key, form, fixed[key])]
     return f"| {' | '.join(cells)} |\n"

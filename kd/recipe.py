@@ -15,12 +15,14 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kd.constants import FORMAT_VERSION
 from kd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,20 +40,44 @@ Attention = Literal[
 SectionName = Literal["prompt", "cot", "answer"]
 
 
+@dataclass(frozen=True)
+class KeyFacts:
+    """What else must be known of a key of the recipe; each stands in the key's annotation.
+
+    in_token_key: it changes the tokens of a row, and is part of the token cache's key. What files
+        and tokenizers bring is hashed there itself.
+    may_change: between a run and its continuation: it changes no weight of a step that is taken.
+    is_compared: runs that differ in it are not comparable, and a report lists the difference.
+    is_axis: a study may vary it, and a report draws results over it.
+    """
+
+    in_token_key: bool = False
+    may_change: bool = False
+    is_compared: bool = True
+    is_axis: bool = False
+
+
+FIXED = KeyFacts()
+TOKENS = KeyFacts(in_token_key=True)
+FREE = KeyFacts(may_change=True)
+PLACE = KeyFacts(may_change=True, is_compared=False)  # where and how, but not what
+AXIS = KeyFacts(is_compared=False, is_axis=True)
+
+
 class RecipeSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(RecipeSection):
-    name: str = Field(
+    name: Annotated[str, PLACE] = Field(
         "", description="folder of the run inside output_dir; the recipe's name when empty"
     )
-    output_dir: str = "runs"
-    seed: int = 0
-    watchdog_minutes: Annotated[float, Field(gt=0.0)] = Field(
+    output_dir: Annotated[str, PLACE] = "runs"
+    seed: Annotated[int, AXIS] = 0
+    watchdog_minutes: Annotated[Annotated[float, Field(gt=0.0)], PLACE] = Field(
         30.0, description="without a step for so long, every rank prints its stack and the run ends"
     )
-    collective_timeout_minutes: Annotated[float, Field(gt=0.0)] = Field(
+    collective_timeout_minutes: Annotated[Annotated[float, Field(gt=0.0)], PLACE] = Field(
         120.0,
         description="longer than any rank waits for another, also while one tokenises or reads a "
         "checkpoint",
@@ -59,70 +85,77 @@ class RunSection(RecipeSection):
 
 
 class ModelSection(RecipeSection):
-    model: str = Field(description="a local folder or a hub id")
-    revision: str | None = None
-    attention: Attention = Field(
+    model: Annotated[str, FIXED] = Field(description="a local folder or a hub id")
+    revision: Annotated[str | None, FIXED] = None
+    attention: Annotated[Attention, FIXED] = Field(
         "auto", description="auto: the best that transformers reports as available"
     )
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, FIXED] = False
 
 
 class TeacherSection(ModelSection):
-    shard: Literal["world", "node"] = Field(
+    shard: Annotated[Literal["world", "node"], FREE] = Field(
         "world",
         description="node: each node holds a whole teacher, and its gathers never cross nodes",
     )
 
 
 class StudentSection(ModelSection):
-    init: Literal["pretrained", "random"] = Field(
+    init: Annotated[Literal["pretrained", "random"], FIXED] = Field(
         "pretrained", description="random: fresh weights from the model's config.json"
     )
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Annotated[bool, FIXED] = True
 
 
 class DataSection(RecipeSection):
-    source: Literal[
-        "local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"
+    source: Annotated[
+        Literal[
+            "local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"
+        ],
+        TOKENS,
     ] = "local"
-    path: str | None = Field(
+    path: Annotated[str | None, FIXED] = Field(
         None, description="local JSONL or Parquet file, or a hub id; each hub source has its own"
     )
-    revision: str | None = None
-    validation_path: str | None = Field(
+    revision: Annotated[str | None, FIXED] = None
+    validation_path: Annotated[str | None, FIXED] = Field(
         None,
         description="local file, its first num_validation rows when set; otherwise rows of path "
         "are split off",
     )
-    num_train: Positive | None = Field(None, description="rows after filters; all when absent")
-    num_validation: Annotated[int, Field(ge=0)] = 0
-    split_seed: int = 42
-    system_prompt: str | None = Field(
+    num_train: Annotated[Positive | None, FIXED] = Field(
+        None, description="rows after filters; all when absent"
+    )
+    num_validation: Annotated[Annotated[int, Field(ge=0)], FIXED] = 0
+    split_seed: Annotated[int, FIXED] = 42
+    system_prompt: Annotated[str | None, TOKENS] = Field(
         None, description="replaces the rows' own system message; none is sent when absent"
     )
-    chat_template: str | None = Field(
+    chat_template: Annotated[str | None, FIXED] = Field(
         None, description="a Jinja file; when absent the teacher's template, else the student's"
     )
-    think_open: str = "<think>\n"
-    think_close: str = "\n</think>\n\n"
-    answer_open: str = Field(
+    think_open: Annotated[str, TOKENS] = "<think>\n"
+    think_close: Annotated[str, TOKENS] = "\n</think>\n\n"
+    answer_open: Annotated[str, TOKENS] = Field(
         "", description="between think_close and the answer, where the teacher learned one"
     )
-    answer_close: str = Field("", description="between the answer and the end token")
-    end_token: str | None = Field(
+    answer_close: Annotated[str, TOKENS] = Field(
+        "", description="between the answer and the end token"
+    )
+    end_token: Annotated[str | None, FIXED] = Field(
         None, description="ends the answer; the student tokenizer's eos when absent"
     )
-    loss_sections: Annotated[tuple[SectionName, ...], Field(min_length=1)] = (
+    loss_sections: Annotated[Annotated[tuple[SectionName, ...], Field(min_length=1)], AXIS] = (
         "prompt",
         "cot",
         "answer",
     )
-    random_mask_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    on_bad_row: Literal["drop", "error"] = Field(
+    random_mask_fraction: Annotated[Annotated[float, Field(ge=0.0, lt=1.0)], FIXED] = 0.0
+    on_bad_row: Annotated[Literal["drop", "error"], FIXED] = Field(
         "drop", description="rows without markers, two thoughts, no answer"
     )
-    num_proc: Positive = 1
-    cache_dir: str = "build/tokenized"
+    num_proc: Annotated[Positive, PLACE] = 1
+    cache_dir: Annotated[str, PLACE] = "build/tokenized"
 
     @model_validator(mode="after")
     def _local_needs_path(self) -> "DataSection":
@@ -135,34 +168,38 @@ class DataSection(RecipeSection):
 
 class TruncationSection(RecipeSection):
     keep_fraction: Annotated[
-        float, Field(gt=0.0, le=1.0, description="of all tokens, prompt included, rounded down")
+        Annotated[
+            float, Field(gt=0.0, le=1.0, description="of all tokens, prompt included, rounded down")
+        ],
+        AXIS,
     ] = 1.0
-    max_tokens: Positive | None = Field(
+    max_tokens: Annotated[Positive | None, AXIS] = Field(
         None, description="keep at most this many tokens, after keep_fraction"
     )
-    window: Literal["head", "middle", "tail"] = "head"
-    window_context: Literal["drop", "keep"] = Field(
+    window: Annotated[Literal["head", "middle", "tail"], AXIS] = "head"
+    window_context: Annotated[Literal["drop", "keep"], AXIS] = Field(
         "drop", description="keep: tokens before the window are read, not supervised"
     )
-    cut_after_think: bool = False
-    max_full_tokens: Positive | None = Field(
+    cut_after_think: Annotated[bool, FIXED] = False
+    max_full_tokens: Annotated[Positive | None, FIXED] = Field(
         None, description="examples longer than this, untruncated, are dropped"
     )
 
 
 class LossSection(RecipeSection):
-    divergence: Literal[
-        "forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
+    divergence: Annotated[
+        Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"],
+        FIXED,
     ] = "forward_kl"
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    mix_weight: Fraction = 0.5
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    kd_weight: Annotated[float, Field(ge=0.0)] = 0.5
-    ce_weight: Annotated[float, Field(ge=0.0)] = 0.5
-    chunk_size: Positive | None = None
-    logits_dtype: Literal["float32", "bfloat16"] | None = None
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    beta: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], FIXED] = 0.5
+    alpha: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], FIXED] = 0.1
+    mix_weight: Annotated[Fraction, FIXED] = 0.5
+    temperature: Annotated[Annotated[float, Field(gt=0.0)], FIXED] = 1.0
+    kd_weight: Annotated[Annotated[float, Field(ge=0.0)], FIXED] = 0.5
+    ce_weight: Annotated[Annotated[float, Field(ge=0.0)], FIXED] = 0.5
+    chunk_size: Annotated[Positive | None, FIXED] = None
+    logits_dtype: Annotated[Literal["float32", "bfloat16"] | None, FIXED] = None
+    backend: Annotated[Literal["auto", "triton", "torch", "reference"], FIXED] = "auto"
 
     @model_validator(mode="after")
     def _some_weight(self) -> "LossSection":
@@ -174,51 +211,63 @@ class LossSection(RecipeSection):
 
 
 class TrainingSection(RecipeSection):
-    epochs: Positive = 1
-    max_steps: Positive | None = Field(
+    epochs: Annotated[Positive, FIXED] = 1
+    max_steps: Annotated[Positive | None, FIXED] = Field(
         None, description="optimizer steps; replaces epochs when set"
     )
-    global_batch_size: Positive = Field(
+    global_batch_size: Annotated[Positive, FIXED] = Field(
         8, description="sequences per optimizer step, over all ranks"
     )
-    micro_batch_size: Positive = Field(1, description="sequences per rank and forward pass")
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
-    schedule: Literal["one_cycle", "cosine", "constant"] = "cosine"
-    warmup_fraction: Fraction = 0.1
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
-    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    skip_nonfinite: Annotated[int, Field(ge=0)] = Field(
+    micro_batch_size: Annotated[Positive, FREE] = Field(
+        1, description="sequences per rank and forward pass"
+    )
+    learning_rate: Annotated[Annotated[float, Field(gt=0.0)], FIXED] = 1e-5
+    schedule: Annotated[Literal["one_cycle", "cosine", "constant"], FIXED] = "cosine"
+    warmup_fraction: Annotated[Fraction, FIXED] = 0.1
+    weight_decay: Annotated[Annotated[float, Field(ge=0.0)], FIXED] = 0.0
+    adam_betas: Annotated[tuple[Beta, Beta], FIXED] = (0.9, 0.999)
+    adam_eps: Annotated[Annotated[float, Field(gt=0.0)], FIXED] = 1e-8
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0.0)], FIXED] = 1.0
+    skip_nonfinite: Annotated[Annotated[int, Field(ge=0)], FREE] = Field(
         0,
         description="optimizer steps with a loss or gradient that is not finite to skip before "
         "stopping",
     )
-    checkpoint_every: Positive = Field(
+    checkpoint_every: Annotated[Positive, FREE] = Field(
         500, description="steps between checkpoints, each validated just before"
     )
-    keep_last: Positive = Field(2, description="checkpoints kept besides the best one")
+    keep_last: Annotated[Positive, FREE] = Field(
+        2, description="checkpoints kept besides the best one"
+    )
 
 
 class EvaluationSection(RecipeSection):
-    path: str | None = Field(None, description="local JSONL of problems: prompt, answer")
-    tasks: tuple[str, ...] = Field((), description="public benchmarks, of kd/evaluate/tasks.py")
-    judge: Literal["math", "exact"] = "math"
-    max_new_tokens: Positive = 32768
-    temperature: Annotated[float, Field(ge=0.0)] = Field(0.6, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    batch_size: Positive = 16
+    path: Annotated[str | None, PLACE] = Field(
+        None, description="local JSONL of problems: prompt, answer"
+    )
+    tasks: Annotated[tuple[str, ...], PLACE] = Field(
+        (), description="public benchmarks, of kd/evaluate/tasks.py"
+    )
+    judge: Annotated[Literal["math", "exact"], PLACE] = "math"
+    max_new_tokens: Annotated[Positive, PLACE] = 32768
+    temperature: Annotated[Annotated[float, Field(ge=0.0)], PLACE] = Field(
+        0.6, description="0 is greedy"
+    )
+    top_p: Annotated[Annotated[float, Field(gt=0.0, le=1.0)], PLACE] = 0.95
+    batch_size: Annotated[Positive, PLACE] = 16
 
 
 class MonitorSection(RecipeSection):
-    tensorboard: bool = False
-    csv: bool = False
-    wandb_project: str | None = None
+    tensorboard: Annotated[bool, PLACE] = False
+    csv: Annotated[bool, PLACE] = False
+    wandb_project: Annotated[str | None, PLACE] = None
 
 
 class DeepSpeedSection(RecipeSection):
-    student: str = Field("zero3_bf16.json", description="a file of ds_configs/, or a path")
-    teacher: str = "zero3_teacher.json"
+    student: Annotated[str, FIXED] = Field(
+        "zero3_bf16.json", description="a file of ds_configs/, or a path"
+    )
+    teacher: Annotated[str, FIXED] = "zero3_teacher.json"
 
 
 class Recipe(RecipeSection):
@@ -253,6 +302,26 @@ class Recipe(RecipeSection):
             )
         return self
 
+    def with_values(self, values: Mapping[str, Any]) -> "Recipe":
+        """The recipe with other values, {"section.key": value}: the one way to change one.
+
+        Raises UserError for a key that there is not, and for a value that is not valid.
+        """
+        sections = self.model_dump()
+        for name, value in values.items():
+            section, _, key = name.partition(".")
+            _check_keys(f"{name} = {value!r}", {section: {key: value}})
+            sections[section] = {**(sections[section] or {}), key: value}
+        try:
+            return Recipe.model_validate(sections)
+        except ValidationError as error:
+            changes = ", ".join(f"{name} = {value!r}" for name, value in values.items())
+            raise UserError(_describe(error, [(changes, sections)])) from None
+
+    def as_file(self) -> dict[str, Any]:
+        """What recipe.json holds; load_recipe reads it back."""
+        return {"format_version": FORMAT_VERSION, **self.model_dump(mode="json")}
+
     @property
     def run_dir(self) -> Path:
         return Path(self.run.output_dir) / self.run.name
@@ -277,6 +346,28 @@ class Recipe(RecipeSection):
                 "change the micro-batch"
             )
         return num_micro_batches // world_size
+
+
+def key_facts() -> dict[str, KeyFacts]:
+    """{"section.key": its facts}, of every key. Raises TypeError for a key that states none."""
+    found = {}
+    for section in Recipe.model_fields:
+        for key, field in _section_model(section).model_fields.items():
+            facts = [entry for entry in field.metadata if isinstance(entry, KeyFacts)]
+            if len(facts) != 1:
+                raise TypeError(f"{section}.{key} states {len(facts)} KeyFacts in its annotation")
+            found[f"{section}.{key}"] = facts[0]
+    return found
+
+
+def check_format_version(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise UserError for a file of a run that a later version wrote; one without is of version 1."""
+    version = content.get("format_version", 1)
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version = {version!r}, and this version reads 1 to {FORMAT_VERSION}: "
+            "use the code that wrote it, or a later one"
+        )
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -363,7 +454,12 @@ def _read_resolved(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(sections, dict):
         raise UserError(f"{path}: holds {sections!r}; name the recipe.json of a run")
-    return {name: values for name, values in sections.items() if values is not None}
+    check_format_version(path, sections)
+    return {
+        name: values
+        for name, values in sections.items()
+        if values is not None and name != "format_version"
+    }
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

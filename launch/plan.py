@@ -71,14 +71,13 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     from kd.plan.cost import plan_run
     from kd.plan.gpus import named_gpu  # the package imports torch
     from kd.plan.lengths import find_traces, state_traces
-    from kd.plan.memory import changed
 
     gpu = named_gpu(arguments.gpu) if arguments.gpu else None
     figures = arguments.mean_tokens, arguments.max_tokens, arguments.rows
     traces = state_traces(recipe, *figures) if any(figures) else find_traces(recipe)
     plans = []
     for keep_fraction in keep_fractions:
-        kept = changed(recipe, {"truncation.keep_fraction": keep_fraction})
+        kept = recipe.with_values({"truncation.keep_fraction": keep_fraction})
         plan = plan_run(
             kept,
             *traces.read(kept),

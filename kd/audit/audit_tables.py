@@ -63,10 +63,10 @@ def _token_table(tokens: dict[str, TokenCounts]) -> Table:
     for name, counts in tokens.items():
         table.add_row(
             name,
-            str(counts.num_tokens),
-            *(str(counts.num_kept), f"{counts.kept_fraction:.3f}"),
-            str(counts.num_dropped),
-            *(str(counts.num_supervised), f"{counts.supervised_fraction:.3f}"),
+            str(counts.num_full_tokens),
+            *(str(counts.num_input_tokens), f"{counts.kept_fraction:.3f}"),
+            str(counts.num_dropped_tokens),
+            *(str(counts.num_supervised_tokens), f"{counts.supervised_fraction:.3f}"),
         )
     return table
 

@@ -20,12 +20,12 @@ MAX_BINS = 12
 class TokenCounts:
     """Tokens of one section, or of all, in whole traces; a share of no tokens is 0."""
 
-    num_tokens: int
-    num_kept: int  # read by the models
-    num_dropped: int
-    num_supervised: int  # labels: kept, and of the loss
-    kept_fraction: float  # of num_tokens
-    supervised_fraction: float  # of num_kept
+    num_full_tokens: int  # of whole traces
+    num_input_tokens: int  # kept: read by the models
+    num_dropped_tokens: int
+    num_supervised_tokens: int  # labels: kept, and of the loss
+    kept_fraction: float  # of num_full_tokens
+    supervised_fraction: float  # of num_input_tokens
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def count_tokens(examples: Examples) -> dict[str, TokenCounts]:
 
 
 def measure_lengths(examples: Examples) -> TraceLengths:
-    whole_N, kept_N = examples.num_tokens_N3.sum(axis=1), examples.num_read_tokens
+    whole_N, kept_N = examples.num_tokens_N3.sum(axis=1), examples.num_input_tokens
     edges_E = _edges(int(whole_N.max()))
     return TraceLengths(
         whole=_summarise(whole_N),
@@ -93,13 +93,13 @@ def _count_supervised(examples: Examples) -> IntArray:
     return count_3
 
 
-def _token_counts(num_tokens: int, num_kept: int, num_supervised: int) -> TokenCounts:
+def _token_counts(num_full: int, num_kept: int, num_supervised: int) -> TokenCounts:
     return TokenCounts(
-        num_tokens=num_tokens,
-        num_kept=num_kept,
-        num_dropped=num_tokens - num_kept,
-        num_supervised=num_supervised,
-        kept_fraction=num_kept / max(num_tokens, 1),
+        num_full_tokens=num_full,
+        num_input_tokens=num_kept,
+        num_dropped_tokens=num_full - num_kept,
+        num_supervised_tokens=num_supervised,
+        kept_fraction=num_kept / max(num_full, 1),
         supervised_fraction=num_supervised / max(num_kept, 1),
     )
 

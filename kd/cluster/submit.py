@@ -253,7 +253,7 @@ def _freeze(submission: Submission) -> None:
     if file := os.environ.get("DS_ENV_FILE"):
         shutil.copyfile(file, job.folder / "code" / "launch" / "nodes.env")
     for path, recipe in zip(job.recipes, submission.recipes, strict=True):
-        write_json(path, recipe.model_dump(mode="json"))
+        write_json(path, recipe.as_file())
     write_text(job.folder / "train.sbatch", submission.train)
     if submission.evaluate:
         write_text(job.folder / "evaluate.sbatch", submission.evaluate)

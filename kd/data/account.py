@@ -37,13 +37,13 @@ class SplitReport:
     num_examples: int
     num_without_label: int  # dropped: truncation left no supervised token
     num_full_tokens: int
-    num_read_tokens: int
+    num_input_tokens: int
     num_supervised_tokens: int
 
     def __str__(self) -> str:
-        share = self.num_read_tokens / max(self.num_full_tokens, 1)
+        share = self.num_input_tokens / max(self.num_full_tokens, 1)
         return (
-            f"{self.num_examples} examples, {self.num_read_tokens} of {self.num_full_tokens} "
+            f"{self.num_examples} examples, {self.num_input_tokens} of {self.num_full_tokens} "
             f"tokens read "
             f"({share:.3f}), {self.num_supervised_tokens} supervised; {self.num_without_label} "
             f"dropped without a label"

@@ -76,12 +76,12 @@ class Examples:
         return plan_windows(self.num_tokens_N3, self.recipe.truncation)
 
     @cached_property
-    def num_read_tokens(self) -> IntArray:
+    def num_input_tokens(self) -> IntArray:
         """Length of each example as it is read: int64 (N,)."""
         return self.windows.num_read_N
 
     @cached_property
-    def num_supervised(self) -> IntArray:
+    def num_supervised_tokens(self) -> IntArray:
         """Labels of each example: int64 (N,)."""
         data = self.recipe.data
         return count_supervised(
@@ -129,9 +129,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
     train, train_report = _with_labels("training", usable.select(order[: data.num_train]))
     if not len(held_out):
         return Data(train, None, DataReport(tuple(files), train_report, None))
-    unmasked = recipe.model_copy(
-        update={"data": data.model_copy(update={"random_mask_fraction": 0.0})}
-    )
+    unmasked = recipe.with_values({"data.random_mask_fraction": 0.0})
     validation, validation_report = _with_labels("validation", replace(held_out, recipe=unmasked))
     return Data(train, validation, DataReport(tuple(files), train_report, validation_report))
 
@@ -161,14 +159,14 @@ def _with_labels(name: str, examples: Examples) -> tuple[Examples, SplitReport]:
     """Without the examples that truncation leaves no label. Raises NothingToLearn when none is
     left.
     """
-    has_label_N = examples.num_supervised > 0
+    has_label_N = examples.num_supervised_tokens > 0
     kept = examples.select(has_label_N)
     report = SplitReport(
         num_examples=len(kept),
         num_without_label=int((~has_label_N).sum()),
         num_full_tokens=int(kept.num_tokens_N3.sum()),
-        num_read_tokens=int(kept.num_read_tokens.sum()),
-        num_supervised_tokens=int(kept.num_supervised.sum()),
+        num_input_tokens=int(kept.num_input_tokens.sum()),
+        num_supervised_tokens=int(kept.num_supervised_tokens.sum()),
     )
     if not len(kept):
         raise NothingToLearn(

@@ -83,7 +83,7 @@ class Loader:
     def plan_step(self, step: int, data_parallel_size: int) -> StepPlan:
         return plan_step(
             step,
-            self.examples.num_read_tokens,
+            self.examples.num_input_tokens,
             seed=self.seed,
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,

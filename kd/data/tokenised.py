@@ -20,7 +20,7 @@ from kd.data.sections import render, tokenise
 from kd.data.sources import SOURCES, BadRow, read_row
 from kd.data.trace_rows import TraceRows, parse
 from kd.errors import UserError
-from kd.recipe import DataSection
+from kd.recipe import DataSection, key_facts
 
 FORMAT_VERSION = 1  # raise it with every change of code that changes the tokens of some row
 
@@ -34,6 +34,10 @@ _FEATURES = datasets.Features(
     }
 )
 _OTHER_TASK = "row of another task"
+
+
+# The keys of [data] that change the tokens of a row.
+_KEYS = {key for key in DataSection.model_fields if key_facts()[f"data.{key}"].in_token_key}
 
 
 def tokenise_rows(
@@ -69,16 +73,7 @@ def _cache_key(rows: TraceRows, data: DataSection, tokenizer: PreTrainedTokenize
     facts = {
         "format_version": FORMAT_VERSION,
         "rows": [rows.name, rows.fingerprint],
-        "data": data.model_dump(
-            include={
-                "source",
-                "system_prompt",
-                "think_open",
-                "think_close",
-                "answer_open",
-                "answer_close",
-            }
-        ),
+        "data": data.model_dump(include=_KEYS),
         # Calls of a tokenizer rewrite the state of its padding and truncation.
         "tokenizer": {
             key: value for key, value in backend.items() if key not in ("padding", "truncation")

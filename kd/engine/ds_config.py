@@ -4,11 +4,13 @@ knob.
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from kd.distributed.nodes import Nodes
 from kd.errors import UserError
 from kd.recipe import DS_CONFIGS_DIR, Recipe
+
+if TYPE_CHECKING:
+    from kd.distributed.nodes import Nodes  # imports torch; --check reads this file without it
 
 Role = Literal["student", "teacher"]
 
@@ -136,7 +138,7 @@ def hpz_size(config: dict[str, Any]) -> int:
     return size
 
 
-def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: Nodes) -> None:
+def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: "Nodes") -> None:
     """Raise UserError unless each of hpZ's groups, consecutive ranks as DeepSpeed divides them,
     stays in one node.
     """

@@ -8,7 +8,7 @@ from typing import Any
 from kd.plan.flops import PairShapes, StepFlops
 from kd.plan.gpus import Gpu
 from kd.plan.lengths import Lengths
-from kd.plan.memory import MemoryPlan, changed, memory_plan
+from kd.plan.memory import MemoryPlan, memory_plan
 from kd.plan.shapes import model_shapes
 from kd.recipe import Recipe
 
@@ -21,7 +21,7 @@ class RunPlan:
 
     memory: MemoryPlan
     flops_per_step: StepFlops
-    tokens_per_step: float  # that the models read, padding left out
+    num_input_tokens_per_step: float  # that the models read, padding left out
     num_steps: int | None  # None: the number of rows is not known
 
     @property
@@ -57,9 +57,11 @@ class RunPlan:
                 "activations_not_checkpointed": memory.activations_whole_gib,
             },
             "flops_per_step": {**asdict(flops), "model": flops.model},
-            "tokens_per_step": self.tokens_per_step,
+            "num_input_tokens_per_step": self.num_input_tokens_per_step,
             "num_steps": self.num_steps,
-            "num_tokens": None if self.num_steps is None else self.num_steps * self.tokens_per_step,
+            "num_input_tokens": None
+            if self.num_steps is None
+            else self.num_steps * self.num_input_tokens_per_step,
             "flops": None if self.num_steps is None else self.num_steps * flops.model,
             "seconds_per_step": self.seconds_per_step(gpu, mfu) if gpu else None,
             "hours": self.hours(gpu, mfu) if gpu else None,
@@ -86,7 +88,7 @@ def plan_run(
     num_steps = training.max_steps or (steps_per_epoch and training.epochs * steps_per_epoch)
     return RunPlan(
         memory_plan(
-            changed(recipe, {"truncation.max_full_tokens": longest}), num_nodes, gpus_per_node
+            recipe.with_values({"truncation.max_full_tokens": longest}), num_nodes, gpus_per_node
         ),
         pair_of(recipe).step_flops(
             lengths.padded_N, lengths.supervised_N, training.global_batch_size

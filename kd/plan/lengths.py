@@ -14,7 +14,6 @@ from kd.data.loader import Loader
 from kd.data.tokenizers import load_tokenizers
 from kd.data.truncate import IntArray, count_supervised, plan_windows
 from kd.errors import UserError
-from kd.plan.memory import changed
 from kd.plan.shapes import model_shapes
 from kd.recipe import Recipe
 
@@ -49,7 +48,7 @@ class DataTraces:
         of an epoch.
         """
         examples, training = replace(self.examples, recipe=recipe), recipe.training
-        examples = examples.select(examples.num_supervised > 0)
+        examples = examples.select(examples.num_supervised_tokens > 0)
         loader = Loader(
             examples,
             training.global_batch_size,
@@ -96,7 +95,7 @@ def find_traces(recipe: Recipe) -> DataTraces | StatedTraces:
     """Those of the data where they can be read here, else what the recipe says of them, and why
     they cannot.
     """
-    whole = changed(recipe, {"truncation.keep_fraction": 1.0})
+    whole = recipe.with_values({"truncation.keep_fraction": 1.0})
     try:
         return DataTraces(load_data(whole, load_tokenizers(recipe)).train)
     except UserError as error:
@@ -151,6 +150,8 @@ def step_lengths(loader: Loader, step: int) -> Lengths:
     """
     (micro_batches,) = loader.plan_step(step, data_parallel_size=1).micro_batches
     examples, chosen_N = loader.examples, np.concatenate(micro_batches)
-    length_N = examples.num_read_tokens
+    length_N = examples.num_input_tokens
     padded = [np.full(len(micro), length_N[micro].max()) for micro in micro_batches]
-    return Lengths(length_N[chosen_N], np.concatenate(padded), examples.num_supervised[chosen_N])
+    return Lengths(
+        length_N[chosen_N], np.concatenate(padded), examples.num_supervised_tokens[chosen_N]
+    )

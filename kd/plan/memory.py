@@ -58,7 +58,7 @@ class MemoryPlan:
         ):
             num_nodes = self.num_nodes * factor
             try:
-                other = memory_plan(changed(self.recipe, changes), num_nodes, self.gpus_per_node)
+                other = memory_plan(self.recipe.with_values(changes), num_nodes, self.gpus_per_node)
             except UserError:
                 continue  # more ranks than its global batch can be divided over
             if other._fits(gpu_gib):
@@ -122,15 +122,6 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         host_gib=max(loading, gpus_per_node * sum(engine.host_bytes for engine in engines)) / GIB,
         received_gib_per_step=accumulation * received / GIB,
     )
-
-
-def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with other values; changes: {section.key: value}."""
-    sections = recipe.model_dump()
-    for name, value in changes.items():
-        section, key = name.split(".")
-        sections[section][key] = value
-    return Recipe.model_validate(sections)
 
 
 def _settings(recipe: Recipe) -> Iterator[dict[str, Any]]:

@@ -83,9 +83,9 @@ def make_table(plans: list[dict[str, Any]]) -> Table:
     add_part("GiB, each at most", GIB_AT_MOST, "gib_per_rank", ".2f")
     add_part("PFLOP per step", FLOPS, "flops_per_step", ".4g", 1e15)
     add("longest, tokens read", [plan["longest_sequence_tokens"] for plan in plans], ",")
-    add("tokens per step", [plan["tokens_per_step"] for plan in plans], ",.0f")
+    add("tokens per step", [plan["num_input_tokens_per_step"] for plan in plans], ",.0f")
     add("steps", [plan["num_steps"] for plan in plans], ",")
-    add("tokens in all", [plan["num_tokens"] for plan in plans], ",.0f")
+    add("tokens in all", [plan["num_input_tokens"] for plan in plans], ",.0f")
     add("hours", [plan["hours"] for plan in plans], ".2f")
     return table
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd.errors import UserError
+from kd.recipe import check_format_version, key_facts
 from kd.report.evaluations import Evaluation, own_scores, read_evaluations, role_of
 from kd.report.fields import field, flatten, read_json
 from kd.runs.records import read_metrics
@@ -20,21 +21,6 @@ from kd.runs.records import read_metrics
 NOT_RECORDED = "not recorded"
 SECTIONS = ("prompt", "cot", "answer")
 MAX_BINS = 100
-
-AXES = {"run.seed", "data.loss_sections"} | {
-    f"truncation.{key}" for key in ("keep_fraction", "max_tokens", "window", "window_context")
-}
-# What changes no number of the report; of evaluations, each one's own settings are compared.
-NO_DIFFERENCE = {
-    "run.name",
-    "run.output_dir",
-    "run.watchdog_minutes",
-    "run.collective_timeout_minutes",
-} | {
-    "data.num_proc",
-    "data.cache_dir",
-}
-NO_DIFFERENCE_SECTIONS = {"monitor", "evaluation"}
 
 
 class ComparedPair(NamedTuple):
@@ -64,7 +50,7 @@ class Costs(NamedTuple):
     peak_memory_gib: float
     flops: float | None
     num_input_tokens: float
-    num_tokens: float
+    num_supervised_tokens: float
 
 
 class CurvePoint(NamedTuple):
@@ -167,6 +153,7 @@ def _cells_not_done(study: Path) -> Iterator[StudyCell]:
 def _read_run(folder: Path, name: str) -> Run:
     path = folder / "recipe.json"
     recipe = read_json(path)
+    check_format_version(path, recipe)
     records = _read_records(folder / "metrics.jsonl")
     evaluations = read_evaluations(folder / "evaluation")
     shared = read_evaluations(folder.parent / "references")
@@ -235,7 +222,7 @@ def _costs(records: list[dict[str, Any]]) -> Costs:
         peak_memory_gib=max((record["peak_memory_gib"] for record in records), default=0.0),
         flops=None if None in flops else math.fsum(flops),
         num_input_tokens=sum(record["num_input_tokens"] for record in records),
-        num_tokens=sum(record["num_tokens"] for record in records),
+        num_supervised_tokens=sum(record["num_supervised_tokens"] for record in records),
     )
 
 
@@ -268,10 +255,13 @@ def _kl_curve(records: list[dict[str, Any]]) -> tuple[tuple[CurvePoint, ...], bo
 
 def _facts(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
     """All that may differ between runs and should not, by name."""
-    sections = {
-        name: values for name, values in recipe.items() if name not in NO_DIFFERENCE_SECTIONS
+    known = key_facts()
+    sections = {name: values for name, values in recipe.items() if name != "format_version"}
+    facts = {
+        key: value
+        for key, value in flatten("", sections)
+        if key not in known or known[key].is_compared  # a key of another version is compared
     }
-    facts = {key: value for key, value in flatten("", sections) if key not in AXES | NO_DIFFERENCE}
     for name in ("environment", "ds_config"):
         path = folder / f"{name}.json"
         if path.exists():
@@ -291,6 +281,13 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
             f"{path}: a line is not valid JSON ({error}): restore it, or leave the run out"
         ) from None
     for record in records:
-        for key in ("step", "loss", "step_ms", "peak_memory_gib", "num_input_tokens", "num_tokens"):
+        for key in (
+            "step",
+            "loss",
+            "step_ms",
+            "peak_memory_gib",
+            "num_input_tokens",
+            "num_supervised_tokens",
+        ):
             field(path, record, key)
     return records

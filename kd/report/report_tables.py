@@ -15,7 +15,7 @@ COSTS = {
     "peak_memory_gib": ("peak memory, GiB", ".2f"),
     "flops": ("FLOPs", ".3g"),
     "num_input_tokens": ("tokens read", ",.0f"),
-    "num_tokens": ("tokens supervised", ",.0f"),
+    "num_supervised_tokens": ("tokens supervised", ",.0f"),
 }
 ENVIRONMENT = ("commit", "gpus", "cpu", "num_cpus", "python", "cuda")
 NONE = {"[]": "none", "null": "none"}

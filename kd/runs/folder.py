@@ -15,28 +15,11 @@ from kd.engine.checkpoint import remove_partial, step_folders
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.files import write_json
-from kd.recipe import Recipe
+from kd.recipe import Recipe, check_format_version, key_facts
 from kd.runs.environment import environment
 from kd.runs.lock import hold
 
 SUCCESS, INTERRUPTED = "SUCCESS", "INTERRUPTED"
-
-# What may differ between a run and its continuation: nothing that changes the weights of a step
-# that is taken.
-FREE_TO_CHANGE = {
-    ("run", "name"),
-    ("run", "output_dir"),
-    ("run", "watchdog_minutes"),
-    ("run", "collective_timeout_minutes"),
-    ("teacher", "shard"),
-    ("training", "micro_batch_size"),
-    ("training", "checkpoint_every"),
-    ("training", "keep_last"),
-    ("training", "skip_nonfinite"),
-    ("data", "num_proc"),
-    ("data", "cache_dir"),
-}
-FREE_SECTIONS = {"evaluation", "monitor"}
 
 
 def open_run(recipe: Recipe, resume: str | None) -> None:
@@ -120,7 +103,7 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
-    return {"recipe.json": recipe.model_dump(mode="json"), "ds_config.json": _ds_configs(recipe)}
+    return {"recipe.json": recipe.as_file(), "ds_config.json": _ds_configs(recipe)}
 
 
 def _ds_configs(recipe: Recipe) -> dict[str, Any]:
@@ -129,15 +112,19 @@ def _ds_configs(recipe: Recipe) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    check_format_version(path, content)
+    return content
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(section.key, old, new) of what differs and matters."""
-    found = []
-    for section in new.keys() - FREE_SECTIONS:
+    facts, found = key_facts(), []
+    for section in new.keys() - {"format_version"}:
         before, after = old.get(section) or {}, new[section] or {}
         for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key) and (section, key) not in FREE_TO_CHANGE:
-                found.append((f"{section}.{key}", before.get(key), after.get(key)))
+            name = f"{section}.{key}"
+            is_free = name in facts and facts[name].may_change
+            if before.get(key) != after.get(key) and not is_free:
+                found.append((name, before.get(key), after.get(key)))
     return sorted(found, key=lambda difference: difference[0])

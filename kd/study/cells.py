@@ -115,7 +115,7 @@ def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None 
             "nothing is cut, and all windows are one: --set truncation.keep_fraction=0.5, or "
             "--cross with --keep"
         )
-    cells = tuple(Cell(point, _recipe_at(name, overrides, point, folder)) for point in points)
+    cells = tuple(Cell(point, _recipe_at(base, point, folder)) for point in points)
     return Study(base.run.name, folder, cells)
 
 
@@ -130,7 +130,7 @@ def write_study(study: Study, outcomes: Mapping[Point, Outcome] = MappingProxyTy
         name, outcome = cell.point.name, outcomes.get(cell.point)
         if outcome or name not in rows:
             rows[name] = {"name": name, "axes": cell.point.as_json(), **vars(outcome or Outcome())}
-        write_json(recipe_file(study, cell), cell.recipe.model_dump(mode="json"))
+        write_json(recipe_file(study, cell), cell.recipe.as_file())
     write_json(path, {"recipe": study.name, "cells": list(rows.values())})
 
 
@@ -163,17 +163,16 @@ def _points(base: Recipe, axes: Axes) -> Iterator[Point]:
             )  # of a whole trace all windows are one
 
 
-def _recipe_at(name: str, overrides: list[str], point: Point, folder: Path) -> Recipe:
-    values = {
-        "truncation.keep_fraction": point.keep_fraction,
-        "data.loss_sections": point.sections,
-        "truncation.window": point.window,
-        "run.seed": point.seed,
-        "run.name": point.name,
-        "run.output_dir": str(folder),
-    }
-    return load_recipe(
-        name, [*overrides, *(f"{field}={json.dumps(value)}" for field, value in values.items())]
+def _recipe_at(base: Recipe, point: Point, folder: Path) -> Recipe:
+    return base.with_values(
+        {
+            "truncation.keep_fraction": point.keep_fraction,
+            "data.loss_sections": point.sections,
+            "truncation.window": point.window,
+            "run.seed": point.seed,
+            "run.name": point.name,
+            "run.output_dir": str(folder),
+        }
     )
 
 

@@ -46,8 +46,9 @@ def summarise(sums: Sequence[float]) -> dict[str, Any] | None:
     """What metrics.jsonl holds, from added-up `region_sums`: means over all tokens, by section and
     by position.
 
-    {MEASURE: mean, ..., "num_tokens": n, "by_section": {SECTION: {...}}, "by_position": [{...} or None, ...]}, where
-    {...} are means and num_tokens of a part; a section without a token is left out. None when there is no token.
+    {MEASURE: mean, ..., "num_supervised_tokens": n, "by_section": {SECTION: {...}},
+    "by_position": [{...} or None, ...]}, where {...} are the means and the number of a part; a
+    section without a token is left out. None when there is no token.
     """
     sums_SPM = np.reshape(sums, (len(SECTIONS), NUM_POSITIONS, -1))
     overall = _means(sums_SPM.sum(axis=(0, 1)))
@@ -77,4 +78,4 @@ def _means(sums_M: npt.NDArray[np.float64]) -> dict[str, float | int] | None:
     if not num_tokens:
         return None
     means = {name: total / num_tokens for name, total in zip(MEASURES, totals, strict=True)}
-    return {**means, "num_tokens": int(num_tokens)}
+    return {**means, "num_supervised_tokens": int(num_tokens)}

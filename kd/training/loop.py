@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kd.constants import FORMAT_VERSION
 from kd.data.collate import Batch
 from kd.data.dataset import Data, Examples, load_data
 from kd.data.loader import Loader, validation_batches
@@ -158,6 +159,7 @@ class TrainingRun:
         result = train_step(self.student, self.teacher, self._batches, rate, self.layout)
         seconds = time.perf_counter() - started
         self._record = {
+            "format_version": FORMAT_VERSION,
             "step": step + 1,
             "epoch": (step + 1) / self.loader.steps_per_epoch,
             "loss": result.loss,
@@ -165,7 +167,7 @@ class TrainingRun:
             "ce": result.ce,
             "lr": rate,
             "grad_norm": result.grad_norm,
-            "num_tokens": result.num_supervised_tokens,
+            "num_supervised_tokens": result.num_supervised_tokens,
             "num_input_tokens": result.num_input_tokens,
             "tokens_per_second": result.num_input_tokens / seconds,
             "step_ms": seconds * 1000,

@@ -88,7 +88,9 @@ def send_to_monitor(monitor: Any, record: dict[str, Any]) -> None:
     kd/diagnostics/by_section/cot/forward_kl.
     """
     if monitor.enabled:
-        values = {name: value for name, value in record.items() if name != "step"}
+        values = {
+            name: value for name, value in record.items() if name not in ("format_version", "step")
+        }
         scalars = flatten("kd", values)
         monitor.write_events([(name, value, record["step"]) for name, value in scalars])
 

@@ -1,11 +1,12 @@
 """RUN/plan.json: the plan of a run beside what it takes, in the same units. Rank 0 plans and
 measures for itself.
 
-{"planned": {name: value}, "measured": {name: value}}, null where it is not known:
+{"format_version": 2, "planned": {name: value}, "measured": {name: value}}, null where it is not
+known:
   peak_gib                 on this rank's GPU; on a CPU the measured one is of its whole process
   teacher_weights_gib, student_weights_gib, optimizer_gib     of this rank, on its device, between two steps
   flops_per_step           teacher, student and loss over all ranks; measured: by formula, of the batches as they were
-  tokens_per_step          read over all ranks, without padding
+  num_input_tokens_per_step    read over all ranks, not counting padding
   seconds_per_step, mfu    planned at a stated MFU, where the GPU is known
   num_steps                of the whole run; measured: the steps since this start, its first one left out, of which
                            those per step are the means
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kd.constants import DEFAULT_MFU
+from kd.constants import DEFAULT_MFU, FORMAT_VERSION
 from kd.data.loader import Loader
 from kd.distributed.nodes import Nodes, size_to_plan
 from kd.engine.engine import Engine
@@ -95,10 +96,13 @@ class PlanReport:
         """The file, and a line of the log. Without a step there is nothing to write."""
         if not self._records:
             return
-        report = {"planned": _planned(self._plan, self._gpu), "measured": self._measured()}
+        report: dict[str, Any] = {
+            "planned": _planned(self._plan, self._gpu),
+            "measured": self._measured(),
+        }
         log.info("%s", _describe(report))
         try:
-            write_json(self._path, report)
+            write_json(self._path, {"format_version": FORMAT_VERSION, **report})
         except OSError as error:
             # As for the metrics: the next checkpoint says what is wrong, on all ranks.
             log.warning("%s: %s; it is left out", self._path, error.strerror)
@@ -125,7 +129,7 @@ class PlanReport:
             "student_weights_gib": shard_bytes(self._student.module.parameters()) / GIB,
             "optimizer_gib": sum(held) / GIB,
             "flops_per_step": flops,
-            "tokens_per_step": tokens,
+            "num_input_tokens_per_step": tokens,
             "seconds_per_step": ms / 1000,
             "mfu": peak and flops / (peak * ms / 1000),
             "num_steps": len(records),
@@ -140,7 +144,7 @@ def _planned(plan: RunPlan, gpu: Gpu | None) -> dict[str, Any]:
         "student_weights_gib": gib.student_weights,
         "optimizer_gib": gib.optimizer,
         "flops_per_step": plan.flops_per_step.model,
-        "tokens_per_step": plan.tokens_per_step,
+        "num_input_tokens_per_step": plan.num_input_tokens_per_step,
         "seconds_per_step": plan.seconds_per_step(gpu, DEFAULT_MFU) if gpu else None,
         "mfu": DEFAULT_MFU if gpu else None,
         "num_steps": plan.num_steps,

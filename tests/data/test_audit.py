@@ -79,36 +79,46 @@ def test_tokens_are_those_of_the_loaders_batches_and_of_the_data_report(
     assert sum(len(batch.places) for batch in batches) == len(data.train) == 20
     total, report = audited.tokens["total"], data.report.train
     assert (
-        total.num_kept == report.num_read_tokens == sum(batch.num_input_tokens for batch in batches)
+        total.num_input_tokens
+        == report.num_input_tokens
+        == sum(batch.num_input_tokens for batch in batches)
     )
     assert (
-        total.num_supervised
+        total.num_supervised_tokens
         == report.num_supervised_tokens
         == sum(batch.num_supervised_tokens for batch in batches)
     )
-    assert total.num_tokens == report.num_full_tokens
+    assert total.num_full_tokens == report.num_full_tokens
     cells = np.concatenate([batch.region_index for batch in batches])
     supervised = np.bincount(cells // NUM_POSITIONS, minlength=3).tolist()
-    assert [audited.tokens[name].num_supervised for name in SECTIONS] == supervised
+    assert [audited.tokens[name].num_supervised_tokens for name in SECTIONS] == supervised
     kept = np.zeros(3, dtype=int)
     for example in (data.train[i] for i in range(20)):
         sections_read = np.repeat(range(3), example.num_tokens_3)[example.read_start :][
             : len(example.input_ids)
         ]
         kept += np.bincount(sections_read, minlength=3)
-    assert [audited.tokens[name].num_kept for name in SECTIONS] == kept.tolist()
+    assert [audited.tokens[name].num_input_tokens for name in SECTIONS] == kept.tolist()
     for name, whole in zip(SECTIONS, data.train.num_tokens_N3.sum(axis=0).tolist(), strict=True):
         counts = audited.tokens[name]
-        assert counts.num_kept + counts.num_dropped == counts.num_tokens == whole
-        assert counts.kept_fraction == counts.num_kept / whole
-        assert counts.supervised_fraction == counts.num_supervised / max(counts.num_kept, 1)
+        assert (
+            counts.num_input_tokens + counts.num_dropped_tokens == counts.num_full_tokens == whole
+        )
+        assert counts.kept_fraction == counts.num_input_tokens / whole
+        assert counts.supervised_fraction == counts.num_supervised_tokens / max(
+            counts.num_input_tokens, 1
+        )
 
 
 def test_the_share_of_a_section_of_which_nothing_is_kept_is_zero(
     recipe: MakeRecipe, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     answer = audit(recipe(truncation={"keep_fraction": 0.3}), tokenizer)[0].tokens["answer"]
-    assert (answer.num_kept, answer.kept_fraction, answer.supervised_fraction) == (0, 0.0, 0.0)
+    assert (answer.num_input_tokens, answer.kept_fraction, answer.supervised_fraction) == (
+        0,
+        0.0,
+        0.0,
+    )
 
 
 @pytest.mark.parametrize("longest", [3, 11, 12, 13, 599, 600, 32768])
@@ -370,14 +380,17 @@ def test_what_is_printed_and_written_are_the_counts_and_the_filters(
     assert content["report"]["files"][0]["read"]["bad_rows"] == {"empty reasoning": 2}
     assert content["report"]["files"][0]["num_too_long"] == 1
     assert content["report"]["train"]["num_without_label"] == 1
-    assert content["tokens"]["total"]["num_supervised"] == data.report.train.num_supervised_tokens
+    assert (
+        content["tokens"]["total"]["num_supervised_tokens"]
+        == data.report.train.num_supervised_tokens
+    )
     assert content["found"]["close_marker_dropped"]["num_examples"] == 20
     assert sum(content["lengths"]["kept_histogram"]) == 20
     plain = " ".join(printed(lambda console: print_audit(console, audited)).split())
     cot = audited.tokens["cot"]
     assert (
-        f"cot {cot.num_tokens} {cot.num_kept} {cot.kept_fraction:.3f} {cot.num_dropped} "
-        f"{cot.num_supervised}" in plain
+        f"cot {cot.num_full_tokens} {cot.num_input_tokens} {cot.kept_fraction:.3f} {cot.num_dropped_tokens} "
+        f"{cot.num_supervised_tokens}" in plain
     )
     for text in (
         "dropped 2: empty reasoning",

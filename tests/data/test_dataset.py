@@ -55,8 +55,8 @@ def test_an_example_is_the_head_of_the_rendered_row(
         ids = tiny(full, add_special_tokens=False)["input_ids"]
         assert example.input_ids.tolist() == ids[: int(fraction * len(ids))]
         assert example.labels.tolist() == [IGNORE_INDEX, *example.input_ids[1:].tolist()]
-        assert train.num_read_tokens[i] == len(example.input_ids)
-        assert train.num_supervised[i] == len(example.input_ids) - 1
+        assert train.num_input_tokens[i] == len(example.input_ids)
+        assert train.num_supervised_tokens[i] == len(example.input_ids) - 1
 
 
 def test_the_sections_of_a_loss_are_the_labels(
@@ -372,9 +372,11 @@ def test_the_random_mask_is_for_training_alone(
 ) -> None:
     data = load_data(recipe(data={"random_mask_fraction": 0.5, "num_validation": 5}), tiny)
     assert data.validation is not None
-    assert np.array_equal(data.validation.num_supervised, data.validation.num_read_tokens - 1)
-    expected = data.train.num_read_tokens - 1
-    assert np.array_equal(data.train.num_supervised, expected - (0.5 * expected).astype(int))
+    assert np.array_equal(
+        data.validation.num_supervised_tokens, data.validation.num_input_tokens - 1
+    )
+    expected = data.train.num_input_tokens - 1
+    assert np.array_equal(data.train.num_supervised_tokens, expected - (0.5 * expected).astype(int))
 
 
 @pytest.mark.parametrize(
@@ -426,7 +428,7 @@ def test_the_report_counts_tokens_as_the_examples_do(
         recipe(truncation={"keep_fraction": 0.5}, data={"loss_sections": ["cot"]}), tiny
     )
     examples = [data.train[i] for i in range(len(data.train))]
-    assert data.report.train.num_read_tokens == sum(len(e.input_ids) for e in examples)
+    assert data.report.train.num_input_tokens == sum(len(e.input_ids) for e in examples)
     assert data.report.train.num_supervised_tokens == sum(
         int((e.labels != IGNORE_INDEX).sum()) for e in examples
     )

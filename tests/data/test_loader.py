@@ -114,5 +114,5 @@ def test_validation_visits_all_once_in_as_many_batches_on_each_rank(
     assert sorted(row for share in shares for row in ids(share)) == sorted(expected)
     assert (
         sum(b.num_supervised_tokens for share in shares for b in share)
-        == held_out.num_supervised.sum()
+        == held_out.num_supervised_tokens.sum()
     )

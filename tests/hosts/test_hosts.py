@@ -20,7 +20,7 @@ from kd.constants import EXIT_INTERRUPTED
 from kd.runs.records import read_metrics
 
 pytestmark = pytest.mark.hosts
-FIELDS = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "val_loss")
+FIELDS = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_supervised_tokens", "val_loss")
 # What shells and pdsh might change on the way, without a space and with one.
 NAME, TEXT = "cut&50%", 'it\'s 100% "$HOME" \\ `more` & <that>'
 

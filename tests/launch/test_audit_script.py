@@ -38,9 +38,11 @@ def test_numbers_are_printed_and_written_to_the_run_folder(recipe: Path) -> None
     content = json.loads(path.read_text())
     total = content["tokens"]["total"]
     assert content["report"]["train"]["num_examples"] == 30
-    report = f"train: 30 examples, {total['num_kept']} of {total['num_tokens']} tokens read"
+    report = (
+        f"train: 30 examples, {total['num_input_tokens']} of {total['num_full_tokens']} tokens read"
+    )
     assert (
-        f"{report} ({total['kept_fraction']:.3f}), {total['num_supervised']} supervised"
+        f"{report} ({total['kept_fraction']:.3f}), {total['num_supervised_tokens']} supervised"
         in done.stdout
     )
     assert content["found"]["close_marker_dropped"]["num_examples"] == 30
@@ -60,7 +62,7 @@ def test_the_number_of_examples_the_file_and_the_recipe_can_be_chosen(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("row ") == 0
     content = json.loads(path.read_text())
-    assert content["tokens"]["total"]["num_dropped"] == 0
+    assert content["tokens"]["total"]["num_dropped_tokens"] == 0
     assert [
         content["found"][name]["num_examples"]
         for name in ("close_marker_dropped", "answer_dropped")

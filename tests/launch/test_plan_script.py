@@ -66,7 +66,7 @@ def test_a_shipped_recipe_is_planned_in_a_table_and_as_json_without_gpu_data_or_
         assert done.stdout.count(text) == 1, done.stdout
     for plan in report["plans"]:
         assert plan["num_steps"] == 2 * 8000 // 32
-        assert plan["num_tokens"] == 16_000 * 8192 * plan["keep_fraction"]
+        assert plan["num_input_tokens"] == 16_000 * 8192 * plan["keep_fraction"]
         assert plan["fits"]
         flops = plan["flops_per_step"]
         assert flops["model"] == flops["teacher"] + flops["student"] + flops["loss"]
@@ -85,7 +85,7 @@ def test_the_7b_pair_costs_what_the_usual_estimate_says(monkeypatch):
     (plan,) = report["plans"]
     tokens = 32 * 2000
     # 2 FLOPs a token and weight in forward, 6 with backward; attention comes on top.
-    assert plan["tokens_per_step"] == tokens
+    assert plan["num_input_tokens_per_step"] == tokens
     assert plan["flops_per_step"]["teacher"] == pytest.approx(2 * 6.5e9 * tokens, rel=0.1)
     assert plan["flops_per_step"]["student"] == pytest.approx(6 * 1.31e9 * tokens, rel=0.15)
     assert plan["longest_sequence_tokens"] == 4000
@@ -111,8 +111,10 @@ def test_data_that_are_here_give_the_lengths(monkeypatch, recipe: str):
     assert half["num_steps"] == whole["num_steps"] == 3 * (len(examples) // 8)
     # The epoch's last, partial batch is dropped: a mean over the others is not quite that over all
     # examples.
-    assert half["tokens_per_step"] == pytest.approx(8 * examples.num_read_tokens.mean(), rel=0.02)
-    assert whole["tokens_per_step"] == pytest.approx(
+    assert half["num_input_tokens_per_step"] == pytest.approx(
+        8 * examples.num_input_tokens.mean(), rel=0.02
+    )
+    assert whole["num_input_tokens_per_step"] == pytest.approx(
         8 * examples.num_tokens_N3.sum(1).mean(), rel=0.02
     )
     assert whole["longest_sequence_tokens"] == examples.num_tokens_N3.sum(1).max()
@@ -142,7 +144,9 @@ def test_what_cannot_be_known_is_not_guessed(monkeypatch, recipe: str, capsys):
     assert "an unknown number of training rows" in report["lengths"]
     assert "the data were not read: data.path = 'missing.jsonl': no such file" in report["lengths"]
     for plan in report["plans"]:
-        assert plan["num_steps"] is plan["num_tokens"] is plan["hours"] is plan["fits"] is None
+        assert (
+            plan["num_steps"] is plan["num_input_tokens"] is plan["hours"] is plan["fits"] is None
+        )
     from kd.plan.plan_table import print_report
 
     print_report(report)
@@ -165,7 +169,11 @@ def test_figures_take_the_place_of_the_data(monkeypatch, recipe: str):
         "80 training rows, 40 tokens on average, as stated, at most 60 (as stated)"
         in report["lengths"]
     )
-    assert (plan["tokens_per_step"], plan["longest_sequence_tokens"], plan["num_steps"]) == (
+    assert (
+        plan["num_input_tokens_per_step"],
+        plan["longest_sequence_tokens"],
+        plan["num_steps"],
+    ) == (
         8 * 20,
         30,
         30,

@@ -85,7 +85,11 @@ def step_record(step: int, **changes: Any) -> dict[str, Any]:
         "peak_memory_gib": 1.0,
         "flops": 1e12,
     }
-    return record | {"num_input_tokens": 100, "num_tokens": 90, "diagnostics": None} | changes
+    return (
+        record
+        | {"num_input_tokens": 100, "num_supervised_tokens": 90, "diagnostics": None}
+        | changes
+    )
 
 
 def write_evaluation(
@@ -180,7 +184,7 @@ def _study_run(
         record = {
             "loss": loss,
             "num_input_tokens": num_tokens,
-            "num_tokens": num_tokens - 32,
+            "num_supervised_tokens": num_tokens - 32,
             "flops": 2.4e9 * num_tokens,
         }
         record |= {
@@ -218,7 +222,10 @@ def _study_run(
 def _diagnostics(keep_fraction: float, seed: int) -> dict[str, Any]:
     num_kept = round(NUM_POSITIONS * keep_fraction)
     kept = [
-        {"forward_kl": 0.1 / (i + 1) + 0.05 * keep_fraction + 0.003 * seed, "num_tokens": 100}
+        {
+            "forward_kl": 0.1 / (i + 1) + 0.05 * keep_fraction + 0.003 * seed,
+            "num_supervised_tokens": 100,
+        }
         for i in range(num_kept)
     ]
     return {"by_position": [*kept, *[None] * (NUM_POSITIONS - num_kept)]}

@@ -74,10 +74,20 @@ def test_samples_of_a_problem_count_as_many_as_their_interval_says(tmp_path):
 
 def test_ratios_are_to_whole_sequences_of_the_same_sections(tmp_path):
     half = step_record(
-        1, step_ms=300.0, flops=1e12, peak_memory_gib=3.0, num_input_tokens=50, num_tokens=40
+        1,
+        step_ms=300.0,
+        flops=1e12,
+        peak_memory_gib=3.0,
+        num_input_tokens=50,
+        num_supervised_tokens=40,
     )
     whole = step_record(
-        1, step_ms=400.0, flops=4e12, peak_memory_gib=4.0, num_input_tokens=100, num_tokens=90
+        1,
+        step_ms=400.0,
+        flops=4e12,
+        peak_memory_gib=4.0,
+        num_input_tokens=100,
+        num_supervised_tokens=90,
     )
     write_run(tmp_path / "half0", keep_fraction=0.5, seed=0, num_correct=60, steps=[half])
     write_run(
@@ -91,7 +101,7 @@ def test_ratios_are_to_whole_sequences_of_the_same_sections(tmp_path):
     write_run(tmp_path / "cot", keep_fraction=0.5, num_correct=10, data__loss_sections=["cot"])
     family = family_of(tmp_path)
     half_cell, whole_cell, cot_cell = family.cells
-    names = ("training_s", "flops", "peak_memory_gib", "num_input_tokens", "num_tokens")
+    names = ("training_s", "flops", "peak_memory_gib", "num_input_tokens", "num_supervised_tokens")
     assert [family.relative_cost(half_cell, name) for name in names] == [
         0.5,
         0.25,

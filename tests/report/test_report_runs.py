@@ -21,10 +21,20 @@ def read_one(folder: Path) -> Run:
 def test_costs_are_sums_over_steps_and_the_largest_memory(tmp_path):
     steps = [
         step_record(
-            1, step_ms=250.0, peak_memory_gib=2.0, flops=3e12, num_input_tokens=40, num_tokens=30
+            1,
+            step_ms=250.0,
+            peak_memory_gib=2.0,
+            flops=3e12,
+            num_input_tokens=40,
+            num_supervised_tokens=30,
         ),
         step_record(
-            2, step_ms=1000.0, peak_memory_gib=1.5, flops=4e12, num_input_tokens=60, num_tokens=50
+            2,
+            step_ms=1000.0,
+            peak_memory_gib=1.5,
+            flops=4e12,
+            num_input_tokens=60,
+            num_supervised_tokens=50,
         ),
     ]
     run = read_one(write_run(tmp_path / "a", steps=steps))
@@ -51,7 +61,7 @@ def test_divergence_by_position_is_of_the_last_validation(tmp_path):
     def record(forward_kl: float) -> dict[str, object]:
         return {
             "by_position": [
-                {"forward_kl": forward_kl, "num_tokens": 3},
+                {"forward_kl": forward_kl, "num_supervised_tokens": 3},
                 {"forward_kl": None},
                 None,
                 None,

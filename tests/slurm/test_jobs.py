@@ -26,7 +26,7 @@ STEADY = (
     "training.learning_rate=1e-3",
 )
 ENDLESS = ("training.max_steps=100000", "training.checkpoint_every=100000")
-COMPARED = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "diagnostics")
+COMPARED = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_supervised_tokens", "diagnostics")
 
 
 class Submitted(NamedTuple):

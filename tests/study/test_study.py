@@ -17,7 +17,7 @@ from kd.constants import EXIT_INTERRUPTED
 from kd.runs.records import read_metrics
 
 pytestmark = pytest.mark.dist
-COMPARED = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "val_loss")
+COMPARED = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_supervised_tokens", "val_loss")
 DONE = ["keep0.5_prompt+cot+answer_head_seed0", "keep1_prompt+cot+answer_head_seed0"]
 NOTHING = "keep0.5_answer_head_seed0"
 

@@ -69,6 +69,6 @@ def full_diagnostics(
                 tokens[part].append(token)
     return {
         part: {name: sum(token[name] for token in of) / len(of) for name in of[0]}
-        | {"num_tokens": len(of)}
+        | {"num_supervised_tokens": len(of)}
         for part, of in tokens.items()
     }

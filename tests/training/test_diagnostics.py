@@ -29,7 +29,7 @@ def mean_of(rows: torch.Tensor, chosen: list[int]) -> dict[str, Any]:
         name: sum(rows[m, i].item() for i in chosen) / len(chosen)
         for m, name in enumerate(MEASURES)
     }
-    return {**means, "num_tokens": len(chosen)}
+    return {**means, "num_supervised_tokens": len(chosen)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -60,9 +60,13 @@ def test_the_whole_is_the_mean_of_its_sections_and_of_its_positions_weighted_by_
         list(summary["by_section"].values()),
         [part for part in summary["by_position"] if part],
     ):
-        assert sum(part["num_tokens"] for part in parts) == summary["num_tokens"] == 100
+        assert (
+            sum(part["num_supervised_tokens"] for part in parts)
+            == summary["num_supervised_tokens"]
+            == 100
+        )
         for name in MEASURES:
-            weighted = sum(part[name] * part["num_tokens"] for part in parts) / 100
+            weighted = sum(part[name] * part["num_supervised_tokens"] for part in parts) / 100
             assert weighted == pytest.approx(summary[name]), name
             assert abs(sum(part[name] for part in parts) / len(parts) - weighted) > 0.01, (
                 "weights make no difference"
@@ -104,12 +108,12 @@ def test_a_value_that_is_not_finite_spoils_only_the_means_that_contain_it(value:
 
 def test_flattened_names_are_the_paths_of_the_numbers() -> None:
     record = {
-        "by_section": {"cot": {"forward_kl": 0.5, "num_tokens": 3}},
+        "by_section": {"cot": {"forward_kl": 0.5, "num_supervised_tokens": 3}},
         "by_position": [None, {"forward_kl": 0.25}],
     }
     assert dict(flatten("kd", record)) == {
         "kd/by_section/cot/forward_kl": 0.5,
-        "kd/by_section/cot/num_tokens": 3.0,
+        "kd/by_section/cot/num_supervised_tokens": 3.0,
         "kd/by_position/1/forward_kl": 0.25,
     }
 

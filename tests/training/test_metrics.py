@@ -15,7 +15,7 @@ def test_what_is_not_finite_is_null_at_any_depth(tmp_path: Path) -> None:
     metrics = MetricsLog(tmp_path / "metrics.jsonl", start_step=0, total_steps=1)
     nested = {
         "forward_kl": math.inf,
-        "by_section": {"cot": {"forward_kl": math.nan, "num_tokens": 3}},
+        "by_section": {"cot": {"forward_kl": math.nan, "num_supervised_tokens": 3}},
     }
     parts = [None, {"forward_kl": -math.inf}, {"forward_kl": 0.5}]
     metrics.write(
@@ -37,7 +37,7 @@ def test_what_is_not_finite_is_null_at_any_depth(tmp_path: Path) -> None:
         "skipped": True,
         "diagnostics": {
             "forward_kl": None,
-            "by_section": {"cot": {"forward_kl": None, "num_tokens": 3}},
+            "by_section": {"cot": {"forward_kl": None, "num_supervised_tokens": 3}},
         },
         "parts": [None, {"forward_kl": None}, {"forward_kl": 0.5}],
     }

@@ -50,7 +50,10 @@ def test_flops_and_tokens_of_a_step_are_those_planned(run, report):
     records = read_metrics(run[0].parent / "runs" / "tiny_test" / "metrics.jsonl")
     measured, planned = report["measured"], report["planned"]
     # Planned: the mean of an epoch, which is the run; measured: without the first step.
-    for name, key in {"flops_per_step": "flops", "tokens_per_step": "num_input_tokens"}.items():
+    for name, key in {
+        "flops_per_step": "flops",
+        "num_input_tokens_per_step": "num_input_tokens",
+    }.items():
         values = [record[key] for record in records]
         assert planned[name] == pytest.approx(sum(values) / NUM_STEPS)
         assert measured[name] == pytest.approx(sum(values[1:]) / (NUM_STEPS - 1))

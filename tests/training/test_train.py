@@ -87,12 +87,14 @@ def test_a_run_leaves_what_the_readme_says(whole_run):
     assert environment["packages"]["torch"] == torch.__version__
     records = read_metrics(whole_run / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 41))
-    assert {"step", "epoch", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens"} <= set(records[0])
+    assert {"step", "epoch", "loss", "kd", "ce", "lr", "grad_norm", "num_supervised_tokens"} <= set(
+        records[0]
+    )
     assert {"tokens_per_second", "step_ms", "peak_memory_gib"} <= set(records[0])
     assert records[0]["loss"] == pytest.approx(0.5 * records[0]["kd"] + 0.5 * records[0]["ce"])
     for record in records:
         diagnostics = record["diagnostics"]
-        assert diagnostics["num_tokens"] == record["num_tokens"]
+        assert diagnostics["num_supervised_tokens"] == record["num_supervised_tokens"]
         assert diagnostics["forward_kl"] == pytest.approx(
             record["kd"], rel=1e-4
         )  # the recipe's divergence, T = 1
@@ -141,7 +143,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_to_the_last_bit(
     whole_run, interrupted_run
 ):
     folder, _ = interrupted_run
-    fields = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_tokens", "val_loss")
+    fields = ("step", "loss", "kd", "ce", "lr", "grad_norm", "num_supervised_tokens", "val_loss")
     fields += ("diagnostics", "val_diagnostics")
     curves = [
         [[record.get(field) for field in fields] for record in read_metrics(run / "metrics.jsonl")]
