@@ -30,11 +30,13 @@ from kd.errors import UserError
 from kd.files import write_json
 
 MANIFEST = "manifest.json"
+# torch.save raises RuntimeError; of a missing parent where another rank has failed and removed it.
 TORCH_SAVE_ERRORS = (
     "PytorchStreamWriter",
     "inline_container",
     "No space left",
-)  # torch.save raises RuntimeError
+    "Parent directory",
+)
 
 log = logging.getLogger(__name__)
 
