@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kd.losses import Head, distillation_loss_with_diagnostics
+from kd.losses import Head, distillation_loss
 from kd.models.head import backbone, head_of
 from kd.recipe import LossSection
 
@@ -61,7 +61,7 @@ def _head_loss(
     teacher_head: Head | None,
 ) -> Distilled:
     head = head_of(model)  # read here, inside the hooks: the weight is whole now
-    result, rows = distillation_loss_with_diagnostics(
+    result, rows = distillation_loss(
         hidden_BLH,
         head.weight_VH,
         teacher_hidden_BLH,
@@ -84,5 +84,6 @@ def _head_loss(
         logits_dtype=getattr(torch, loss.logits_dtype) if loss.logits_dtype else None,
         row_index=row_index_N,
         backend=loss.backend,
+        return_diagnostics=True,
     )
     return result.loss, result.kd, result.ce, None if rows is None else torch.stack(rows)
