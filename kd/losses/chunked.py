@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd.losses.chunk_plan import ChunkPlan
-from kd.losses.heads import addmm_, gradient_view, logits_buffer, product
+from kd.losses.heads import addmm_, gradient_view, logits_buffer, operand, product, shared_head
 from kd.losses.inputs import Inputs
 from kd.losses.row_functions import RowChunk, RowFunction
 from kd.losses.sums import DistillationLoss, RowDiagnostics, sum_rows
@@ -38,58 +38,59 @@ def chunked_loss(
     `row_function` makes values and, in the place of the student's logits, dlogits; and what these
     add to the gradients, which are those of the loss for grad_output = 1.
     """
-    learners = (inputs.student.hidden_MH, *inputs.student.head[:2])
+    student_MH, teacher_MH = inputs.student_hidden_MH, inputs.teacher_hidden_MH
+    learners = (student_MH, inputs.student_head.weight_VH, inputs.student_head.bias_V)
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in learners]
     vocab_size, dtype, num_rows = inputs.vocab_size, inputs.weights_N.dtype, len(inputs.labels_N)
     teacher, diagnostics_N5 = None, None
     with torch.no_grad():
-        student = inputs.student.slice_head(vocab_size).with_operand_head(dtype)
-        if inputs.teacher is not None:
-            teacher = inputs.teacher.slice_head(vocab_size).with_operand_head(dtype)
+        student = shared_head(inputs.student_head, vocab_size, dtype)
+        if inputs.teacher_head is not None:
+            teacher = shared_head(inputs.teacher_head, vocab_size, dtype)
         gradients = _gradient_buffers(inputs, needs_grad)
         grad_hidden_MH, grad_weight_VH, grad_bias_V = gradients
         kd_N, ce_N = torch.empty_like(inputs.weights_N), torch.empty_like(inputs.weights_N)
         if with_diagnostics and teacher is not None:
             diagnostics_N5 = kd_N.new_empty(num_rows, len(RowDiagnostics._fields))
         num_buffered = min(plan.student_rows, num_rows)
-        buffer_CV = logits_buffer(student.head.weight_VH, num_buffered, inputs.logits_dtype)
+        buffer_CV = logits_buffer(student.weight_VH, num_buffered, inputs.logits_dtype)
 
         for start in range(0, num_rows, plan.student_rows):
             chunk = slice(start, min(start + plan.student_rows, num_rows))
             index_C, num_chunk = inputs.row_index_N[chunk], chunk.stop - start
-            hidden_CH = student.rows(index_C, dtype)
-            student_CV = product(hidden_CH, student.head.weight_VH.T, out=buffer_CV[:num_chunk])
+            hidden_CH = operand(student_MH.index_select(0, index_C), dtype)
+            student_CV = product(hidden_CH, student.weight_VH.T, out=buffer_CV[:num_chunk])
             dlogits_CV = gradient_view(student_CV, hidden_CH.dtype) if any(needs_grad) else None
             rows = RowChunk(
-                student_CV,
-                None,
-                inputs.labels_N[chunk],
-                inputs.weights_N[chunk],
-                kd_N[chunk],
-                ce_N[chunk],
-                dlogits_CV,
-                None if diagnostics_N5 is None else diagnostics_N5[chunk],
-                None if inputs.top_NK is None else inputs.top_NK[chunk],
-                None if inputs.log_p_NO is None else inputs.log_p_NO[chunk],
+                student_CV=student_CV,
+                teacher_CV=None,
+                labels_C=inputs.labels_N[chunk],
+                weights_C=inputs.weights_N[chunk],
+                kd_C=kd_N[chunk],
+                ce_C=ce_N[chunk],
+                dlogits_CV=dlogits_CV,
+                diagnostics_C5=None if diagnostics_N5 is None else diagnostics_N5[chunk],
+                top_CK=None if inputs.top_NK is None else inputs.top_NK[chunk],
+                log_p_CO=None if inputs.log_p_NO is None else inputs.log_p_NO[chunk],
             )
-            if teacher is None:
-                row_function(rows, inputs.objective, student.head, None)
+            if teacher is None or teacher_MH is None:
+                row_function(rows, inputs.objective, student, None)
             else:
                 num_part = min(plan.teacher_rows, num_chunk)
-                teacher_CV = logits_buffer(teacher.head.weight_VH, num_part, inputs.logits_dtype)
+                teacher_CV = logits_buffer(teacher.weight_VH, num_part, inputs.logits_dtype)
                 for first in range(0, num_chunk, num_part):
-                    hidden_PH = teacher.rows(index_C[first : first + num_part], dtype)
-                    teacher_PV = teacher_CV[: len(hidden_PH)]
-                    product(hidden_PH, teacher.head.weight_VH.T, out=teacher_PV)
-                    part = rows.part(slice(first, first + num_part), teacher_PV)
-                    row_function(part, inputs.objective, student.head, teacher.head)
-                del teacher_CV, teacher_PV, part  # their memory is free for the products below
+                    part = slice(first, min(first + num_part, num_chunk))
+                    hidden_PH = operand(teacher_MH.index_select(0, index_C[part]), dtype)
+                    teacher_PV = teacher_CV[: part.stop - first]
+                    product(hidden_PH, teacher.weight_VH.T, out=teacher_PV)
+                    row_function(rows.part(part, teacher_PV), inputs.objective, student, teacher)
+                del teacher_CV, teacher_PV  # their memory is free for the products below
             if dlogits_CV is None:
                 continue
             # a copy where logits are narrower than the products' operands
             dlogits_CV = dlogits_CV.to(hidden_CH.dtype)
             if grad_hidden_MH is not None:
-                grad_CH = product(dlogits_CV, student.head.weight_VH, dtype=grad_hidden_MH.dtype)
+                grad_CH = product(dlogits_CV, student.weight_VH, dtype=grad_hidden_MH.dtype)
                 grad_hidden_MH.index_copy_(0, index_C, grad_CH)
             if grad_weight_VH is not None:
                 grad_VH, is_first = grad_weight_VH[:vocab_size], start == 0
@@ -108,7 +109,7 @@ def _gradient_buffers(inputs: Inputs, needs_grad: list[bool]) -> Gradients:
     head in that of the sums, of which the first chunk overwrites the shared vocabulary.
     """
     needs_hidden, needs_weight, needs_bias = needs_grad
-    (hidden_MH, head), dtype = inputs.student, inputs.weights_N.dtype
+    hidden_MH, head, dtype = inputs.student_hidden_MH, inputs.student_head, inputs.weights_N.dtype
     grad_hidden_MH = grad_weight_VH = grad_bias_V = None
     if needs_hidden:
         # Unscaled, gradients of float16 would underflow.

@@ -135,21 +135,26 @@ def distillation_loss(
     reach the teacher or token_weights. Without a supervised row the loss is a zero attached to the
     graph. Autocast is off inside. With `row_index` the host never waits for the device.
 
-    Args: student_hidden: (..., Hs), last hidden states, already shifted: row i predicts labels[i].
-        student_head: (Vs, Hs), the lm_head, same dtype. teacher_hidden: (..., Ht), aligned with
-        student_hidden. teacher_head: (Vt, Ht), same dtype as teacher_hidden. If kd_weight is 0 both
-        may be None. labels: (...), int64 token ids below the shared vocabulary, or ignore_index.
-        divergence: one of `kd.losses.DIVERGENCES`, defined in `kd.losses.reference`. beta: weight
-        of the teacher in the mixture of jsd, 0 < beta < 1. alpha: skew of skew_kl and
-        skew_reverse_kl, 0 < alpha < 1. mix_weight: weight of forward_kl in mixed_kl, the rest is
-        reverse_kl. temperature: T > 0 of both distributions in kd; ce is at T = 1. kd_weight: at 0
-        the teacher's product is skipped, and kd reported as 0. ce_weight: at 0 ce is still
-        reported. token_weights: (...), weights >= 0 that multiply kd and ce of each row.
-        student_bias, teacher_bias: (Vs) and (Vt), same dtype as the head. student_softcap,
-        teacher_softcap: cap > 0; logits = cap * tanh(logits / cap). student_scale, teacher_scale:
-        logits = softcap(scale * (hidden W^T + bias)). vocab_size: upper bound of the shared
-        vocabulary V = min(Vs, Vt, vocab_size), whatever kd_weight is.
-            Heads are sliced to V; rows beyond it take no part and get a zero gradient.
+    Args:
+        student_hidden: (..., Hs), last hidden states, already shifted: row i predicts labels[i].
+        student_head: (Vs, Hs), the lm_head, same dtype.
+        teacher_hidden: (..., Ht), aligned with student_hidden.
+        teacher_head: (Vt, Ht), same dtype as teacher_hidden. With kd_weight=0 both may be None.
+        labels: (...), int64 token ids below the shared vocabulary, or ignore_index.
+        divergence: one of `kd.losses.DIVERGENCES`, defined in `kd.losses.reference`.
+        beta: weight of the teacher in the mixture of jsd, 0 < beta < 1.
+        alpha: skew of skew_kl and skew_reverse_kl, 0 < alpha < 1.
+        mix_weight: weight of forward_kl in mixed_kl, the rest is reverse_kl.
+        temperature: T > 0 of both distributions in kd; ce is at T = 1.
+        kd_weight: at 0 the teacher's product is skipped, and kd reported as 0.
+        ce_weight: at 0 ce is still reported.
+        token_weights: (...), weights >= 0 that multiply kd and ce of each row.
+        student_bias, teacher_bias: (Vs) and (Vt), same dtype as the head.
+        student_softcap, teacher_softcap: cap > 0; logits = cap * tanh(logits / cap).
+        student_scale, teacher_scale: logits = softcap(scale * (hidden W^T + bias)).
+        vocab_size: upper bound of the shared vocabulary V = min(Vs, Vt, vocab_size), whatever
+            kd_weight is. Heads are sliced to V; rows beyond it take no part and get a zero
+            gradient.
         chunk_size: rows of the student whose logits exist at a time, the teacher's an eighth of
             them; None: as many as 2 GiB of logits hold (`kd.losses.chunk_plan`).
         logits_dtype: dtype in which logits and their gradient are stored; None: float32, or float64
@@ -162,12 +167,13 @@ def distillation_loss(
             twice; None: found from labels.
         backend: "triton" (a kernel for CUDA), "torch", "reference" (full logits, plain autograd),
             or "auto": "triton" on CUDA where it is installed, else "torch".
-        return_diagnostics: return (loss, diagnostics of each row) from the same pass; None in their
-            place without a teacher, or with kd_weight=0.
+        return_diagnostics: return (loss, diagnostics), of each row and from the same pass;
+            diagnostics are None without a teacher, or with kd_weight=0.
 
-    Raises: ValueError: an argument out of range or of the wrong shape, dtype or device; a backend
-        not available;
-            on the CPU a label outside the shared vocabulary, elsewhere an asynchronous assertion.
+    Raises:
+        ValueError: an argument out of range or of the wrong shape, dtype or device; a backend that
+            is not available; on the CPU a label outside the shared vocabulary, elsewhere an
+            asynchronous assertion.
     """
     check_choice("backend", backend, BACKENDS)
     check_choice("reduction", reduction, ("sum", "mean"))
@@ -197,7 +203,7 @@ def distillation_loss(
             vocab_size=vocab_size,
             logits_dtype=logits_dtype,
         )
-        has_teacher = inputs.teacher is not None
+        has_teacher = inputs.teacher_head is not None
         if backend == "reference":
             result = reference_loss(inputs)
             with_diagnostics = return_diagnostics and has_teacher

@@ -1,18 +1,14 @@
-"""Projection: logits = softcap(scale * (hidden W^T + bias)), and the products that chunks of it are
-made of.
+"""Logits = softcap(scale * (hidden W^T + bias)), and the products that chunks of them are made of.
 
-Shapes: M rows of hidden states, N supervised rows, C rows of a chunk, V rows of the head or the
-    shared vocabulary,
-H hidden size.
+A model that divides its logits by s has scale = 1 / s; softcap(x) = cap * tanh(x / cap).
+
+Shapes: C rows of a chunk, V rows of the head or the shared vocabulary, H hidden size.
 
 Precision: CUDA multiplies bf16 operands on tensor cores and can return the fp32 accumulator as it
-    is
-(out_dtype; with an fp32 `input` of addmm since torch 2.10, pytorch pull 167931), so operands stay
-bf16 there. Other devices have no such kernel: operands are upcast, the head once per call at the
-cost of 4 * V * H bytes.
+is (out_dtype; with an fp32 `input` of addmm since torch 2.10, pytorch pull 167931), so operands
+stay bf16 there. Other devices have no such kernel: operands are upcast, the head once per call at
+the cost of 4 * V * H bytes.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,40 +18,17 @@ from kd.losses.targets import Head
 ALIGNED_COLUMNS = 16
 
 
-class Projection(NamedTuple):
-    """The logits of one model before they are computed.
+def shared_head(head: Head, vocab_size: int, dtype: torch.dtype | None = None) -> Head:
+    """Return the head of the first `vocab_size` tokens, its bias contiguous, as kernels read it.
 
-    hidden_MH: rows of hidden states, as row_index counts them. A model that divides its logits by s
-    has head.scale = 1 / s; softcap(x) = cap * tanh(x / cap).
+    With a dtype its weight is cast, once for all chunks, to what products accumulated in that dtype
+    take.
     """
-
-    hidden_MH: Tensor
-    head: Head
-
-    def slice_head(self, vocab_size: int) -> "Projection":
-        """The same with the first `vocab_size` tokens of the head, the bias contiguous, as kernels
-        read it.
-        """
-        bias_V = self.head.bias_V
-        return self._replace(
-            head=self.head._replace(
-                weight_VH=self.head.weight_VH[:vocab_size],
-                bias_V=None if bias_V is None else bias_V[:vocab_size].contiguous(),
-            )
-        )
-
-    def with_operand_head(self, dtype: torch.dtype) -> "Projection":
-        """The same with its head cast, once for all chunks, to what products accumulated in `dtype`
-        take.
-        """
-        weight_VH = operand(self.head.weight_VH, dtype)
-        return self._replace(head=self.head._replace(weight_VH=weight_VH))
-
-    def rows(self, row_index_C: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the given rows of hidden states, (C, H), as operands of products accumulated in
-        `dtype`.
-        """
-        return operand(self.hidden_MH.index_select(0, row_index_C), dtype)
+    weight_VH, bias_V = head.weight_VH[:vocab_size], head.bias_V
+    return head._replace(
+        weight_VH=weight_VH if dtype is None else operand(weight_VH, dtype),
+        bias_V=None if bias_V is None else bias_V[:vocab_size].contiguous(),
+    )
 
 
 def logits_buffer(weight_VH: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,10 @@
 """Inputs: what every implementation of the loss takes, checked: which rows, which tokens, and what
 of each.
 
-Shapes: ... any leading shape, N supervised rows, H hidden size, V rows of a head or the shared
-    vocabulary.
+Shapes: ... any leading shape, M rows of hidden states, N of them supervised, H hidden size, V rows
+of a head or the shared vocabulary, K tokens of the teacher, O = K + 1 outcomes.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from kd.losses.checks import (
     check_rows,
     check_size,
 )
-from kd.losses.heads import Projection
 from kd.losses.objective import Objective
 from kd.losses.targets import Head
 
@@ -27,17 +25,20 @@ from kd.losses.targets import Head
 class Inputs:
     """Rows to sum over, and what to compute of each.
 
-    row_index_N: the supervised rows of the projections' hidden states, to which labels_N and
-        weights_N belong.
-    weights_N multiply the rows and carry the division of a mean; sums run in their dtype, float32
-    or float64. teacher is None where kd_weight is 0: its product is skipped, and kd is 0.
+    teacher_hidden_MH, teacher_head: both None where kd_weight is 0; the teacher's product is
+        skipped, and kd is 0.
+    row_index_N: the supervised rows of the hidden states, to which labels_N and weights_N belong.
+    weights_N: multiply the rows and carry the division of a mean; sums run in their dtype, float32
+        or float64.
     vocab_size: the first so many rows of both heads take part.
     top_NK, log_p_NO: in the place of a teacher, its K tokens, and normalised log-probabilities of
         them and of all others together (`kd.losses.sparse`).
     """
 
-    student: Projection
-    teacher: Projection | None
+    student_hidden_MH: Tensor
+    student_head: Head
+    teacher_hidden_MH: Tensor | None
+    teacher_head: Head | None
     row_index_N: Tensor
     labels_N: Tensor
     weights_N: Tensor
@@ -63,31 +64,35 @@ def supervised_inputs(
     vocab_size: int | None,
     logits_dtype: torch.dtype | None,
 ) -> Inputs:
-    """Check the arguments of `distillation_loss`, which explains them."""
+    """Return the arguments of `distillation_loss`, which explains them and what is raised,
+    checked and flattened.
+    """
     check_rows(labels, token_weights, row_index)
     check_model("student", student_hidden, student_head, labels)
-    student = Projection(student_hidden.reshape(-1, student_hidden.shape[-1]), student_head)
-    teacher = None
+    num_shared, dtypes = student_head.weight_VH.shape[0], [student_hidden.dtype]
     if teacher_hidden is not None and teacher_head is not None:
         check_model("teacher", teacher_hidden, teacher_head, labels)
-        teacher = Projection(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_head)
+        num_shared = min(num_shared, teacher_head.weight_VH.shape[0])
+        dtypes.append(teacher_hidden.dtype)
     check_size("vocab_size", vocab_size)
     check_logits_dtype(logits_dtype)
 
-    models = [student] if teacher is None else [student, teacher]
-    if logits_dtype is None:
-        is_double = any(model.hidden_MH.dtype == torch.float64 for model in models)
-        logits_dtype = torch.float64 if is_double else torch.float32
-    num_head_rows = [model.head.weight_VH.shape[0] for model in models]
-    num_shared = min(*num_head_rows, vocab_size or sys.maxsize)
+    num_shared = min(num_shared, vocab_size or num_shared)
+    logits_dtype = logits_dtype or (torch.float64 if torch.float64 in dtypes else torch.float32)
     if row_index is None:
         row_index = (labels.flatten() != ignore_index).nonzero().squeeze(1)
     labels_N = labels.flatten().index_select(0, row_index)
     check_labels(labels_N, num_shared)
     sums_dtype = torch.promote_types(logits_dtype, torch.float32)
+    if not objective.kd_weight:
+        teacher_hidden, teacher_head = None, None
     return Inputs(
-        student=student,
-        teacher=teacher if objective.kd_weight else None,
+        student_hidden_MH=student_hidden.reshape(-1, student_hidden.shape[-1]),
+        student_head=student_head,
+        teacher_hidden_MH=teacher_hidden
+        if teacher_hidden is None
+        else teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
+        teacher_head=teacher_head,
         row_index_N=row_index,
         labels_N=labels_N,
         weights_N=_row_weights(token_weights, row_index, reduction, sums_dtype),

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.heads import Projection
+from kd.losses.heads import shared_head
 from kd.losses.inputs import Inputs
 from kd.losses.objective import Objective
 from kd.losses.sums import DistillationLoss, RowDiagnostics, sum_rows
@@ -46,14 +46,15 @@ def reference_logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     teacher's if any.
     """
 
-    def logits(model: Projection) -> Tensor:
-        hidden_NH = model.hidden_MH.index_select(0, inputs.row_index_N)
-        head = model.slice_head(inputs.vocab_size).head
-        return full_logits(hidden_NH, head, inputs.logits_dtype)
+    def logits(hidden_MH: Tensor, head: Head) -> Tensor:
+        hidden_NH = hidden_MH.index_select(0, inputs.row_index_N)
+        return full_logits(hidden_NH, shared_head(head, inputs.vocab_size), inputs.logits_dtype)
 
-    with torch.no_grad():
-        teacher_logits_NV = logits(inputs.teacher) if inputs.teacher else None
-    return logits(inputs.student), teacher_logits_NV
+    teacher_logits_NV = None
+    if inputs.teacher_hidden_MH is not None and inputs.teacher_head is not None:
+        with torch.no_grad():
+            teacher_logits_NV = logits(inputs.teacher_hidden_MH, inputs.teacher_head)
+    return logits(inputs.student_hidden_MH, inputs.student_head), teacher_logits_NV
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ Shapes: C rows of a chunk, B rows of a block of it, V shared vocabulary, K token
 = K + 1 outcomes.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,17 +75,11 @@ class RowChunk(NamedTuple):
             yield self.part(slice(start, start + step))
 
 
-class RowFunction(Protocol):
-    """What a backend implements: fill `kd_C`, `ce_C` and, where they are given, `dlogits_CV` and
-    `diagnostics_C5`.
-
-    dlogits_CV is the gradient of sum(weights * (kd_weight * kd + ce_weight * ce)). Of the heads,
-    already sliced to V, a row function reads bias, scale and softcap alone.
-    """
-
-    def __call__(
-        self, rows: RowChunk, objective: Objective, student: Head, teacher: Head | None
-    ) -> None: ...
+# What a backend implements, called as row_function(rows, objective, student, teacher): fill `kd_C`,
+# `ce_C` and, where they are given, `dlogits_CV` and `diagnostics_C5`. dlogits_CV is the gradient of
+# sum(weights * (kd_weight * kd + ce_weight * ce)). Of the heads, already sliced to V, a row function
+# reads bias, scale and softcap alone; the teacher's is None without one.
+RowFunction = Callable[[RowChunk, Objective, Head, Head | None], None]
 
 
 def torch_rows(rows: RowChunk, objective: Objective, student: Head, teacher: Head | None) -> None:

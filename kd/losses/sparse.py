@@ -69,19 +69,19 @@ def sparse_distillation_loss(
     Arguments that are not named here are those of `distillation_loss`, but that kd is reported at
     kd_weight=0 too. Memory and products are those of the student alone, 2 * N * V * 3 * H FLOP.
 
-    Args: teacher_ids: (..., K), int64, distinct tokens below the vocabulary in each supervised row.
+    Args:
+        teacher_ids: (..., K), int64, distinct tokens below the vocabulary in each supervised row.
         teacher_logprobs: (..., K), their log-probabilities at `temperature`, of the teacher's whole
-        vocabulary; -inf
-            for a token that is there to fill K.
+            vocabulary; -inf for a token that is there to fill K.
         tail: "bucket": the mass that the K tokens leave is the teacher's probability of all other
             tokens together. "ignore": it is dropped, and the teacher's K probabilities are scaled
             to sum to 1; the student's probability of other tokens remains, and is pushed towards 0.
             reverse_kl and mixed_kl are then infinite, and refused.
         backend: "torch", "reference" (full logits, plain autograd), or "auto", which is "torch".
 
-    Raises: ValueError: as `distillation_loss`; positive log-probabilities, or ids that repeat or
-        leave the vocabulary (on
-            the CPU; elsewhere an asynchronous assertion).
+    Raises:
+        ValueError: as `distillation_loss`; positive log-probabilities, or ids that repeat or leave
+            the vocabulary (on the CPU; elsewhere an asynchronous assertion).
     """
     check_choice("backend", backend, ("auto", "reference", "torch"))
     check_choice("reduction", reduction, ("sum", "mean"))
