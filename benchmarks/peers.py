@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses import distillation_loss, distillation_loss_with_diagnostics
+from kd.losses import distillation_loss
 
 BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 
@@ -123,7 +123,8 @@ def ours(
 
 def ours_diagnostics(problem: Problem) -> Tensor:
     """The same with diagnostics of each row, as training calls it."""
-    return distillation_loss_with_diagnostics(*_tensors(problem), **_options(problem))[0].loss
+    result, _ = distillation_loss(*_tensors(problem), **_options(problem), return_diagnostics=True)
+    return result.loss
 
 
 def _tensors(problem: Problem) -> tuple[Tensor, ...]:

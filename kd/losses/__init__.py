@@ -1,14 +1,10 @@
 """The distillation loss, computed from hidden states and lm_heads."""
 
-from kd.losses.distillation import (
-    DistillationLoss,
-    RowDiagnostics,
-    distillation_loss,
-    distillation_loss_with_diagnostics,
-    resolve_backend,
-)
-from kd.losses.objective import DIVERGENCES, Divergence, Objective
+from kd.losses.distillation import distillation_loss, resolve_backend
+from kd.losses.divergences import DIVERGENCES, Divergence
+from kd.losses.objective import Objective
 from kd.losses.sparse import sparse_distillation_loss
+from kd.losses.sums import DistillationLoss, RowDiagnostics
 from kd.losses.targets import DenseTargets, Head, Targets, TopKTargets
 
 __all__ = [
@@ -22,7 +18,6 @@ __all__ = [
     "Targets",
     "TopKTargets",
     "distillation_loss",
-    "distillation_loss_with_diagnostics",
     "resolve_backend",
     "sparse_distillation_loss",
 ]

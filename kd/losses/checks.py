@@ -8,11 +8,9 @@ import difflib
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from kd.losses.heads import Projection
-from kd.losses.sharding import VocabShard, vocab_shard
+from kd.losses.targets import Head
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,45 +24,39 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         )
 
 
-def check_projection(side: str, projection: Projection, labels: Tensor) -> None:
+def check_model(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
     """Raise a ValueError for shapes, dtypes, devices or numbers of one model that do not fit."""
-    hidden, head, bias = projection.hidden_MH, projection.weight_VH, projection.bias_V
+    weight, bias = head.weight_VH, head.bias_V
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"{side}_hidden is {_shape(hidden)} and labels {_shape(labels)}; "
             "labels must have the shape of the hidden states without their last dimension"
         )
-    if head.dim() != 2 or head.shape[1] != hidden.shape[-1]:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{side}_head is {_shape(head)} and {side}_hidden {_shape(hidden)}; "
+            f"{side}_head is {_shape(weight)} and {side}_hidden {_shape(hidden)}; "
             f"the head must be (vocabulary, {hidden.shape[-1]}), gathered if it is sharded"
         )
-    if not hidden.is_floating_point() or head.dtype != hidden.dtype:
+    if not hidden.is_floating_point() or weight.dtype != hidden.dtype:
         raise ValueError(
-            f"{side}_head is {head.dtype} and {side}_hidden {hidden.dtype}; "
+            f"{side}_head is {weight.dtype} and {side}_hidden {hidden.dtype}; "
             "cast one, so that both are of the same floating dtype"
         )
-    if bias is not None and (bias.shape != head.shape[:1] or bias.dtype != head.dtype):
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(
             f"{side}_bias is {bias.dtype} {_shape(bias)}; "
-            f"it must be {head.dtype} {_shape(head[:, 0])}, like the rows of {side}_head"
+            f"it must be {weight.dtype} {_shape(weight[:, 0])}, like the rows of {side}_head"
         )
-    for name, tensor in (
-        (f"{side}_hidden", hidden),
-        (f"{side}_head", head),
-        (f"{side}_bias", bias),
-    ):
-        if tensor is not None and tensor.device != labels.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and labels on {labels.device}; move one of them"
-            )
-    if projection.softcap is not None and not 0 < projection.softcap < math.inf:
+    _check_device(f"{side}_hidden", hidden, labels)
+    _check_device(f"{side}_head", weight, labels)
+    _check_device(f"{side}_bias", bias, labels)
+    if head.softcap is not None and not 0 < head.softcap < math.inf:
         raise ValueError(
-            f"{side}_softcap={projection.softcap!r} must be positive and finite; None is no cap"
+            f"{side}_softcap={head.softcap!r} must be positive and finite; None is no cap"
         )
-    if not 0 < projection.scale < math.inf:
+    if not 0 < head.scale < math.inf:
         raise ValueError(
-            f"{side}_scale={projection.scale!r} must be positive and finite; 1.0 is no scale"
+            f"{side}_scale={head.scale!r} must be positive and finite; 1.0 is no scale"
         )
 
 
@@ -96,11 +88,8 @@ def check_rows(labels: Tensor, token_weights: Tensor | None, row_index: Tensor |
             f"row_index is {row_index.dtype} {_shape(row_index)}; give torch.int64 (N) indices of "
             f"flat labels"
         )
-    for name, tensor in (("token_weights", token_weights), ("row_index", row_index)):
-        if tensor is not None and tensor.device != labels.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and labels on {labels.device}; move one of them"
-            )
+    _check_device("token_weights", token_weights, labels)
+    _check_device("row_index", row_index, labels)
 
 
 def check_labels(labels_N: Tensor, vocab_size: int) -> None:
@@ -140,11 +129,8 @@ def check_top_k(
             f"{_shape(ids)}; "
             "give one floating log-probability per id"
         )
-    for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
-        if tensor.device != labels.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and labels on {labels.device}; move one of them"
-            )
+    _check_device("teacher_ids", ids, labels)
+    _check_device("teacher_logprobs", logprobs, labels)
     ids_NK, logprobs_NK = (
         tensor.reshape(-1, ids.shape[-1])[row_index_N] for tensor in (ids, logprobs)
     )
@@ -172,28 +158,11 @@ def _check_all(holds: Tensor, message: str) -> None:
         raise ValueError(message)
 
 
-def check_group(
-    group: dist.ProcessGroup, vocab_size: int | None, num_head_rows: dict[str, int]
-) -> tuple[VocabShard, int]:
-    """Return this rank's slice of the vocabulary and the size of the whole; raise a ValueError
-    unless heads fit it.
-    """
-    if vocab_size is None:
+def _check_device(name: str, tensor: Tensor | None, labels: Tensor) -> None:
+    if tensor is not None and tensor.device != labels.device:
         raise ValueError(
-            "vocab_size=None with a group; give the size of the whole shared vocabulary"
+            f"{name} is on {tensor.device} and labels on {labels.device}; move one of them"
         )
-    shard = vocab_shard(group, vocab_size)
-    stop = shard.offset + shard.size
-    for side, num_rows in num_head_rows.items():
-        # Rows beyond the shared vocabulary can only be behind its last token.
-        if num_rows < shard.size or (num_rows > shard.size and stop < vocab_size):
-            raise ValueError(
-                f"{side}_head has {num_rows} rows; rank {dist.get_rank(group)} of the group must "
-                f"hold tokens "
-                f"[{shard.offset}, {stop}) of vocab_size={vocab_size}: slice the whole head to it, "
-                f"then split it"
-            )
-    return shard, vocab_size
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,10 +1,9 @@
 """ChunkPlan: how many rows of logits exist at a time, from a memory budget.
 
 A chunk of the student's rows is large, for each costs a read and a write of the head's fp32
-gradient, 8 * V * Hs
-bytes: against its own product that is about 966 / rows on an H100. A chunk of the teacher's rows
-    has no such cost and
-is about a ninth of the budget, in whole tiles of a matrix product.
+gradient, 8 * V * Hs bytes: against its own product that is about 966 / rows on an H100. A chunk of
+the teacher's rows has no such cost and is about a ninth of the budget, in whole tiles of a matrix
+product.
 
 Shapes: V rows of a head, Hs hidden size of the student.
 """

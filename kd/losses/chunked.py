@@ -2,176 +2,127 @@
 (N, V).
 
 Values and gradients are computed together, while a chunk's logits are at hand, so that no product
-is done
-twice: 2 * N * V * (3 * Hs + Ht) FLOP, one Hs less for a frozen head. Backward multiplies by
-    grad_output.
+is done twice: 2 * N * V * (3 * Hs + Ht) FLOP, one Hs less for a frozen head. Backward multiplies by
+grad_output.
 
 Beside the two models' chunks of logits (`kd.losses.chunk_plan`) there is a gradient of the size of
 each input that requires one, and the head's once more in fp32, in which it is accumulated.
 
-Shapes: M rows of hidden states, N of them supervised, C rows of the student's chunk and in
-    teacher_rows of the
-teacher's, V shared vocabulary or this rank's slice of it, H hidden size (Hs student, Ht teacher).
+Shapes: M rows of hidden states, N of them supervised, C rows of the student's chunk, P of the
+teacher's part of it, V shared vocabulary, H hidden size (Hs student, Ht teacher).
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd.losses.chunk_plan import ChunkPlan
-from kd.losses.heads import addmm_, gradient_view, logits_buffer, product
+from kd.losses.heads import addmm_, gradient_view, logits_buffer, operand, product, shared_head
 from kd.losses.inputs import Inputs
-from kd.losses.row_functions import DIAGNOSTICS, RowFunction, Rows, RowSpec
-from kd.losses.sharding import all_ranks_sum_
+from kd.losses.row_functions import RowChunk, RowFunction
+from kd.losses.sums import DistillationLoss, RowDiagnostics, sum_rows
 
 # of student hidden states, head weight and head bias; None where none is required
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class RowValues(NamedTuple):
-    """T^2 * divergence and cross-entropy of each row, unweighted, and DIAGNOSTICS where they are
-    asked for.
-    """
-
-    kd_N: Tensor
-    ce_N: Tensor
-    diagnostics_N5: Tensor | None
-
-    @classmethod
-    def empty(cls, inputs: Inputs, *, diagnostics: bool = False) -> "RowValues":
-        kd_N, ce_N = torch.empty_like(inputs.weights_N), torch.empty_like(inputs.weights_N)
-        return cls(kd_N, ce_N, kd_N.new_empty(len(kd_N), len(DIAGNOSTICS)) if diagnostics else None)
-
-
-class FillRows(Protocol):
-    """Given the student's products of rows `chunk`, fill their values and, unless it is None,
-    dlogits_CV.
-
-    dlogits_CV is the gradient of the weighted sum of the rows in student_CV, whose storage it may
-    share.
-    """
-
-    def __call__(self, chunk: slice, student_CV: Tensor, dlogits_CV: Tensor | None) -> None: ...
-
-
-def fill_from_teacher(
-    inputs: Inputs, row_function: RowFunction, plan: ChunkPlan, values: RowValues
-) -> FillRows:
-    """Return what fills `values` by `row_function` from the teacher's logits, a few rows at a
-    time.
-    """
-    dtype, vocab_size = inputs.weights_N.dtype, inputs.vocab_size
-    teacher = inputs.teacher and inputs.teacher.slice_head(vocab_size).with_operand_head(dtype)
-    spec = RowSpec(inputs.objective, inputs.student.slice_head(vocab_size), teacher, inputs.shard)
-
-    def fill(chunk: slice, student_CV: Tensor, dlogits_CV: Tensor | None) -> None:
-        num_rows = student_CV.shape[0]
-        step = plan.teacher_rows if teacher else num_rows
-        buffer_CV = None
-        if teacher is not None:
-            buffer_CV = logits_buffer(teacher.weight_VH, min(step, num_rows), inputs.logits_dtype)
-        for start in range(0, num_rows, step):
-            part = slice(start, min(start + step, num_rows))
-            index = slice(chunk.start + part.start, chunk.start + part.stop)
-            teacher_CV = None
-            if teacher is not None and buffer_CV is not None:
-                teacher_CV = buffer_CV[: part.stop - part.start]
-                product(
-                    teacher.rows(inputs.row_index_N[index], dtype),
-                    teacher.weight_VH.T,
-                    out=teacher_CV,
-                )
-            rows = Rows(
-                student_CV[part],
-                teacher_CV,
-                inputs.labels_N[index],
-                inputs.weights_N[index],
-                values.kd_N[index],
-                values.ce_N[index],
-                None if dlogits_CV is None else dlogits_CV[part],
-                None if values.diagnostics_N5 is None else values.diagnostics_N5[index],
-            )
-            row_function(rows, spec)
-
-    return fill
-
-
 def chunked_loss(
-    inputs: Inputs, fill: FillRows, values: RowValues, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, kd, ce), scalars in the dtype of the row weights; only `loss` carries a
-    gradient.
+    inputs: Inputs, plan: ChunkPlan, row_function: RowFunction, *, with_diagnostics: bool = False
+) -> tuple[DistillationLoss, RowDiagnostics | None]:
+    """Return the loss, which alone carries a gradient, and diagnostics where they are asked for and
+    there is a teacher.
 
-    `fill` fills `values`, of which they are the sums.
+    For each chunk of the student's rows: its logits; for each part of it the teacher's, from which
+    `row_function` makes values and, in the place of the student's logits, dlogits; and what these
+    add to the gradients, which are those of the loss for grad_output = 1.
     """
-    student, objective = inputs.student, inputs.objective
-    learners = (student.hidden_MH, student.weight_VH, student.bias_V)
+    student_MH, teacher_MH = inputs.student_hidden_MH, inputs.teacher_hidden_MH
+    learners = (student_MH, inputs.student_head.weight_VH, inputs.student_head.bias_V)
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in learners]
-    gradients = _gradients(inputs, fill, chunk_size, needs_grad)
-    kd, ce = (values.kd_N * inputs.weights_N).sum(), (values.ce_N * inputs.weights_N).sum()
-    loss = objective.kd_weight * kd + objective.ce_weight * ce
+    vocab_size, dtype, num_rows = inputs.vocab_size, inputs.weights_N.dtype, len(inputs.labels_N)
+    teacher, diagnostics_N5 = None, None
+    with torch.no_grad():
+        student = shared_head(inputs.student_head, vocab_size, dtype)
+        if inputs.teacher_head is not None:
+            teacher = shared_head(inputs.teacher_head, vocab_size, dtype)
+        gradients = _gradient_buffers(inputs, needs_grad)
+        grad_hidden_MH, grad_weight_VH, grad_bias_V = gradients
+        kd_N, ce_N = torch.empty_like(inputs.weights_N), torch.empty_like(inputs.weights_N)
+        if with_diagnostics and teacher is not None:
+            diagnostics_N5 = kd_N.new_empty(num_rows, len(RowDiagnostics._fields))
+        num_buffered = min(plan.student_rows, num_rows)
+        buffer_CV = logits_buffer(student.weight_VH, num_buffered, inputs.logits_dtype)
+
+        for start in range(0, num_rows, plan.student_rows):
+            chunk = slice(start, min(start + plan.student_rows, num_rows))
+            index_C, num_chunk = inputs.row_index_N[chunk], chunk.stop - start
+            hidden_CH = operand(student_MH.index_select(0, index_C), dtype)
+            student_CV = product(hidden_CH, student.weight_VH.T, out=buffer_CV[:num_chunk])
+            dlogits_CV = gradient_view(student_CV, hidden_CH.dtype) if any(needs_grad) else None
+            rows = RowChunk(
+                student_CV=student_CV,
+                teacher_CV=None,
+                labels_C=inputs.labels_N[chunk],
+                weights_C=inputs.weights_N[chunk],
+                kd_C=kd_N[chunk],
+                ce_C=ce_N[chunk],
+                dlogits_CV=dlogits_CV,
+                diagnostics_C5=None if diagnostics_N5 is None else diagnostics_N5[chunk],
+                top_CK=None if inputs.top_NK is None else inputs.top_NK[chunk],
+                log_p_CO=None if inputs.log_p_NO is None else inputs.log_p_NO[chunk],
+            )
+            if teacher is None or teacher_MH is None:
+                row_function(rows, inputs.objective, student, None)
+            else:
+                num_part = min(plan.teacher_rows, num_chunk)
+                teacher_CV = logits_buffer(teacher.weight_VH, num_part, inputs.logits_dtype)
+                for first in range(0, num_chunk, num_part):
+                    part = slice(first, min(first + num_part, num_chunk))
+                    hidden_PH = operand(teacher_MH.index_select(0, index_C[part]), dtype)
+                    teacher_PV = teacher_CV[: part.stop - first]
+                    product(hidden_PH, teacher.weight_VH.T, out=teacher_PV)
+                    row_function(rows.part(part, teacher_PV), inputs.objective, student, teacher)
+                del teacher_CV, teacher_PV  # their memory is free for the products below
+            if dlogits_CV is None:
+                continue
+            # a copy where logits are narrower than the products' operands
+            dlogits_CV = dlogits_CV.to(hidden_CH.dtype)
+            if grad_hidden_MH is not None:
+                grad_CH = product(dlogits_CV, student.weight_VH, dtype=grad_hidden_MH.dtype)
+                grad_hidden_MH.index_copy_(0, index_C, grad_CH)
+            if grad_weight_VH is not None:
+                grad_VH, is_first = grad_weight_VH[:vocab_size], start == 0
+                addmm_(grad_VH, dlogits_CV.T, hidden_CH, is_first=is_first)
+            if grad_bias_V is not None:
+                grad_bias_V[:vocab_size] += dlogits_CV.sum(0, dtype=dtype)
+
+        result = sum_rows(inputs, kd_N, ce_N)
     if any(needs_grad):
-        loss = _WithGradients.apply(loss, gradients, *learners)
-    return loss, kd, ce
+        result = result._replace(loss=_WithGradients.apply(result.loss, gradients, *learners))
+    return result, None if diagnostics_N5 is None else RowDiagnostics(*diagnostics_N5.unbind(1))
 
 
-@torch.no_grad()
-def _gradients(
-    inputs: Inputs, fill: FillRows, chunk_size: int, needs_grad: list[bool]
-) -> Gradients:
-    """The chunk loop. Return the gradients of the loss for grad_output = 1: hidden states' in their
-    own dtype, the head's in that of the sums."""
-    num_rows, dtype = inputs.labels_N.shape[0], inputs.weights_N.dtype
+def _gradient_buffers(inputs: Inputs, needs_grad: list[bool]) -> Gradients:
+    """Return what the chunks add to: the gradient of hidden states in their own dtype, those of the
+    head in that of the sums, of which the first chunk overwrites the shared vocabulary.
+    """
     needs_hidden, needs_weight, needs_bias = needs_grad
-    student = inputs.student.slice_head(inputs.vocab_size).with_operand_head(dtype)
-    hidden_MH = inputs.student.hidden_MH
-    # Unscaled, gradients of float16 would underflow.
-    hidden_dtype = dtype if hidden_MH.dtype == torch.float16 else hidden_MH.dtype
-    grad_hidden_MH = torch.zeros_like(hidden_MH, dtype=hidden_dtype) if needs_hidden else None
-    grad_weight_VH = grad_bias_V = None
+    hidden_MH, head, dtype = inputs.student_hidden_MH, inputs.student_head, inputs.weights_N.dtype
+    grad_hidden_MH = grad_weight_VH = grad_bias_V = None
+    if needs_hidden:
+        # Unscaled, gradients of float16 would underflow.
+        hidden_dtype = dtype if hidden_MH.dtype == torch.float16 else hidden_MH.dtype
+        grad_hidden_MH = torch.zeros_like(hidden_MH, dtype=hidden_dtype)
     if needs_weight:
-        grad_weight_VH = _zeros_from(
-            inputs.vocab_size if num_rows else 0, inputs.student.weight_VH, dtype
+        grad_weight_VH = torch.empty_like(
+            head.weight_VH, dtype=dtype, memory_format=torch.contiguous_format
         )
+        grad_weight_VH[inputs.vocab_size if len(inputs.labels_N) else 0 :].zero_()
     if needs_bias:
-        grad_bias_V = inputs.weights_N.new_zeros(inputs.student.weight_VH.shape[0])
-    buffer_CV = logits_buffer(student.weight_VH, min(chunk_size, num_rows), inputs.logits_dtype)
-
-    for start in range(0, num_rows, chunk_size):
-        chunk = slice(start, min(start + chunk_size, num_rows))
-        index_C, student_CV = inputs.row_index_N[chunk], buffer_CV[: chunk.stop - start]
-        hidden_CH = student.rows(index_C, dtype)
-        product(hidden_CH, student.weight_VH.T, out=student_CV)
-        dlogits_CV = gradient_view(student_CV, hidden_CH.dtype) if any(needs_grad) else None
-        fill(chunk, student_CV, dlogits_CV)
-        if dlogits_CV is None:
-            continue
-        dlogits_CV = dlogits_CV.to(
-            hidden_CH.dtype
-        )  # a copy where logits are narrower than the products' operands
-        if grad_hidden_MH is not None:
-            grad_CH = product(
-                dlogits_CV, student.weight_VH, dtype=dtype if inputs.shard else hidden_dtype
-            )
-            grad_hidden_MH.index_copy_(
-                0, index_C, all_ranks_sum_(grad_CH, inputs.shard).to(hidden_dtype)
-            )
-        if grad_weight_VH is not None:
-            addmm_(
-                grad_weight_VH[: inputs.vocab_size], dlogits_CV.T, hidden_CH, is_first=start == 0
-            )
-        if grad_bias_V is not None:
-            grad_bias_V[: inputs.vocab_size] += dlogits_CV.sum(0, dtype=dtype)
+        grad_bias_V = inputs.weights_N.new_zeros(head.weight_VH.shape[0])
     return grad_hidden_MH, grad_weight_VH, grad_bias_V
-
-
-def _zeros_from(first_row: int, like_VH: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor like `like_VH` in `dtype`: zero from `first_row` on, uninitialised before."""
-    tensor = torch.empty_like(like_VH, dtype=dtype, memory_format=torch.contiguous_format)
-    tensor[first_row:].zero_()
-    return tensor
 
 
 class _WithGradients(torch.autograd.Function):

@@ -2,66 +2,36 @@
 V) logits.
 
 Shapes: ... any leading shape, N supervised rows, H hidden size (the student's and the teacher's may
-    differ),
-V rows of a head (likewise), or the shared vocabulary once the heads are sliced to it.
+differ), V rows of a head (likewise), or the shared vocabulary once the heads are sliced to it.
 """
 
 import functools
 import importlib.util
-import inspect
 import logging
 import os
-from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kd.constants import IGNORE_INDEX
 from kd.losses.checks import check_choice, check_size
 from kd.losses.chunk_plan import ChunkPlan, plan_chunks
-from kd.losses.chunked import RowValues, chunked_loss, fill_from_teacher
-from kd.losses.heads import Projection
-from kd.losses.inputs import Inputs, supervised_inputs
-from kd.losses.objective import Divergence, Objective
+from kd.losses.chunked import chunked_loss
+from kd.losses.divergences import Divergence
+from kd.losses.inputs import supervised_inputs
+from kd.losses.objective import Objective
 from kd.losses.reference import reference_diagnostics, reference_loss
 from kd.losses.row_functions import RowFunction, torch_rows
+from kd.losses.sums import DistillationLoss, RowDiagnostics
+from kd.losses.targets import Head
 
 log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 
-class DistillationLoss(NamedTuple):
-    """loss = kd_weight * kd + ce_weight * ce. Scalars on the device; only `loss` carries a
-    gradient.
-
-    kd: T^2 * divergence; ce: cross-entropy. Sums or means over supervised rows, in nats.
-    num_tokens: int64, the number of supervised rows.
-    """
-
-    loss: Tensor
-    kd: Tensor
-    ce: Tensor
-    num_tokens: Tensor
-
-
-class RowDiagnostics(NamedTuple):
-    """How far student and teacher are apart on each supervised row, in the order of row_index; no
-    gradients.
-
-    All (N,), at the objective's temperature, in nats, neither weighted nor multiplied by T^2.
-    top1_agreement: 1.0 where one token is the most likely of both models, else 0.0.
-    """
-
-    forward_kl: Tensor
-    reverse_kl: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    top1_agreement: Tensor
-
-
+@overload
 def distillation_loss(
     student_hidden: Tensor,
     student_head: Tensor,
@@ -89,9 +59,75 @@ def distillation_loss(
     reduction: Literal["sum", "mean"] = "sum",
     ignore_index: int = IGNORE_INDEX,
     row_index: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
     backend: Literal["auto", "reference", "torch", "triton"] = "auto",
-) -> DistillationLoss:
+    return_diagnostics: Literal[False] = False,
+) -> DistillationLoss: ...
+
+
+@overload
+def distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor,
+    *,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    mix_weight: float = 0.5,
+    temperature: float = 1.0,
+    kd_weight: float = 0.5,
+    ce_weight: float = 0.5,
+    token_weights: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+    ignore_index: int = IGNORE_INDEX,
+    row_index: Tensor | None = None,
+    backend: Literal["auto", "reference", "torch", "triton"] = "auto",
+    return_diagnostics: Literal[True],
+) -> tuple[DistillationLoss, RowDiagnostics | None]: ...
+
+
+@torch.compiler.disable
+def distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor,
+    *,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    mix_weight: float = 0.5,
+    temperature: float = 1.0,
+    kd_weight: float = 0.5,
+    ce_weight: float = 0.5,
+    token_weights: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+    ignore_index: int = IGNORE_INDEX,
+    row_index: Tensor | None = None,
+    backend: Literal["auto", "reference", "torch", "triton"] = "auto",
+    return_diagnostics: bool = False,
+) -> DistillationLoss | tuple[DistillationLoss, RowDiagnostics | None]:
     """Return kd_weight * T^2 * divergence(teacher, student) + ce_weight * cross-entropy over
     supervised rows.
 
@@ -99,21 +135,26 @@ def distillation_loss(
     reach the teacher or token_weights. Without a supervised row the loss is a zero attached to the
     graph. Autocast is off inside. With `row_index` the host never waits for the device.
 
-    Args: student_hidden: (..., Hs), last hidden states, already shifted: row i predicts labels[i].
-        student_head: (Vs, Hs), the lm_head, same dtype. teacher_hidden: (..., Ht), aligned with
-        student_hidden. teacher_head: (Vt, Ht), same dtype as teacher_hidden. If kd_weight is 0 both
-        may be None. labels: (...), int64 token ids below the shared vocabulary, or ignore_index.
-        divergence: one of `kd.losses.DIVERGENCES`, defined in `kd.losses.reference`. beta: weight
-        of the teacher in the mixture of jsd, 0 < beta < 1. alpha: skew of skew_kl and
-        skew_reverse_kl, 0 < alpha < 1. mix_weight: weight of forward_kl in mixed_kl, the rest is
-        reverse_kl. temperature: T > 0 of both distributions in kd; ce is at T = 1. kd_weight: at 0
-        the teacher's product is skipped, and kd reported as 0. ce_weight: at 0 ce is still
-        reported. token_weights: (...), weights >= 0 that multiply kd and ce of each row.
-        student_bias, teacher_bias: (Vs) and (Vt), same dtype as the head. student_softcap,
-        teacher_softcap: cap > 0; logits = cap * tanh(logits / cap). student_scale, teacher_scale:
-        logits = softcap(scale * (hidden W^T + bias)). vocab_size: upper bound of the shared
-        vocabulary V = min(Vs, Vt, vocab_size), whatever kd_weight is.
-            Heads are sliced to V; rows beyond it take no part and get a zero gradient.
+    Args:
+        student_hidden: (..., Hs), last hidden states, already shifted: row i predicts labels[i].
+        student_head: (Vs, Hs), the lm_head, same dtype.
+        teacher_hidden: (..., Ht), aligned with student_hidden.
+        teacher_head: (Vt, Ht), same dtype as teacher_hidden. With kd_weight=0 both may be None.
+        labels: (...), int64 token ids below the shared vocabulary, or ignore_index.
+        divergence: one of `kd.losses.DIVERGENCES`, defined in `kd.losses.reference`.
+        beta: weight of the teacher in the mixture of jsd, 0 < beta < 1.
+        alpha: skew of skew_kl and skew_reverse_kl, 0 < alpha < 1.
+        mix_weight: weight of forward_kl in mixed_kl, the rest is reverse_kl.
+        temperature: T > 0 of both distributions in kd; ce is at T = 1.
+        kd_weight: at 0 the teacher's product is skipped, and kd reported as 0.
+        ce_weight: at 0 ce is still reported.
+        token_weights: (...), weights >= 0 that multiply kd and ce of each row.
+        student_bias, teacher_bias: (Vs) and (Vt), same dtype as the head.
+        student_softcap, teacher_softcap: cap > 0; logits = cap * tanh(logits / cap).
+        student_scale, teacher_scale: logits = softcap(scale * (hidden W^T + bias)).
+        vocab_size: upper bound of the shared vocabulary V = min(Vs, Vt, vocab_size), whatever
+            kd_weight is. Heads are sliced to V; rows beyond it take no part and get a zero
+            gradient.
         chunk_size: rows of the student whose logits exist at a time, the teacher's an eighth of
             them; None: as many as 2 GiB of logits hold (`kd.losses.chunk_plan`).
         logits_dtype: dtype in which logits and their gradient are stored; None: float32, or float64
@@ -124,113 +165,62 @@ def distillation_loss(
         ignore_index: label of rows that are not supervised.
         row_index: (N), int64 indices of the supervised rows in the flattened labels, none of them
             twice; None: found from labels.
-        group: ranks over which the first vocab_size tokens of both heads are split, as torch.chunk
-            splits them: with S = ceil(vocab_size / ranks), rank r passes rows [r * S, (r + 1) * S)
-            of both heads and biases, and the vocab_size of the whole. All else is the same on all
-            ranks, as are all results but the gradients of head and bias, which are those of the
-            rank's slice.
         backend: "triton" (a kernel for CUDA), "torch", "reference" (full logits, plain autograd),
             or "auto": "triton" on CUDA where it is installed, else "torch".
+        return_diagnostics: return (loss, diagnostics), of each row and from the same pass;
+            diagnostics are None without a teacher, or with kd_weight=0.
 
-    Raises: ValueError: an argument out of range or of the wrong shape, dtype or device; a backend
-        not available;
-            on the CPU a label outside the shared vocabulary, elsewhere an asynchronous assertion.
+    Raises:
+        ValueError: an argument out of range or of the wrong shape, dtype or device; a backend that
+            is not available; on the CPU a label outside the shared vocabulary, elsewhere an
+            asynchronous assertion.
     """
-    return _distill(locals(), wants_diagnostics=False)[0]
-
-
-def distillation_loss_with_diagnostics(
-    *args: Any, **options: Any
-) -> tuple[DistillationLoss, RowDiagnostics | None]:
-    """As `distillation_loss`, whose arguments it takes, with what the same pass over the logits
-    tells of each row.
-
-    Without a teacher, or with kd_weight=0, there are no diagnostics.
-    """
-    call = inspect.signature(distillation_loss).bind(*args, **options)
-    call.apply_defaults()
-    return _distill(call.arguments, wants_diagnostics=True)
-
-
-distillation_loss_with_diagnostics.__signature__ = inspect.signature(distillation_loss).replace(  # type: ignore[attr-defined]
-    return_annotation=tuple[DistillationLoss, RowDiagnostics | None]
-)
-
-
-@torch.compiler.disable
-def _distill(
-    arguments: dict[str, Any], wants_diagnostics: bool
-) -> tuple[DistillationLoss, RowDiagnostics | None]:
-    """The arguments of `distillation_loss` by name."""
-    a = SimpleNamespace(**arguments)
-    check_choice("backend", a.backend, BACKENDS)
-    check_choice("reduction", a.reduction, ("sum", "mean"))
-    check_size("chunk_size", a.chunk_size)
-    objective = Objective(
-        a.divergence, a.beta, a.alpha, a.mix_weight, a.temperature, a.kd_weight, a.ce_weight
-    )
-    student = Projection(
-        a.student_hidden, a.student_head, a.student_bias, a.student_softcap, a.student_scale
-    )
+    check_choice("backend", backend, BACKENDS)
+    check_choice("reduction", reduction, ("sum", "mean"))
+    check_size("chunk_size", chunk_size)
+    objective = Objective(divergence, beta, alpha, mix_weight, temperature, kd_weight, ce_weight)
+    student = Head(student_head, student_bias, student_softcap, student_scale)
     teacher = None
-    if a.teacher_hidden is not None and a.teacher_head is not None:
-        teacher = Projection(
-            a.teacher_hidden, a.teacher_head, a.teacher_bias, a.teacher_softcap, a.teacher_scale
-        )
-    elif a.kd_weight != 0 or a.teacher_hidden is not a.teacher_head:
-        missing = "teacher_hidden" if a.teacher_hidden is None else "teacher_head"
+    if teacher_hidden is not None and teacher_head is not None:
+        teacher = Head(teacher_head, teacher_bias, teacher_softcap, teacher_scale)
+    elif kd_weight != 0 or teacher_hidden is not teacher_head:
+        missing = "teacher_hidden" if teacher_hidden is None else "teacher_head"
         raise ValueError(
-            f"{missing}=None, kd_weight={a.kd_weight!r}; pass it, or no teacher and kd_weight=0"
+            f"{missing}=None, kd_weight={kd_weight!r}; pass it, or no teacher and kd_weight=0"
         )
-    with torch.autocast(a.labels.device.type, enabled=False):
+    with torch.autocast(labels.device.type, enabled=False):
         inputs = supervised_inputs(
+            student_hidden,
             student,
+            teacher_hidden,
             teacher,
-            a.labels,
+            labels,
             objective,
-            token_weights=a.token_weights,
-            row_index=a.row_index,
-            ignore_index=a.ignore_index,
-            reduction=a.reduction,
-            vocab_size=a.vocab_size,
-            logits_dtype=a.logits_dtype,
-            group=a.group,
+            token_weights=token_weights,
+            row_index=row_index,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            vocab_size=vocab_size,
+            logits_dtype=logits_dtype,
         )
-        wants_diagnostics = wants_diagnostics and inputs.teacher is not None
-        run = (
-            _by_reference
-            if a.backend == "reference"
-            else functools.partial(_by_chunks, a.backend, a.chunk_size)
-        )
-        loss, kd, ce, diagnostics_N5 = run(inputs, wants_diagnostics)
-    num_tokens = torch.full((), inputs.labels_N.shape[0], device=a.labels.device)
-    diagnostics = None if diagnostics_N5 is None else RowDiagnostics(*diagnostics_N5.unbind(1))
-    return DistillationLoss(loss, kd.detach(), ce.detach(), num_tokens), diagnostics
-
-
-def _by_reference(
-    inputs: Inputs, wants_diagnostics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if inputs.shard is not None:
-        raise ValueError(
-            "backend='reference' takes whole heads; with a group choose 'torch' or 'triton'"
-        )
-    return *reference_loss(inputs), reference_diagnostics(inputs) if wants_diagnostics else None
-
-
-def _by_chunks(
-    backend: str, chunk_size: int | None, inputs: Inputs, wants_diagnostics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    backend = resolve_backend(backend, inputs.labels_N.device)
-    row_function = _row_function(backend)
-    has_teacher = inputs.teacher is not None
-    plan = plan_chunks(
-        inputs.plan_vocab_size, inputs.logits_dtype, has_teacher=has_teacher, chunk_size=chunk_size
-    )
-    _log_plan(backend, plan, inputs.vocab_size, inputs.logits_dtype)
-    values = RowValues.empty(inputs, diagnostics=wants_diagnostics)
-    fill = fill_from_teacher(inputs, row_function, plan, values)
-    return *chunked_loss(inputs, fill, values, plan.student_rows), values.diagnostics_N5
+        has_teacher = inputs.teacher_head is not None
+        if backend == "reference":
+            result = reference_loss(inputs)
+            with_diagnostics = return_diagnostics and has_teacher
+            diagnostics = reference_diagnostics(inputs) if with_diagnostics else None
+        else:
+            name, row_function = _row_function(backend, labels.device)
+            plan = plan_chunks(
+                inputs.vocab_size,
+                inputs.logits_dtype,
+                has_teacher=has_teacher,
+                chunk_size=chunk_size,
+            )
+            _log_plan(name, plan, inputs.vocab_size, inputs.logits_dtype)
+            result, diagnostics = chunked_loss(
+                inputs, plan, row_function, with_diagnostics=return_diagnostics
+            )
+    return (result, diagnostics) if return_diagnostics else result
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -254,12 +244,14 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _row_function(backend: str) -> RowFunction:
-    if backend == "torch":
-        return torch_rows
+def _row_function(backend: str, device: torch.device) -> tuple[str, RowFunction]:
+    """Return the backend that is meant, by name, and what it is."""
+    name = resolve_backend(backend, device)
+    if name == "torch":
+        return name, torch_rows
     from kd.losses.triton_rows import triton_rows
 
-    return triton_rows
+    return name, triton_rows
 
 
 @functools.cache

@@ -1,64 +1,34 @@
-"""Projection: logits = softcap(scale * (hidden W^T + bias)), and the products that chunks of it are
-made of.
+"""Logits = softcap(scale * (hidden W^T + bias)), and the products that chunks of them are made of.
 
-Shapes: M rows of hidden states, N supervised rows, C rows of a chunk, V rows of the head or the
-    shared vocabulary,
-H hidden size.
+A model that divides its logits by s has scale = 1 / s; softcap(x) = cap * tanh(x / cap).
+
+Shapes: C rows of a chunk, V rows of the head or the shared vocabulary, H hidden size.
 
 Precision: CUDA multiplies bf16 operands on tensor cores and can return the fp32 accumulator as it
-    is
-(out_dtype; with an fp32 `input` of addmm since torch 2.10, pytorch pull 167931), so operands stay
-bf16 there. Other devices have no such kernel: operands are upcast, the head once per call at the
-cost of 4 * V * H bytes.
+is (out_dtype; with an fp32 `input` of addmm since torch 2.10, pytorch pull 167931), so operands
+stay bf16 there. Other devices have no such kernel: operands are upcast, the head once per call at
+the cost of 4 * V * H bytes.
 """
-
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kd.losses.targets import Head
+
 ALIGNED_COLUMNS = 16
 
 
-@dataclass(frozen=True)
-class Projection:
-    """The logits of one model before they are computed: hidden states, an lm_head, and what follows
-    it.
+def shared_head(head: Head, vocab_size: int, dtype: torch.dtype | None = None) -> Head:
+    """Return the head of the first `vocab_size` tokens, its bias contiguous, as kernels read it.
 
-    hidden_MH: (..., H) until `flatten`. A model that divides its logits by s has scale = 1 / s;
-    softcap(x) = cap * tanh(x / cap).
+    With a dtype its weight is cast, once for all chunks, to what products accumulated in that dtype
+    take.
     """
-
-    hidden_MH: Tensor
-    weight_VH: Tensor
-    bias_V: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def flatten(self) -> "Projection":
-        """The same with the leading dimensions of its hidden states in one, as row_index counts
-        them.
-        """
-        return replace(self, hidden_MH=self.hidden_MH.reshape(-1, self.hidden_MH.shape[-1]))
-
-    def slice_head(self, vocab_size: int) -> "Projection":
-        """The same with the first `vocab_size` tokens of the head, the bias contiguous, as kernels
-        read it.
-        """
-        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size].contiguous()
-        return replace(self, weight_VH=self.weight_VH[:vocab_size], bias_V=bias_V)
-
-    def with_operand_head(self, dtype: torch.dtype) -> "Projection":
-        """The same with its head cast, once for all chunks, to what products accumulated in `dtype`
-        take.
-        """
-        return replace(self, weight_VH=operand(self.weight_VH, dtype))
-
-    def rows(self, row_index_C: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the given rows of hidden states, (C, H), as operands of products accumulated in
-        `dtype`.
-        """
-        return operand(self.hidden_MH.index_select(0, row_index_C), dtype)
+    weight_VH, bias_V = head.weight_VH[:vocab_size], head.bias_V
+    return head._replace(
+        weight_VH=weight_VH if dtype is None else operand(weight_VH, dtype),
+        bias_V=None if bias_V is None else bias_V[:vocab_size].contiguous(),
+    )
 
 
 def logits_buffer(weight_VH: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
@@ -85,29 +55,29 @@ def gradient_view(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
     return whole[:, num_columns : num_columns + logits_CV.shape[1]]
 
 
-def finish_logits(logits_CV: Tensor, projection: Projection, dtype: torch.dtype) -> Tensor:
+def finish_logits(logits_CV: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     """Turn hidden W^T, where possible in place, into softcap(scale * (hidden W^T + bias)) in
     `dtype`.
     """
     logits_CV = logits_CV.to(dtype)
-    if projection.bias_V is not None:
-        logits_CV += projection.bias_V
-    if projection.scale != 1.0:
-        logits_CV *= projection.scale
-    if projection.softcap is not None:
-        logits_CV.div_(projection.softcap).tanh_().mul_(projection.softcap)
+    if head.bias_V is not None:
+        logits_CV += head.bias_V
+    if head.scale != 1.0:
+        logits_CV *= head.scale
+    if head.softcap is not None:
+        logits_CV.div_(head.softcap).tanh_().mul_(head.softcap)
     return logits_CV
 
 
-def logits_backward_(dlogits_CV: Tensor, logits_CV: Tensor, projection: Projection) -> Tensor:
+def logits_backward_(dlogits_CV: Tensor, logits_CV: Tensor, head: Head) -> Tensor:
     """Turn the gradient of finished logits into that of hidden W^T, in place; the logits are
     overwritten.
     """
-    if projection.softcap is not None:
+    if head.softcap is not None:
         # d softcap(x) / dx = 1 - tanh(x / cap)^2 = 1 - (logits / cap)^2
-        dlogits_CV *= logits_CV.div_(projection.softcap).square_().neg_().add_(1)
-    if projection.scale != 1.0:
-        dlogits_CV *= projection.scale
+        dlogits_CV *= logits_CV.div_(head.softcap).square_().neg_().add_(1)
+    if head.scale != 1.0:
+        dlogits_CV *= head.scale
     return dlogits_CV
 
 

@@ -1,61 +1,59 @@
 """Inputs: what every implementation of the loss takes, checked: which rows, which tokens, and what
 of each.
 
-Shapes: ... any leading shape, N supervised rows, H hidden size, V rows of a head or the shared
-    vocabulary.
+Shapes: ... any leading shape, M rows of hidden states, N of them supervised, H hidden size, V rows
+of a head or the shared vocabulary, K tokens of the teacher, O = K + 1 outcomes.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kd.losses.checks import (
-    check_group,
     check_labels,
     check_logits_dtype,
-    check_projection,
+    check_model,
     check_rows,
     check_size,
 )
-from kd.losses.heads import Projection
 from kd.losses.objective import Objective
-from kd.losses.sharding import VocabShard
+from kd.losses.targets import Head
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Rows to sum over, and what to compute of each.
 
-    row_index_N: the supervised rows of the projections' hidden states, to which labels_N and
-        weights_N belong.
-    weights_N multiply the rows and carry the division of a mean; sums run in their dtype, float32
-    or float64. teacher is None where kd_weight is 0: its product is skipped, and kd is 0.
-    vocab_size: the first so many rows of both heads take part; with a shard, they are its slice of
-        the vocabulary.
+    teacher_hidden_MH, teacher_head: both None where kd_weight is 0; the teacher's product is
+        skipped, and kd is 0.
+    row_index_N: the supervised rows of the hidden states, to which labels_N and weights_N belong.
+    weights_N: multiply the rows and carry the division of a mean; sums run in their dtype, float32
+        or float64.
+    vocab_size: the first so many rows of both heads take part.
+    top_NK, log_p_NO: in the place of a teacher, its K tokens, and normalised log-probabilities of
+        them and of all others together (`kd.losses.sparse`).
     """
 
-    student: Projection
-    teacher: Projection | None
+    student_hidden_MH: Tensor
+    student_head: Head
+    teacher_hidden_MH: Tensor | None
+    teacher_head: Head | None
     row_index_N: Tensor
     labels_N: Tensor
     weights_N: Tensor
     objective: Objective
     vocab_size: int
     logits_dtype: torch.dtype
-    shard: VocabShard | None = None
-
-    @property
-    def plan_vocab_size(self) -> int:
-        """Tokens of the largest slice: all ranks of a group must take the same chunks."""
-        return self.shard.largest_size if self.shard else self.vocab_size
+    top_NK: Tensor | None = None
+    log_p_NO: Tensor | None = None
 
 
 def supervised_inputs(
-    student: Projection,
-    teacher: Projection | None,
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | None,
     labels: Tensor,
     objective: Objective,
     *,
@@ -65,42 +63,42 @@ def supervised_inputs(
     reduction: str,
     vocab_size: int | None,
     logits_dtype: torch.dtype | None,
-    group: dist.ProcessGroup | None = None,
 ) -> Inputs:
-    """Check the arguments of `distillation_loss`, which explains them."""
-    models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    """Return the arguments of `distillation_loss`, which explains them and what is raised,
+    checked and flattened.
+    """
     check_rows(labels, token_weights, row_index)
-    for side, model in models.items():
-        check_projection(side, model, labels)
+    check_model("student", student_hidden, student_head, labels)
+    num_shared, dtypes = student_head.weight_VH.shape[0], [student_hidden.dtype]
+    if teacher_hidden is not None and teacher_head is not None:
+        check_model("teacher", teacher_hidden, teacher_head, labels)
+        num_shared = min(num_shared, teacher_head.weight_VH.shape[0])
+        dtypes.append(teacher_hidden.dtype)
     check_size("vocab_size", vocab_size)
     check_logits_dtype(logits_dtype)
 
-    if logits_dtype is None:
-        is_double = any(model.hidden_MH.dtype == torch.float64 for model in models.values())
-        logits_dtype = torch.float64 if is_double else torch.float32
-    num_head_rows = {side: model.weight_VH.shape[0] for side, model in models.items()}
-    if group is None:
-        shard, num_tokens = None, min(*num_head_rows.values(), vocab_size or sys.maxsize)
-        num_labels = num_tokens
-    else:
-        shard, num_labels = check_group(group, vocab_size, num_head_rows)
-        num_tokens = shard.size
+    num_shared = min(num_shared, vocab_size or num_shared)
+    logits_dtype = logits_dtype or (torch.float64 if torch.float64 in dtypes else torch.float32)
     if row_index is None:
         row_index = (labels.flatten() != ignore_index).nonzero().squeeze(1)
     labels_N = labels.flatten().index_select(0, row_index)
-    check_labels(labels_N, num_labels)
+    check_labels(labels_N, num_shared)
+    sums_dtype = torch.promote_types(logits_dtype, torch.float32)
+    if not objective.kd_weight:
+        teacher_hidden, teacher_head = None, None
     return Inputs(
-        student=student.flatten(),
-        teacher=teacher.flatten() if teacher and objective.kd_weight else None,
+        student_hidden_MH=student_hidden.reshape(-1, student_hidden.shape[-1]),
+        student_head=student_head,
+        teacher_hidden_MH=teacher_hidden
+        if teacher_hidden is None
+        else teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
+        teacher_head=teacher_head,
         row_index_N=row_index,
         labels_N=labels_N,
-        weights_N=_row_weights(
-            token_weights, row_index, reduction, torch.promote_types(logits_dtype, torch.float32)
-        ),
+        weights_N=_row_weights(token_weights, row_index, reduction, sums_dtype),
         objective=objective,
-        vocab_size=num_tokens,
+        vocab_size=num_shared,
         logits_dtype=logits_dtype,
-        shard=shard,
     )
 
 

@@ -4,22 +4,9 @@ built.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from kd.losses.checks import check_choice
-
-Divergence = Literal[
-    "forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
-]
-DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
-
-# The field that parametrises a divergence; those not named here have no parameter.
-_PARAMETER = {
-    "mixed_kl": "mix_weight",
-    "jsd": "beta",
-    "skew_kl": "alpha",
-    "skew_reverse_kl": "alpha",
-}
+from kd.losses.divergences import DIVERGENCE_TABLE, Divergence, DivergenceSpec
 
 
 @dataclass(frozen=True)
@@ -43,41 +30,26 @@ class Objective:
     ce_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        check_choice("divergence", self.divergence, DIVERGENCES)
-        self._check_parameter()
+        check_choice("divergence", self.divergence, tuple(DIVERGENCE_TABLE))
+        spec = self.spec
+        if spec.parameter is not None and not spec.allows(self.parameter):
+            raise ValueError(f"{spec.parameter}={self.parameter!r} {spec.rule}")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(
                 f"temperature={self.temperature!r} must be positive and finite; 1.0 is neutral"
             )
-        for name in ("kd_weight", "ce_weight"):
-            weight = getattr(self, name)
+        for name, weight in (("kd_weight", self.kd_weight), ("ce_weight", self.ce_weight)):
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(
                     f"{name}={weight!r} must be finite and not negative; 0 drops the term"
                 )
 
     @property
+    def spec(self) -> DivergenceSpec:
+        return DIVERGENCE_TABLE[self.divergence]
+
+    @property
     def parameter(self) -> float:
         """The beta, alpha or mix_weight of the divergence; 0.0 for a divergence without one."""
-        name = _PARAMETER.get(self.divergence)
-        return getattr(self, name) if name else 0.0
-
-    def _check_parameter(self) -> None:
-        name, value = _PARAMETER.get(self.divergence), self.parameter
-        if name == "mix_weight" and not 0 <= value <= 1:
-            raise ValueError(
-                f"mix_weight={value!r} must lie in [0, 1]; 1 is forward_kl, 0 is reverse_kl"
-            )
-        if name == "beta" and not 0 < value < 1:
-            raise ValueError(
-                f"beta={value!r} must lie strictly between 0 and 1, for jsd is identically zero at "
-                f"both; "
-                "choose divergence='forward_kl' or divergence='reverse_kl' instead"
-            )
-        if name == "alpha" and not 0 < value < 1:
-            unskewed = "forward_kl" if self.divergence == "skew_kl" else "reverse_kl"
-            raise ValueError(
-                f"alpha={value!r} must lie strictly between 0 and 1, for {self.divergence} is zero "
-                f"at 1; "
-                f"choose divergence={unskewed!r} for alpha=0"
-            )
+        values = {"beta": self.beta, "alpha": self.alpha, "mix_weight": self.mix_weight}
+        return values[self.spec.parameter] if self.spec.parameter else 0.0

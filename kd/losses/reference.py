@@ -18,26 +18,27 @@ Shapes: N rows, V shared vocabulary, H hidden size (the student's and the teache
 """
 
 import math
-from dataclasses import replace
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.heads import Projection
+from kd.losses.heads import shared_head
 from kd.losses.inputs import Inputs
 from kd.losses.objective import Objective
+from kd.losses.sums import DistillationLoss, RowDiagnostics, sum_rows
+from kd.losses.targets import Head
 
 
-def reference_loss(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, kd, ce), scalars, with every row computed in `inputs.logits_dtype`."""
+def reference_loss(inputs: Inputs) -> DistillationLoss:
+    """Return the loss, with every row computed in `inputs.logits_dtype`."""
     student_logits_NV, teacher_logits_NV = reference_logits(inputs)
     ce_N = F.cross_entropy(student_logits_NV, inputs.labels_N, reduction="none")
     kd_N = torch.zeros_like(ce_N)
     if teacher_logits_NV is not None:
         kd_N = kd_rows(student_logits_NV, teacher_logits_NV, inputs.objective)
-    kd, ce = (kd_N * inputs.weights_N).sum(), (ce_N * inputs.weights_N).sum()
-    return inputs.objective.kd_weight * kd + inputs.objective.ce_weight * ce, kd, ce
+    return sum_rows(inputs, kd_N, ce_N)
 
 
 def reference_logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -45,45 +46,45 @@ def reference_logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     teacher's if any.
     """
 
-    def logits(model: Projection) -> Tensor:
-        hidden_NH = model.hidden_MH.index_select(0, inputs.row_index_N)
-        return full_logits(
-            replace(model.slice_head(inputs.vocab_size), hidden_MH=hidden_NH), inputs.logits_dtype
-        )
+    def logits(hidden_MH: Tensor, head: Head) -> Tensor:
+        hidden_NH = hidden_MH.index_select(0, inputs.row_index_N)
+        return full_logits(hidden_NH, shared_head(head, inputs.vocab_size), inputs.logits_dtype)
 
-    with torch.no_grad():
-        teacher_logits_NV = logits(inputs.teacher) if inputs.teacher else None
-    return logits(inputs.student), teacher_logits_NV
-
-
-def reference_diagnostics(inputs: Inputs) -> Tensor:
-    """Return (N, 5): forward and reverse KL, entropies of student and teacher, 1 where a token is
-    the top of both.
-    """
-    with torch.no_grad():
-        student_logits_NV, teacher_logits_NV = reference_logits(inputs)
-        assert teacher_logits_NV is not None
-        log_q_NV = torch.log_softmax(student_logits_NV / inputs.objective.temperature, dim=-1)
-        log_p_NV = torch.log_softmax(teacher_logits_NV / inputs.objective.temperature, dim=-1)
-        agreement_N = (student_logits_NV.argmax(-1) == teacher_logits_NV.argmax(-1)).to(
-            log_q_NV.dtype
-        )
-        entropies = [-(log_NV.exp() * log_NV).sum(-1) for log_NV in (log_q_NV, log_p_NV)]
-        return torch.stack(
-            [_kl(log_p_NV, log_q_NV), _kl(log_q_NV, log_p_NV), *entropies, agreement_N], dim=1
-        )
+    teacher_logits_NV = None
+    if inputs.teacher_hidden_MH is not None and inputs.teacher_head is not None:
+        with torch.no_grad():
+            teacher_logits_NV = logits(inputs.teacher_hidden_MH, inputs.teacher_head)
+    return logits(inputs.student_hidden_MH, inputs.student_head), teacher_logits_NV
 
 
-def full_logits(projection: Projection, dtype: torch.dtype) -> Tensor:
+@torch.no_grad()
+def reference_diagnostics(inputs: Inputs) -> RowDiagnostics:
+    """Return what each row tells; the inputs must have a teacher."""
+    student_logits_NV, teacher_logits_NV = reference_logits(inputs)
+    assert teacher_logits_NV is not None
+    log_q_NV = torch.log_softmax(student_logits_NV / inputs.objective.temperature, dim=-1)
+    log_p_NV = torch.log_softmax(teacher_logits_NV / inputs.objective.temperature, dim=-1)
+    agrees_N = student_logits_NV.argmax(-1) == teacher_logits_NV.argmax(-1)
+    return RowDiagnostics(
+        forward_kl=_kl(log_p_NV, log_q_NV),
+        reverse_kl=_kl(log_q_NV, log_p_NV),
+        student_entropy=-(log_q_NV.exp() * log_q_NV).sum(-1),
+        teacher_entropy=-(log_p_NV.exp() * log_p_NV).sum(-1),
+        top1_agreement=agrees_N.to(log_q_NV.dtype),
+    )
+
+
+def full_logits(hidden_NH: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     """Return softcap(scale * (hidden W^T + bias)), (N, V) in `dtype`; softcap(x) = cap * tanh(x /
     cap).
     """
-    logits_NV = projection.hidden_MH.to(dtype) @ projection.weight_VH.to(dtype).T
-    if projection.bias_V is not None:
-        logits_NV = logits_NV + projection.bias_V.to(dtype)
-    logits_NV = projection.scale * logits_NV
-    cap = projection.softcap
-    return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+    logits_NV = hidden_NH.to(dtype) @ head.weight_VH.to(dtype).T
+    if head.bias_V is not None:
+        logits_NV = logits_NV + head.bias_V.to(dtype)
+    logits_NV = head.scale * logits_NV
+    return (
+        logits_NV if head.softcap is None else head.softcap * torch.tanh(logits_NV / head.softcap)
+    )
 
 
 def kd_rows(student_logits_NV: Tensor, teacher_logits_NV: Tensor, objective: Objective) -> Tensor:
@@ -107,6 +108,8 @@ def kd_rows(student_logits_NV: Tensor, teacher_logits_NV: Tensor, objective: Obj
             divergence_N = _kl(log_q_NV, log_mixture(log_q_NV, log_p_NV, weight))
         case "tvd":
             divergence_N = 0.5 * (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1)
+        case unknown:
+            assert_never(unknown)
     return temperature**2 * divergence_N
 
 
@@ -127,9 +130,8 @@ def top_k_kd_rows(
     q_NO = torch.cat([q_NV.gather(1, ids_NK), (q_NV * is_tail_NV).sum(-1, keepdim=True)], dim=1)
     tiny = torch.finfo(q_NV.dtype).tiny
     log_p_NO, log_q_NO = ((x / x.sum(-1, keepdim=True)).clamp_min(tiny).log() for x in (p_NO, q_NO))
-    temperature = (
-        objective.temperature
-    )  # kd_rows divides by it, and log-probabilities at T are logits of themselves
+    # kd_rows divides by it, and log-probabilities at T are logits of themselves
+    temperature = objective.temperature
     return kd_rows(temperature * log_q_NO, temperature * log_p_NO, objective)
 
 

@@ -6,33 +6,34 @@ Every divergence of these is at most that of the full distributions (data-proces
 and never negative.
 
 Shapes: ... any leading shape, N supervised rows, C rows of a chunk, B rows of a block of it, K
-    tokens of the teacher,
-O = K + 1 outcomes, V vocabulary, H hidden size.
+tokens of the teacher, O = K + 1 outcomes, V vocabulary, H hidden size.
 
-Gradient. With w and q over outcomes as in `kd.losses.row_functions`, g = w - q * sum(w) is the
+Gradient. With w and q over outcomes as in `kd.losses.divergences`, g = w - q * sum(w) is the
 gradient in the logit of an outcome; a token of the tail has the share softmax(s / T) within the
 tail of the last outcome's.
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kd.constants import IGNORE_INDEX
 from kd.losses.checks import check_choice, check_size, check_top_k
 from kd.losses.chunk_plan import plan_chunks
-from kd.losses.chunked import FillRows, RowValues, chunked_loss
-from kd.losses.distillation import DistillationLoss
-from kd.losses.heads import Projection, finish_logits, logits_backward_
-from kd.losses.inputs import Inputs, supervised_inputs
-from kd.losses.objective import Divergence, Objective
+from kd.losses.chunked import chunked_loss
+from kd.losses.divergences import Divergence
+from kd.losses.heads import finish_logits, logits_backward_
+from kd.losses.inputs import supervised_inputs
+from kd.losses.objective import Objective
 from kd.losses.reference import reference_logits, top_k_kd_rows
-from kd.losses.row_functions import DIVERGENCE, add_ce_gradient_, block_rows
-from kd.losses.sharding import gather_labels, softmax
+from kd.losses.row_functions import RowChunk, add_ce_gradient_, softmax
+from kd.losses.sums import DistillationLoss, sum_rows
+from kd.losses.targets import Head
 
 TAILS = ("bucket", "ignore")
-INFINITE_WITHOUT_TAIL = ("reverse_kl", "mixed_kl")
 
 
 def sparse_distillation_loss(
@@ -58,7 +59,7 @@ def sparse_distillation_loss(
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
     reduction: Literal["sum", "mean"] = "sum",
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     row_index: Tensor | None = None,
     backend: Literal["auto", "reference", "torch"] = "auto",
 ) -> DistillationLoss:
@@ -68,33 +69,36 @@ def sparse_distillation_loss(
     Arguments that are not named here are those of `distillation_loss`, but that kd is reported at
     kd_weight=0 too. Memory and products are those of the student alone, 2 * N * V * 3 * H FLOP.
 
-    Args: teacher_ids: (..., K), int64, distinct tokens below the vocabulary in each supervised row.
+    Args:
+        teacher_ids: (..., K), int64, distinct tokens below the vocabulary in each supervised row.
         teacher_logprobs: (..., K), their log-probabilities at `temperature`, of the teacher's whole
-        vocabulary; -inf
-            for a token that is there to fill K.
+            vocabulary; -inf for a token that is there to fill K.
         tail: "bucket": the mass that the K tokens leave is the teacher's probability of all other
             tokens together. "ignore": it is dropped, and the teacher's K probabilities are scaled
             to sum to 1; the student's probability of other tokens remains, and is pushed towards 0.
             reverse_kl and mixed_kl are then infinite, and refused.
         backend: "torch", "reference" (full logits, plain autograd), or "auto", which is "torch".
 
-    Raises: ValueError: as `distillation_loss`; positive log-probabilities, or ids that repeat or
-        leave the vocabulary (on
-            the CPU; elsewhere an asynchronous assertion).
+    Raises:
+        ValueError: as `distillation_loss`; positive log-probabilities, or ids that repeat or leave
+            the vocabulary (on the CPU; elsewhere an asynchronous assertion).
     """
     check_choice("backend", backend, ("auto", "reference", "torch"))
     check_choice("reduction", reduction, ("sum", "mean"))
     check_choice("tail", tail, TAILS)
     check_size("chunk_size", chunk_size)
     objective = Objective(divergence, beta, alpha, mix_weight, temperature, kd_weight, ce_weight)
-    if tail == "ignore" and divergence in INFINITE_WITHOUT_TAIL:
+    if tail == "ignore" and objective.spec.infinite_without_tail:
         raise ValueError(
             f"tail='ignore', divergence={divergence!r}: infinite wherever p is 0; choose "
             f"tail='bucket'"
         )
+    student = Head(student_head, student_bias, student_softcap, student_scale)
     with torch.autocast(labels.device.type, enabled=False):
         inputs = supervised_inputs(
-            Projection(student_hidden, student_head, student_bias, student_softcap, student_scale),
+            student_hidden,
+            student,
+            None,
             None,
             labels,
             objective,
@@ -106,7 +110,7 @@ def sparse_distillation_loss(
             logits_dtype=logits_dtype,
         )
         check_top_k(teacher_ids, teacher_logprobs, labels, inputs.row_index_N, inputs.vocab_size)
-        ids_NK, logprobs_NK = (
+        top_NK, logprobs_NK = (
             tensor.detach().reshape(-1, tensor.shape[-1]).index_select(0, inputs.row_index_N)
             for tensor in (teacher_ids, teacher_logprobs)
         )
@@ -114,22 +118,14 @@ def sparse_distillation_loss(
         if backend == "reference":
             logits_NV, _ = reference_logits(inputs)
             ce_N = torch.nn.functional.cross_entropy(logits_NV, inputs.labels_N, reduction="none")
-            kd_N = top_k_kd_rows(logits_NV, ids_NK, logprobs_NK, tail, objective)
-            kd, ce = (kd_N * inputs.weights_N).sum(), (ce_N * inputs.weights_N).sum()
-            loss = kd_weight * kd + ce_weight * ce
-        else:
-            plan = plan_chunks(
-                inputs.vocab_size, inputs.logits_dtype, has_teacher=False, chunk_size=chunk_size
-            )
-            values = RowValues.empty(inputs)
-            fill = _fill_from_top_k(inputs, ids_NK, _with_tail(logprobs_NK, tail), values)
-            loss, kd, ce = chunked_loss(inputs, fill, values, plan.student_rows)
-    return DistillationLoss(
-        loss,
-        kd.detach(),
-        ce.detach(),
-        torch.full((), inputs.labels_N.shape[0], device=labels.device),
-    )
+            kd_N = top_k_kd_rows(logits_NV, top_NK, logprobs_NK, tail, objective)
+            return sum_rows(inputs, kd_N, ce_N)
+        inputs = replace(inputs, top_NK=top_NK, log_p_NO=_with_tail(logprobs_NK, tail))
+        plan = plan_chunks(
+            inputs.vocab_size, inputs.logits_dtype, has_teacher=False, chunk_size=chunk_size
+        )
+        result, _ = chunked_loss(inputs, plan, top_k_rows)
+        return result
 
 
 def _with_tail(logprobs_NK: Tensor, tail: str) -> Tensor:
@@ -142,70 +138,43 @@ def _with_tail(logprobs_NK: Tensor, tail: str) -> Tensor:
     return torch.log_softmax(log_p_NO.clamp_min(math.log(least)), dim=1)
 
 
-def _fill_from_top_k(
-    inputs: Inputs, ids_NK: Tensor, log_p_NO: Tensor, values: RowValues
-) -> FillRows:
-    """Return what fills `values` from the teacher's outcomes, a block of rows at a time."""
-    student = inputs.student.slice_head(inputs.vocab_size)
+def top_k_rows(
+    rows: RowChunk, objective: Objective, student: Head, teacher: Head | None = None
+) -> None:
+    """The `RowFunction` of a teacher of which `rows` hold the K tokens."""
+    temperature, dtype = objective.temperature, rows.weights_C.dtype
+    for block in rows.blocks():
+        assert block.top_CK is not None
+        assert block.log_p_CO is not None
+        top_BK, log_p_BO = block.top_CK, block.log_p_CO
+        logits_BV = finish_logits(block.student_CV, student, dtype)
+        q1_BV, lse_q1_B1, _ = softmax(logits_BV)  # at T = 1, for cross-entropy
+        log_q1_label_B1 = logits_BV.gather(1, block.labels_C[:, None]) - lse_q1_B1
+        torch.neg(log_q1_label_B1.squeeze(1), out=block.ce_C)
 
-    def fill(chunk: slice, student_CV: Tensor, dlogits_CV: Tensor | None) -> None:
-        step = block_rows(student_CV)
-        for start in range(0, student_CV.shape[0], step):
-            block = slice(start, start + step)
-            rows = slice(chunk.start + start, min(chunk.start + start + step, chunk.stop))
-            logits_BV = finish_logits(student_CV[block], student, inputs.weights_N.dtype)
-            kd_B, ce_B, dlogits_BV = _block(
-                logits_BV,
-                ids_NK[rows],
-                log_p_NO[rows],
-                inputs.labels_N[rows],
-                inputs.weights_N[rows],
-                inputs.objective,
-                needs_grad=dlogits_CV is not None,
-            )
-            values.kd_N[rows], values.ce_N[rows] = kd_B, ce_B
-            if dlogits_CV is not None and dlogits_BV is not None:
-                dlogits_CV[block] = logits_backward_(dlogits_BV, logits_BV, student)
+        tail_BV = logits_BV / temperature
+        x_top_BK = tail_BV.gather(1, top_BK)
+        tail_BV.scatter_(1, top_BK, -torch.inf)
+        # clamped, since all V tokens may be the teacher's: then the tail is empty
+        lse_tail_B1 = torch.logsumexp(tail_BV, dim=-1, keepdim=True).clamp_min(
+            torch.finfo(dtype).min
+        )
+        log_q_BO = torch.log_softmax(torch.cat([x_top_BK, lse_tail_B1], dim=1), dim=1)
+        log_q_BO.clamp_min_(math.log(torch.finfo(dtype).tiny))
+        q_BO = log_q_BO.exp()
+        divergence_B, w_BO = objective.spec.of_rows(
+            log_p_BO.exp(), q_BO, log_p_BO - log_q_BO, objective.parameter
+        )
+        # below 0 by rounding alone
+        torch.mul(divergence_B.clamp_min(0), temperature**2, out=block.kd_C)
+        if block.dlogits_CV is None:
+            continue
 
-    return fill
-
-
-def _block(
-    logits_BV: Tensor,
-    ids_BK: Tensor,
-    log_p_BO: Tensor,
-    labels_B: Tensor,
-    weights_B: Tensor,
-    objective: Objective,
-    *,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return kd and ce of each row, and the gradient of the finished logits."""
-    temperature = objective.temperature
-    q1 = softmax(logits_BV, None)  # at T = 1, for cross-entropy
-    log_q1_label_B1 = gather_labels(logits_BV, labels_B, None) - q1.lse_B1
-
-    tail_BV = logits_BV / temperature
-    top_BK = tail_BV.gather(1, ids_BK)
-    tail_BV.scatter_(1, ids_BK, -torch.inf)
-    # clamped, since all V tokens may be the teacher's: then the tail is empty
-    lse_tail_B1 = torch.logsumexp(tail_BV, dim=-1, keepdim=True).clamp_min(
-        torch.finfo(tail_BV.dtype).min
-    )
-    log_q_BO = torch.log_softmax(torch.cat([top_BK, lse_tail_B1], dim=1), dim=1)
-    log_q_BO.clamp_min_(math.log(torch.finfo(log_q_BO.dtype).tiny))
-    q_BO = log_q_BO.exp()
-    kd_of = DIVERGENCE[objective.divergence]
-    divergence_B, w_BO = kd_of(log_p_BO.exp(), q_BO, log_p_BO - log_q_BO, objective.parameter)
-    kd_B = temperature**2 * divergence_B.clamp_min(0)  # below 0 by rounding alone
-    if not needs_grad:
-        return kd_B, -log_q1_label_B1.squeeze(1), None
-
-    scale_B1 = objective.kd_weight * temperature * weights_B[:, None]
-    g_BO = scale_B1 * (w_BO - q_BO * w_BO.sum(-1, keepdim=True))
-    dlogits_BV = tail_BV.sub_(lse_tail_B1).exp_().mul_(g_BO[:, -1:])
-    dlogits_BV.scatter_(1, ids_BK, g_BO[:, :-1])
-    if objective.ce_weight:
-        scale_B1 = objective.ce_weight * weights_B[:, None]
-        add_ce_gradient_(dlogits_BV, q1.probability_BV, log_q1_label_B1, labels_B, scale_B1)
-    return kd_B, -log_q1_label_B1.squeeze(1), dlogits_BV
+        scale_B1 = objective.kd_weight * temperature * block.weights_C[:, None]
+        g_BO = scale_B1 * (w_BO - q_BO * w_BO.sum(-1, keepdim=True))
+        dlogits_BV = tail_BV.sub_(lse_tail_B1).exp_().mul_(g_BO[:, -1:])
+        dlogits_BV.scatter_(1, top_BK, g_BO[:, :-1])
+        if objective.ce_weight:
+            scale_B1 = objective.ce_weight * block.weights_C[:, None]
+            add_ce_gradient_(dlogits_BV, q1_BV, log_q1_label_B1, block.labels_C, scale_B1)
+        block.dlogits_CV.copy_(logits_backward_(dlogits_BV, logits_BV, student))

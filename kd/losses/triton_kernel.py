@@ -8,15 +8,12 @@ last pass runs backwards: it begins with what the cache still holds, and a bf16 
 written into the second half of the fp32 row that it replaces (`kd.losses.heads.gradient_view`).
 
 Names: s are finished logits of the student at T = 1, x = s / T, y the teacher's; q = softmax(x), p
-    = softmax(y); a lane
-is one of BLOCK columns. V and whatever decides the code are compile-time constants. The number of
-rows is not, and changes freely.
+= softmax(y); a lane is one of BLOCK columns. V and whatever decides the code are compile-time
+constants. The number of rows is not, and changes freely.
 """
 
 import triton
 import triton.language as tl
-
-NUM_SUMS = tl.constexpr(12)
 
 # A masked lane: its exp() is zero, and the difference of two is finite.
 NEVER = tl.constexpr(-1e30)
@@ -30,9 +27,7 @@ NEVER = tl.constexpr(-1e30)
         "kd_ptr",
         "ce_ptr",
         "diagnostics_ptr",
-        "sums_ptr",
     ],
-    do_not_specialize=["vocab_offset"],
 )
 def row_kernel(
     student_ptr,
@@ -45,11 +40,9 @@ def row_kernel(
     ce_ptr,
     dlogits_ptr,
     diagnostics_ptr,
-    sums_ptr,
     student_stride,
     teacher_stride,
     dlogits_stride,
-    vocab_offset,
     temperature: tl.float64,
     parameter: tl.float64,
     kd_weight: tl.float64,
@@ -65,15 +58,11 @@ def row_kernel(
     TEMPERED: tl.constexpr,
     STUDENT_FINISH: tl.constexpr,
     TEACHER_FINISH: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
 ):
-    """Passes FIRST to LAST, of sums (0), mixture (1) and gradient (2), of one row.
+    """Values, diagnostics and gradient of one row; what a pointer of None would receive is not
+    computed.
 
-    What a pointer of None would receive is not computed. `sums` are log(sum(exp)) of x, y and s
-    (columns 0-2); reverse KL and mean of x over q (3, 4); forward KL and mean of y over p (5, 6);
-    the label's logit (7); maxima of x and y (8, 9); divergence and sum(w) of a mixture (10, 11).
-    FINISH: 1 for a scale, 2 for a softcap, 3 for both.
+    DIVERGENCE is "none" without a teacher. FINISH: 1 for a scale, 2 for a softcap, 3 for both.
     """
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = weights_ptr.dtype.element_ty
@@ -97,50 +86,117 @@ def row_kernel(
         tl.full((), teacher_cap, dtype),
         tl.full((), teacher_scale, dtype),
     )
-    label = tl.load(labels_ptr + row) - vocab_offset
-    sums_row = sums_ptr
-    if sums_ptr is not None:
-        sums_row = sums_ptr + row * NUM_SUMS
+    label = tl.load(labels_ptr + row)
 
-    if FIRST == 0:
-        sums = _no_sums(BLOCK, dtype)
-        # Differences of logits are summed less that of the first token: an offset between models
-        # costs no digits.
-        shift = label.to(dtype) * 0.0
-        if DIVERGENCE != "none":
-            first = label * 0
-            shift = _tempered(
-                _finished(student, first, dtype, V, STUDENT_FINISH, False), T, TEMPERED
-            )
-            shift -= _tempered(
-                _finished(teacher, first, dtype, V, TEACHER_FINISH, False), T, TEMPERED
-            )
+    sums = _no_sums(BLOCK, dtype)
+    # Differences of logits are summed less that of the first token: an offset between models
+    # costs no digits.
+    shift = label.to(dtype) * 0.0
+    if DIVERGENCE != "none":
+        first = label * 0
+        shift = _tempered(_finished(student, first, dtype, V, STUDENT_FINISH, False), T, TEMPERED)
+        shift -= _tempered(_finished(teacher, first, dtype, V, TEACHER_FINISH, False), T, TEMPERED)
+    for i in range(NUM_FULL):
+        cols = i * BLOCK + lanes
+        sums = _sum_tile(
+            sums,
+            student,
+            teacher,
+            cols,
+            shift,
+            T,
+            V,
+            DIVERGENCE,
+            TEMPERED,
+            DIAGNOSTICS,
+            STUDENT_FINISH,
+            TEACHER_FINISH,
+            False,
+        )
+    if V % BLOCK:
+        cols = NUM_FULL * BLOCK + lanes
+        sums = _sum_tile(
+            sums,
+            student,
+            teacher,
+            cols,
+            shift,
+            T,
+            V,
+            DIVERGENCE,
+            TEMPERED,
+            DIAGNOSTICS,
+            STUDENT_FINISH,
+            TEACHER_FINISH,
+            True,
+        )
+    lses, means, tops = _row_sums(sums, shift, DIVERGENCE, TEMPERED)
+    lse_x, lse_y, lse_s = lses
+    reverse_kl, mean_x, forward_kl, mean_y = means
+    # Stored as soon as it is known: kept to the end, it costs registers that would then be spilled.
+    tl.store(ce_ptr + row, lse_s - _finished(student, label, dtype, V, STUDENT_FINISH, False))
+
+    if IS_MIXTURE:
+        terms = (tl.zeros((BLOCK,), dtype), tl.zeros((BLOCK,), dtype))
         for i in range(NUM_FULL):
             cols = i * BLOCK + lanes
-            sums = _sum_tile(
-                sums,
+            terms = _mixture_tile(
+                terms,
                 student,
                 teacher,
                 cols,
-                shift,
                 T,
+                lses,
+                parameter,
                 V,
                 DIVERGENCE,
                 TEMPERED,
-                DIAGNOSTICS,
                 STUDENT_FINISH,
                 TEACHER_FINISH,
                 False,
             )
         if V % BLOCK:
             cols = NUM_FULL * BLOCK + lanes
-            sums = _sum_tile(
-                sums,
+            terms = _mixture_tile(
+                terms,
                 student,
                 teacher,
                 cols,
-                shift,
                 T,
+                lses,
+                parameter,
+                V,
+                DIVERGENCE,
+                TEMPERED,
+                STUDENT_FINISH,
+                TEACHER_FINISH,
+                True,
+            )
+        values, w_sums = terms
+        value, w_sum = tl.sum(values, 0), tl.sum(w_sums, 0)
+    else:
+        value, w_sum = _from_sums(means, parameter, DIVERGENCE)
+
+    weight = tl.load(weights_ptr + row)
+    kd_scale = weight * tl.full((), kd_weight, dtype) * T
+    ce_scale = weight * tl.full((), ce_weight, dtype)
+    agrees = tl.zeros((BLOCK,), tl.int32)
+    if dlogits_ptr is not None or DIAGNOSTICS:
+        dlogits_row = dlogits_ptr
+        if dlogits_ptr is not None:
+            dlogits_row = dlogits_ptr + row * dlogits_stride
+        scalars = (lse_x, lse_y, lse_s, w_sum, parameter, kd_scale, ce_scale, T)
+        if V % BLOCK:
+            cols = NUM_FULL * BLOCK + lanes
+            agrees = _gradient_tile(
+                agrees,
+                dlogits_row,
+                student,
+                teacher,
+                cols,
+                label,
+                tops,
+                scalars,
                 V,
                 DIVERGENCE,
                 TEMPERED,
@@ -149,145 +205,33 @@ def row_kernel(
                 TEACHER_FINISH,
                 True,
             )
-        lses, means, tops = _row_sums(sums, shift, DIVERGENCE, TEMPERED)
-        is_mine = (label >= 0) & (label < V)
-        label_logit = _finished(
-            student, tl.where(is_mine, label, 0), dtype, V, STUDENT_FINISH, False
-        )
-        label_logit = tl.where(is_mine, label_logit, 0.0)
-    else:
-        lses = (tl.load(sums_row), tl.load(sums_row + 1), tl.load(sums_row + 2))
-        means = (
-            tl.load(sums_row + 3),
-            tl.load(sums_row + 4),
-            tl.load(sums_row + 5),
-            tl.load(sums_row + 6),
-        )
-        label_logit = tl.load(sums_row + 7)
-        tops = (tl.load(sums_row + 8), tl.load(sums_row + 9))
-    lse_x, lse_y, lse_s = lses
-    reverse_kl, mean_x, forward_kl, mean_y = means
-
-    value, w_sum = _from_sums(means, parameter, DIVERGENCE)
-    if IS_MIXTURE:
-        if FIRST <= 1 and LAST >= 1:
-            terms = (tl.zeros((BLOCK,), dtype), tl.zeros((BLOCK,), dtype))
-            for i in range(NUM_FULL):
-                cols = i * BLOCK + lanes
-                terms = _mixture_tile(
-                    terms,
-                    student,
-                    teacher,
-                    cols,
-                    T,
-                    lses,
-                    parameter,
-                    V,
-                    DIVERGENCE,
-                    TEMPERED,
-                    STUDENT_FINISH,
-                    TEACHER_FINISH,
-                    False,
-                )
-            if V % BLOCK:
-                cols = NUM_FULL * BLOCK + lanes
-                terms = _mixture_tile(
-                    terms,
-                    student,
-                    teacher,
-                    cols,
-                    T,
-                    lses,
-                    parameter,
-                    V,
-                    DIVERGENCE,
-                    TEMPERED,
-                    STUDENT_FINISH,
-                    TEACHER_FINISH,
-                    True,
-                )
-            values, w_sums = terms
-            value, w_sum = tl.sum(values, 0), tl.sum(w_sums, 0)
-        if FIRST == 2:
-            value, w_sum = tl.load(sums_row + 10), tl.load(sums_row + 11)
-
-    if LAST < 2:
-        top_x, top_y = tops
-        for_store = (
-            lse_x,
-            lse_y,
-            lse_s,
-            reverse_kl,
-            mean_x,
-            forward_kl,
-            mean_y,
-            label_logit,
-            top_x,
-            top_y,
-            value,
-            w_sum,
-        )
-        for k in tl.static_range(NUM_SUMS):
-            tl.store(sums_row + k, for_store[k])
-    else:
-        weight = tl.load(weights_ptr + row)
-        kd_scale, ce_scale = (
-            weight * tl.full((), kd_weight, dtype) * T,
-            weight * tl.full((), ce_weight, dtype),
-        )
-        agrees = tl.zeros((BLOCK,), tl.int32)
-        if dlogits_ptr is not None or DIAGNOSTICS:
-            dlogits_row = dlogits_ptr
-            if dlogits_ptr is not None:
-                dlogits_row = dlogits_ptr + row * dlogits_stride
-            scalars = (lse_x, lse_y, lse_s, w_sum, parameter, kd_scale, ce_scale, T)
-            if V % BLOCK:
-                cols = NUM_FULL * BLOCK + lanes
-                agrees = _gradient_tile(
-                    agrees,
-                    dlogits_row,
-                    student,
-                    teacher,
-                    cols,
-                    label,
-                    tops,
-                    scalars,
-                    V,
-                    DIVERGENCE,
-                    TEMPERED,
-                    DIAGNOSTICS,
-                    STUDENT_FINISH,
-                    TEACHER_FINISH,
-                    True,
-                )
-            for i in range(NUM_FULL):
-                cols = (NUM_FULL - 1 - i) * BLOCK + lanes
-                agrees = _gradient_tile(
-                    agrees,
-                    dlogits_row,
-                    student,
-                    teacher,
-                    cols,
-                    label,
-                    tops,
-                    scalars,
-                    V,
-                    DIVERGENCE,
-                    TEMPERED,
-                    DIAGNOSTICS,
-                    STUDENT_FINISH,
-                    TEACHER_FINISH,
-                    False,
-                )
-        tl.store(kd_ptr + row, T * T * value)
-        tl.store(ce_ptr + row, lse_s - label_logit)
-        if DIAGNOSTICS:
-            diagnostics_row = diagnostics_ptr + row * 5
-            tl.store(diagnostics_row, forward_kl)
-            tl.store(diagnostics_row + 1, reverse_kl)
-            tl.store(diagnostics_row + 2, lse_x - mean_x)
-            tl.store(diagnostics_row + 3, lse_y - mean_y)
-            tl.store(diagnostics_row + 4, tl.max(agrees, 0).to(dtype))
+        for i in range(NUM_FULL):
+            cols = (NUM_FULL - 1 - i) * BLOCK + lanes
+            agrees = _gradient_tile(
+                agrees,
+                dlogits_row,
+                student,
+                teacher,
+                cols,
+                label,
+                tops,
+                scalars,
+                V,
+                DIVERGENCE,
+                TEMPERED,
+                DIAGNOSTICS,
+                STUDENT_FINISH,
+                TEACHER_FINISH,
+                False,
+            )
+    tl.store(kd_ptr + row, T * T * value)
+    if DIAGNOSTICS:
+        diagnostics_row = diagnostics_ptr + row * 5
+        tl.store(diagnostics_row, forward_kl)
+        tl.store(diagnostics_row + 1, reverse_kl)
+        tl.store(diagnostics_row + 2, lse_x - mean_x)
+        tl.store(diagnostics_row + 3, lse_y - mean_y)
+        tl.store(diagnostics_row + 4, tl.max(agrees, 0).to(dtype))
 
 
 @triton.jit
@@ -413,9 +357,7 @@ def _across_lanes(top, total):
 
 @triton.jit
 def _from_sums(means, parameter, DIVERGENCE: tl.constexpr):
-    """The divergence and sum(w), where the first pass tells them; zeros for a mixture and without a
-    teacher.
-    """
+    """The divergence and sum(w), which the first pass tells; zeros without a teacher."""
     reverse, mean_x, forward, _ = means
     value = mean_x * 0.0
     w_sum = value
@@ -428,6 +370,8 @@ def _from_sums(means, parameter, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == "mixed_kl":
         value = parameter * forward + (1.0 - parameter) * reverse
         w_sum = (1.0 - parameter) * reverse - parameter
+    else:
+        tl.static_assert(DIVERGENCE == "none", "the first pass does not know this divergence")
     return value, w_sum
 
 
@@ -456,10 +400,12 @@ def _terms(log_p, log_q, q, parameter, DIVERGENCE: tl.constexpr):
         p = tl.exp(log_p)
         w = (parameter - 1.0) * p * tl.exp(log_q - log_m)
         value = p * (log_p - log_m)
-    else:
-        log_ratio = log_q - _log_mixture(log_q, log_p, parameter)  # skew_reverse_kl
+    elif DIVERGENCE == "skew_reverse_kl":
+        log_ratio = log_q - _log_mixture(log_q, log_p, parameter)
         w = q * (log_ratio - parameter * tl.exp(log_ratio))
         value = q * log_ratio
+    else:
+        tl.static_assert(False, "_terms does not know this divergence")
     return value, w
 
 

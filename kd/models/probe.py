@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedModel
 
 from kd.errors import UserError
-from kd.losses.heads import Projection
 from kd.losses.reference import full_logits
 from kd.models.head import backbone, head_of
 
@@ -101,7 +100,7 @@ def _check_head(
         and lm_head is not None
         and lm_head.weight.shape == (logits.shape[-1], hidden.shape[-1])
     ):
-        ours = full_logits(Projection(hidden.flatten(0, 1), *head_of(model)), torch.float32)
+        ours = full_logits(hidden.flatten(0, 1), head_of(model), torch.float32)
         error = _relative_error(ours, logits.flatten(0, 1))
     if not error <= HEAD_TOLERANCE[model.dtype]:
         raise UserError(

@@ -19,7 +19,7 @@ from kd.losses import (
     DenseTargets,
     Targets,
     TopKTargets,
-    distillation_loss_with_diagnostics,
+    distillation_loss,
     sparse_distillation_loss,
 )
 from kd.models.head import backbone, head_of
@@ -83,7 +83,7 @@ class HeadLoss(nn.Module):
                 )
             case DenseTargets() | None:
                 teacher = targets.head if targets else None
-                result, rows = distillation_loss_with_diagnostics(
+                result, rows = distillation_loss(
                     hidden_BLH,
                     head.weight_VH,
                     targets.hidden_BLH if targets else None,
@@ -106,6 +106,7 @@ class HeadLoss(nn.Module):
                     logits_dtype=logits_dtype,
                     row_index=row_index_N,
                     backend=settings.backend,
+                    return_diagnostics=True,
                 )
         rows_MN = None if rows is None else torch.stack(rows)
         return BatchLoss(result.loss, result.kd, result.ce, rows_MN)

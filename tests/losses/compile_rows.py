@@ -5,7 +5,6 @@ Triton's own launcher runs, up to the launch: its specialisation and its cache a
 A script, for in the process of the other tests Triton interprets.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -15,18 +14,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import triton
 from triton.backends.compiler import GPUTarget
 
 import kd.losses.chunked
 import kd.losses.heads
-from kd.losses import DIVERGENCES, Objective
+from kd.losses import DIVERGENCES, Head, Objective
 from kd.losses.chunk_plan import ChunkPlan
-from kd.losses.chunked import RowValues, chunked_loss, fill_from_teacher
-from kd.losses.heads import Projection
+from kd.losses.chunked import chunked_loss
+from kd.losses.divergences import DIVERGENCE_TABLE
 from kd.losses.inputs import supervised_inputs
-from kd.losses.sharding import VocabShard
 from kd.losses.triton_kernel import row_kernel
 from kd.losses.triton_rows import triton_rows
 
@@ -64,7 +61,7 @@ def compiled():
     return list(row_kernel.device_caches[DEVICE][0].values())
 
 
-def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True, shard=None):
+def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True):
     """The chunk loop on the CPU, with whatever a kernel that never ran leaves."""
     dtype = torch.bfloat16
     weights = (
@@ -73,14 +70,10 @@ def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True, 
     )
     bias = None if softcap is None else torch.zeros(VOCAB_SIZE, dtype=dtype)
     inputs = supervised_inputs(
-        Projection(
-            torch.zeros(num_rows, 4, dtype=dtype),
-            weights[0],
-            bias,
-            softcap,
-            1.0 if softcap is None else 0.5,
-        ),
-        Projection(torch.zeros(num_rows, 6, dtype=dtype), weights[1]),
+        torch.zeros(num_rows, 4, dtype=dtype),
+        Head(weights[0], bias, softcap, 1.0 if softcap is None else 0.5),
+        torch.zeros(num_rows, 6, dtype=dtype),
+        Head(weights[1], None, None, 1.0),
         torch.zeros(num_rows, dtype=torch.int64),
         objective or Objective(),
         token_weights=None,
@@ -90,11 +83,7 @@ def run(num_rows, objective=None, plan=PLAN, *, softcap=None, diagnostics=True, 
         vocab_size=None,
         logits_dtype=None,
     )
-    inputs = dataclasses.replace(inputs, shard=shard)
-    values = RowValues.empty(inputs, diagnostics=diagnostics)
-    chunked_loss(
-        inputs, fill_from_teacher(inputs, triton_rows, plan, values), values, plan.student_rows
-    )
+    chunked_loss(inputs, plan, triton_rows, with_diagnostics=diagnostics)
 
 
 def resources(kernel):
@@ -110,6 +99,20 @@ def resources(kernel):
         key: int(value)
         for key, value in (part.split(":") for part in line.split() if part.count(":") == 1)
     }
+
+
+def refusal_of_an_unknown(is_mixture):
+    """What the compiler says of a divergence that stands in the table alone."""
+    DIVERGENCE_TABLE["unheard_of"] = DIVERGENCE_TABLE["tvd"]._replace(is_mixture=is_mixture)
+    try:
+        run(9, Objective("unheard_of"))
+    except triton.compiler.CompilationError as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return str(error)
+    finally:
+        del DIVERGENCE_TABLE["unheard_of"]
+    return ""
 
 
 def main():
@@ -131,13 +134,8 @@ def main():
     kernels["sm_90 everything at once"] = resources(compiled()[-1])
     run(9, Objective(kd_weight=0.0), diagnostics=False)
     kernels["sm_90 cross-entropy"] = resources(compiled()[-1])
-    dist.all_reduce = lambda *_, **__: None
-    for divergence in DIVERGENCES:
-        num_before = len(compiled())
-        run(9, Objective(divergence), shard=VocabShard(None, 0, VOCAB_SIZE, VOCAB_SIZE))
-        for number, kernel in enumerate(compiled()[num_before:]):
-            kernels[f"sm_90 {divergence} of a slice, launch {number}"] = resources(kernel)
-    json.dump({"counts": counts, "kernels": kernels}, sys.stdout)
+    refusals = [refusal_of_an_unknown(is_mixture) for is_mixture in (False, True)]
+    json.dump({"counts": counts, "kernels": kernels, "refusals": refusals}, sys.stdout)
 
 
 if __name__ == "__main__":

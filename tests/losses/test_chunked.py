@@ -13,10 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd.losses import DIVERGENCES, Objective, distillation_loss
+from kd.losses import DIVERGENCES, Head, Objective, distillation_loss
 from kd.losses.chunk_plan import ChunkPlan
-from kd.losses.chunked import RowValues, chunked_loss, fill_from_teacher
-from kd.losses.heads import Projection
+from kd.losses.chunked import chunked_loss
 from kd.losses.inputs import supervised_inputs
 from kd.losses.row_functions import torch_rows
 
@@ -153,8 +152,10 @@ def test_with_row_index_nothing_reads_a_value_from_the_device(
     )
     learners = [tensor.requires_grad_() for tensor in (hidden, head, bias)]
     inputs = supervised_inputs(
-        Projection(hidden, head, bias, softcap=5.0, scale=0.5),
-        Projection(teacher_hidden, teacher_head),
+        hidden,
+        Head(head, bias, softcap=5.0, scale=0.5),
+        teacher_hidden,
+        Head(teacher_head, None, None, 1.0),
         labels,
         Objective(divergence, temperature=2.0),
         token_weights=torch.ones(13, device="meta"),
@@ -164,12 +165,9 @@ def test_with_row_index_nothing_reads_a_value_from_the_device(
         vocab_size=30,
         logits_dtype=None,
     )
-    values = RowValues.empty(inputs, diagnostics=True)
-    loss, _, _ = chunked_loss(
-        inputs, fill_from_teacher(inputs, torch_rows, ChunkPlan(4, 2), values), values, 4
-    )
-    loss.backward()
-    assert loss.dtype == values.kd_N.dtype == values.diagnostics_N5.dtype == torch.float32
+    result, rows = chunked_loss(inputs, ChunkPlan(4, 2), torch_rows, with_diagnostics=True)
+    result.loss.backward()
+    assert result.loss.dtype == result.kd.dtype == rows.forward_kl.dtype == torch.float32
     assert [(t.grad.shape, t.grad.dtype) for t in learners] == [(t.shape, dtype) for t in learners]
 
 

@@ -33,9 +33,14 @@ def test_no_number_of_rows_and_no_chunk_compiles_the_kernel_anew(report):
 
 def test_every_kernel_compiles_and_spills_no_register(report):
     kernels = report["kernels"]
-    # two or three launches for a slice of the vocabulary
-    assert len(kernels) == 2 * len(DIVERGENCES) + 3 + (2 * 3 + 3 * 4)
+    assert len(kernels) == 2 * len(DIVERGENCES) + 3
     for name, resources in kernels.items():
         assert resources["LOCAL"] == resources["STACK"] == 0, name
         # of 65536 a multiprocessor, with 256 threads a row: two rows at a time at least
         assert 0 < resources["REG"] <= 128, name
+
+
+def test_a_divergence_that_the_kernel_does_not_know_does_not_compile(report):
+    from_sums, from_mixture = report["refusals"]
+    assert "the first pass does not know this divergence" in from_sums
+    assert "_terms does not know this divergence" in from_mixture

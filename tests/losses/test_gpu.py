@@ -9,12 +9,7 @@ import torch
 from test_distillation import CASES, OPTIONS, assert_same
 from test_precision import nearly_matched, relative_error
 
-from kd.losses import (
-    DIVERGENCES,
-    distillation_loss,
-    distillation_loss_with_diagnostics,
-    sparse_distillation_loss,
-)
+from kd.losses import DIVERGENCES, distillation_loss, sparse_distillation_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +53,7 @@ def test_diagnostics_and_gradients_over_many_tiles_equal_those_in_float64(
         hidden, head = (
             t.clone().requires_grad_() for t in (problem.student_hidden, problem.student_head)
         )
-        result, diagnostics = distillation_loss_with_diagnostics(
+        result, diagnostics = distillation_loss(
             hidden,
             head,
             problem.teacher_hidden,
@@ -68,6 +63,7 @@ def test_diagnostics_and_gradients_over_many_tiles_equal_those_in_float64(
             temperature=2.0,
             chunk_size=64,
             backend=backend,
+            return_diagnostics=True,
         )
         result.loss.backward()
         results.append((result.loss.detach(), torch.stack(diagnostics), hidden.grad, head.grad))
@@ -178,7 +174,7 @@ def test_with_row_index_the_host_never_waits_and_nothing_is_compiled_twice(make_
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first may compile
         try:
-            result, _ = distillation_loss_with_diagnostics(
+            result, _ = distillation_loss(
                 p.student_hidden.requires_grad_(),
                 p.student_head.requires_grad_(),
                 p.teacher_hidden,
@@ -187,6 +183,7 @@ def test_with_row_index_the_host_never_waits_and_nothing_is_compiled_twice(make_
                 row_index=row_index,
                 chunk_size=5,
                 backend=backend,
+                return_diagnostics=True,
             )
             result.loss.backward()
         finally:

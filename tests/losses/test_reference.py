@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd.losses import DIVERGENCES, Objective
-from kd.losses.heads import Projection
+from kd.losses import DIVERGENCES, Head, Objective
 from kd.losses.reference import full_logits, kd_rows
 
 
@@ -61,5 +60,6 @@ def test_logits_are_softcap_of_scale_times_the_affine_map():
         np.array([0.5, -0.5]),
     )
     expected = 2.0 * np.tanh(0.25 * (np.array([[11.0, 7.0]]) + bias) / 2.0)
-    projection = Projection(*map(torch.from_numpy, (hidden, weight, bias)), softcap=2.0, scale=0.25)
-    np.testing.assert_allclose(full_logits(projection, torch.float64).numpy(), expected, rtol=1e-12)
+    head = Head(torch.from_numpy(weight), torch.from_numpy(bias), softcap=2.0, scale=0.25)
+    actual = full_logits(torch.from_numpy(hidden), head, torch.float64)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-12)

@@ -1,25 +1,24 @@
-"""distillation_loss_with_diagnostics: the same loss, and what each supervised row tells."""
-
-import inspect
+"""return_diagnostics: the same loss, and what each supervised row tells."""
 
 import pytest
 import torch
 from backends import BACKENDS
 
-from kd.losses import (
-    DIVERGENCES,
-    RowDiagnostics,
-    distillation_loss,
-    distillation_loss_with_diagnostics,
-)
+from kd.losses import DIVERGENCES, RowDiagnostics, distillation_loss
 
 
 def run(problem, **options):
     hidden, head = (
         t.clone().requires_grad_() for t in (problem.student_hidden, problem.student_head)
     )
-    result, diagnostics = distillation_loss_with_diagnostics(
-        hidden, head, problem.teacher_hidden, problem.teacher_head, problem.labels, **options
+    result, diagnostics = distillation_loss(
+        hidden,
+        head,
+        problem.teacher_hidden,
+        problem.teacher_head,
+        problem.labels,
+        return_diagnostics=True,
+        **options,
     )
     result.loss.backward()
     return result, diagnostics, (hidden.grad, head.grad)
@@ -62,7 +61,7 @@ def test_they_are_divergences_at_the_temperature_without_its_square(make_problem
 def test_a_student_that_is_its_teacher_agrees_everywhere(make_problem):
     p = make_problem(hidden_sizes=(6, 6), ignored=0)
     same = (p.student_hidden, p.student_head)
-    _, diagnostics = distillation_loss_with_diagnostics(*same, *same, p.labels)
+    _, diagnostics = distillation_loss(*same, *same, p.labels, return_diagnostics=True)
     assert diagnostics.forward_kl.abs().max() < 1e-12
     assert torch.equal(diagnostics.student_entropy, diagnostics.teacher_entropy)
     assert diagnostics.student_entropy.min() > 0.1
@@ -72,8 +71,15 @@ def test_a_student_that_is_its_teacher_agrees_everywhere(make_problem):
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_without_a_teacher_there_are_none(make_problem, backend):
     p = make_problem()
-    result, diagnostics = distillation_loss_with_diagnostics(
-        p.student_hidden, p.student_head, None, None, p.labels, kd_weight=0.0, backend=backend
+    result, diagnostics = distillation_loss(
+        p.student_hidden,
+        p.student_head,
+        None,
+        None,
+        p.labels,
+        kd_weight=0.0,
+        backend=backend,
+        return_diagnostics=True,
     )
     assert diagnostics is None
     assert result.ce > 1
@@ -83,21 +89,3 @@ def test_without_a_teacher_there_are_none(make_problem, backend):
 def test_without_a_supervised_row_they_are_empty(make_problem, backend):
     _, diagnostics, _ = run(make_problem(ignored=13), backend=backend)
     assert all(values.shape == (0,) for values in diagnostics)
-
-
-def test_it_takes_the_arguments_of_distillation_loss_and_no_others(make_problem):
-    p = make_problem()
-    with pytest.raises(TypeError, match="divergense"):
-        distillation_loss_with_diagnostics(
-            p.student_hidden,
-            p.student_head,
-            p.teacher_hidden,
-            p.teacher_head,
-            p.labels,
-            divergense="jsd",
-        )
-    assert inspect.signature(distillation_loss_with_diagnostics) == inspect.signature(
-        distillation_loss
-    ).replace(
-        return_annotation=inspect.signature(distillation_loss_with_diagnostics).return_annotation
-    )

@@ -4,12 +4,12 @@ import pytest
 import torch
 from backends import BACKENDS
 
-from kd.losses import DIVERGENCES, Objective
-from kd.losses.heads import Projection, gradient_view
+from kd.losses import DIVERGENCES, Head, Objective
+from kd.losses.heads import gradient_view
 from kd.losses.reference import kd_rows
-from kd.losses.row_functions import Rows, RowSpec, torch_rows
+from kd.losses.row_functions import RowChunk, torch_rows
 
-NOTHING = torch.empty(0)
+PLAIN = Head(torch.empty(0), None, None, 1.0)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -25,12 +25,8 @@ def rows(request):
         dlogits = gradient_view(student, grad_dtype or student.dtype) if needs_grad else None
         kd, ce = torch.full_like(weights, torch.nan), torch.full_like(weights, torch.nan)
         diagnostics = None if teacher is None else weights.new_full((len(weights), 5), torch.nan)
-        spec = RowSpec(
-            objective,
-            Projection(NOTHING, NOTHING),
-            None if teacher is None else Projection(NOTHING, NOTHING),
-        )
-        function(Rows(student, teacher, labels, weights, kd, ce, dlogits, diagnostics), spec)
+        chunk = RowChunk(student, teacher, labels, weights, kd, ce, dlogits, diagnostics)
+        function(chunk, objective, PLAIN, None if teacher is None else PLAIN)
         return kd, ce, dlogits, diagnostics
 
     return run

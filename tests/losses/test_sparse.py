@@ -7,8 +7,7 @@ import itertools
 import pytest
 import torch
 
-from kd.losses import DIVERGENCES, distillation_loss, sparse_distillation_loss
-from kd.losses.heads import Projection
+from kd.losses import DIVERGENCES, Head, distillation_loss, sparse_distillation_loss
 from kd.losses.reference import full_logits
 
 OPTIONS = {
@@ -45,9 +44,8 @@ CASES = {
 
 def top_k(problem, k, temperature=1.0):
     """The teacher's k most likely tokens of each row and their log-probabilities."""
-    logits = full_logits(
-        Projection(problem.teacher_hidden, problem.teacher_head), problem.teacher_head.dtype
-    )
+    head = Head(problem.teacher_head, None, None, 1.0)
+    logits = full_logits(problem.teacher_hidden, head, problem.teacher_head.dtype)
     log_p, ids = (logits / temperature).log_softmax(-1).topk(k, dim=-1)
     return ids, log_p
 
