@@ -1,9 +1,8 @@
-"""Checkpoints that are whole or absent: written aside, listed in a manifest with checksums, then
-renamed.
+"""Checkpoints that are whole or absent: written aside, with checksums, then renamed.
 
-    checkpoints/step_40/          DeepSpeed's files of every rank, rng_rank*.safetensors
-    checkpoints/step_40/manifest.json   state of the loop, world size, size and SHA-256 of every file
-    checkpoints/.step_60.partial/ a save in progress, or one that was interrupted
+    checkpoints/step_40/            DeepSpeed's files of every rank, rng_rank*.safetensors
+        manifest.json               state of the loop, world size, size and SHA-256 of every file
+    checkpoints/.step_60.partial/   a save in progress, or one that was interrupted
 
 All ranks share the folder, and call every function that does not say rank 0.
 """
@@ -39,8 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write step_{step} with the engine, the random state of each rank and the loop's own `state`
-    (JSON).
+    """Write step_{step}: the engine, each rank's random state, and the loop's `state` (JSON).
 
     Raises UserError when it cannot be written (a full disk); earlier checkpoints are not touched.
     """
@@ -89,8 +87,7 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: dict[str, Any])
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint of `folder` that "auto" (the newest whole one, None without one) or a path
-    names.
+    """The checkpoint of `folder` that a path or "auto" names: the newest whole one, or None.
 
     Damaged ones that "auto" passes over are named in the log. Raises UserError for a path that is
     not a whole checkpoint of this folder.
@@ -139,8 +136,7 @@ def damage_of(path: Path) -> str | None:
 
 
 def load_checkpoint(engine: Any, path: Path) -> dict[str, Any]:
-    """Restore weights, optimizer and random state from a whole checkpoint; returns the loop's
-    state.
+    """Restore weights, optimizer and random state; returns the loop's state.
 
     One that another number of ranks wrote is converted first: weights and optimizer are then the
     same, and only a random state, which models with dropout use, begins anew on ranks that have
@@ -230,9 +226,7 @@ def _files(folder: Path) -> list[str]:
 def _checksum(
     path: Path, expected: dict[str, Any] | None = None, *, sync: bool = False
 ) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file; a size that differs from the expected one is returned without
-    reading on.
-    """
+    """{"bytes", "sha256"} of a file; one of an unexpected size is not read to its end."""
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())

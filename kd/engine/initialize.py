@@ -7,9 +7,7 @@ from torch import nn
 
 
 def initialize(module: nn.Module, ds_config: dict[str, Any]) -> Any:
-    """A ZeRO engine around the module: with an optimizer when ds_config has one, else for
-    inference.
-    """
+    """A ZeRO engine: with an optimizer when ds_config has one, else for inference."""
     trained = (
         [p for p in module.parameters() if p.requires_grad] if "optimizer" in ds_config else None
     )

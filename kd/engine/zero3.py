@@ -1,6 +1,4 @@
-"""The only module that knows how ZeRO-3 stores parameters: partitioned loading, gathering,
-consolidation.
-"""
+"""The only module that knows how ZeRO-3 stores parameters: loading, gathering, consolidation."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -40,8 +38,7 @@ def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
 def repartition(
     model: PreTrainedModel, group: dist.ProcessGroup, ds_config: dict[str, Any]
 ) -> None:
-    """Divide the parameters of a model that is partitioned over all ranks over those of `group`
-    instead.
+    """Divide the parameters of a partitioned model over the ranks of `group` instead.
 
     transformers cannot load into groups: rank 0 alone reads the checkpoint, and other groups would
     keep their random start. Done here module by module, so that no rank holds more than its shards
@@ -62,9 +59,7 @@ def repartition(
 
 
 def gathered(*parameters: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
-    """Inside, the given parameters are whole on every rank, for reading. Plain parameters pass
-    unchanged.
-    """
+    """Inside, the parameters are whole on every rank, for reading; plain ones pass unchanged."""
     partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     return (
         GatheredParameters(partitioned, modifier_rank=None)

@@ -1,5 +1,4 @@
-"""Lengths of the sequences that a run reads: of its data where they are here, else of figures that
-somebody states.
+"""Lengths of the sequences that a run reads: of its data where they are here, else as stated.
 
 Shapes: N sequences.
 """
@@ -42,7 +41,8 @@ class DataTraces:
 
     def __str__(self) -> str:
         mean = self.examples.num_tokens_N3.sum(axis=1).mean()
-        return f"of the data: {len(self.examples)} training rows, {mean:.0f} tokens on average, at most {self.longest}"
+        rows = f"{len(self.examples)} training rows"
+        return f"of the data: {rows}, {mean:.0f} tokens on average, at most {self.longest}"
 
     def read(self, recipe: Recipe) -> tuple[Lengths, int]:
         """The sequences of the first epoch under the recipe's truncation, and the optimizer steps
@@ -62,9 +62,7 @@ class DataTraces:
 
 @dataclass(frozen=True)
 class StatedTraces:
-    """A sequence of average length that stands for all, supervised as a whole, and the longest
-    one.
-    """
+    """A sequence of average length that stands for all, and the longest one."""
 
     mean: int
     longest: int
@@ -93,9 +91,7 @@ class StatedTraces:
 
 
 def find_traces(recipe: Recipe) -> DataTraces | StatedTraces:
-    """Those of the data where they can be read here, else what the recipe says of them, and why
-    they cannot.
-    """
+    """Those of the data where they can be read here, else the recipe's, and why."""
     whole = changed(recipe, {"truncation.keep_fraction": 1.0})
     try:
         return DataTraces(load_data(whole, load_tokenizers(recipe)).train)
@@ -146,9 +142,7 @@ def epoch_lengths(loader: Loader) -> Lengths:
 
 
 def step_lengths(loader: Loader, step: int) -> Lengths:
-    """Of one optimizer step over all ranks: those of `Loader.micro_batches`, without reading a
-    token.
-    """
+    """Of one optimizer step, all ranks: as `Loader.micro_batches`, without its tokens."""
     chosen_N = loader.global_batch(step)
     read_N = loader.examples.num_read_tokens[chosen_N]
     longest = read_N.reshape(-1, loader.micro_batch_size).max(axis=1)

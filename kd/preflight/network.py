@@ -37,9 +37,7 @@ def check_port() -> Check:
 def check_bandwidth(
     plan: MemoryPlan, device: torch.device, timeout_minutes: float, minimum: float
 ) -> list[Check]:
-    """Bus bandwidth among the ranks of a node and among all; fails below `minimum` GB/s. Every rank
-    calls it.
-    """
+    """Bus bandwidth in a node and among all; fails below `minimum` GB/s. Every rank calls it."""
     if dist.get_world_size() == 1:
         return [skipped("bandwidth", "a single rank")]
     nodes = ranks_of_nodes()
