@@ -34,7 +34,8 @@ FIXED = "fixed"  # the name of the run of two tokens
 # time.
 BATCH = ("training.global_batch_size=256", "training.micro_batch_size=128")
 HEADER = """\
-| keep | tokens | FLOPs | step ms | above the fixed part | peak GiB of a rank | above the fixed part |
+| keep | tokens | FLOPs | step ms | above the fixed part | peak GiB of a rank \
+| above the fixed part |
 |---|---|---|---|---|---|---|
 """
 

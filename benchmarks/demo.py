@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ("teacher", "student-before", "student-after")
 HEADER = """\
-| recipe | tokens read | teacher | student before | student after (95 %) | training s | median step ms | demo s |
+| recipe | tokens read | teacher | student before | student after (95 %) | training s \
+| median step ms | demo s |
 |---|---|---|---|---|---|---|---|
 """
 

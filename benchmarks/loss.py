@@ -55,15 +55,16 @@ CELL_LIMIT_S = 900
 
 RENDER_COMMAND = "python benchmarks/loss.py --render FILE"
 LEGEND = """\
-Forward and backward, T = 1, no cross-entropy, all rows supervised, gradients of the student's hidden states and head
-for an incoming gradient that is not 1. TFLOP/s count 2 * N * V * (3 * Hs + Ht) for everyone. Floors are the four matrix
-products alone, timed in turn with the loss: bare, each once over all rows, or over slices where a row says so; planned,
-at the chunks and in the logits' dtype of this project's plan, with an fp32 gradient of the head. Peak is memory beyond
-what was resident before the call. Errors are relative L2 errors of loss, gradient of hidden states and gradient of the
-head against float64 on the CPU."""
+Forward and backward, T = 1, no cross-entropy, all rows supervised, gradients of the student's
+hidden states and head for an incoming gradient that is not 1. TFLOP/s count 2 * N * V * (3 * Hs +
+Ht) for everyone. Floors are the four matrix products alone, timed in turn with the loss: bare,
+each once over all rows, or over slices where a row says so; planned, at the chunks and in the
+logits' dtype of this project's plan, with an fp32 gradient of the head. Peak is memory beyond
+what was resident before the call. Errors are relative L2 errors of loss, gradient of hidden
+states and gradient of the head against float64 on the CPU."""
 HEADER = """\
-| peer | tokens | ms (p20-p80) | TFLOP/s | of bare floor | of planned floor | peak GiB | errors, random pair \
-| errors, matched pair | commit |
+| peer | tokens | ms (p20-p80) | TFLOP/s | of bare floor | of planned floor | peak GiB \
+| errors, random pair | errors, matched pair | commit |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
@@ -320,10 +321,11 @@ def _notes(section: list[dict[str, Any]]) -> Iterator[str]:
     """
     yield from dict.fromkeys(_pairs(row["errors"]) for row in section if "errors" in row)
     for row in section:
+        name = f"- {row['peer']}, {row['num_tokens']} tokens"
         if row.get("bare_floor_rows", row["num_tokens"]) < row["num_tokens"]:
-            yield f"- {row['peer']}, {row['num_tokens']} tokens: bare floor in slices of {row['bare_floor_rows']} rows"
+            yield f"{name}: bare floor in slices of {row['bare_floor_rows']} rows"
         if row["status"] != "measured":
-            yield f"- {row['peer']}, {row['num_tokens']} tokens: {row['status']}"
+            yield f"{name}: {row['status']}"
 
 
 def _pairs(case_errors: dict[str, dict[str, Any]]) -> str:

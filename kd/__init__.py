@@ -1,6 +1,4 @@
-"""Distil a large reasoning model into a small one, paying only for the part of each trace that
-teaches.
-"""
+"""Distil a large reasoning model into a small one; pay only for the part that teaches."""
 
 import importlib
 from importlib import metadata

@@ -1,6 +1,4 @@
-"""What every command in launch/ shares: the recipe arguments, and errors printed once, in one
-block.
-"""
+"""What every command in launch/ shares: recipe arguments, and errors printed once, in one block."""
 
 import argparse
 import contextlib

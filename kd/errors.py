@@ -1,6 +1,4 @@
-"""How a run ends before its last step: the entry points print each of these as one block, without a
-stack.
-"""
+"""How a run ends before its last step: entry points print each as one block, without a stack."""
 
 
 class UserError(ValueError):

@@ -1,6 +1,4 @@
-"""Files that are whole or absent: written aside, synced to the disk, then renamed over what was
-there.
-"""
+"""Files that are whole or absent: written aside, synced to the disk, then renamed."""
 
 import json
 import os
@@ -19,9 +17,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never half of it. Makes the folder when it is
-    missing.
-    """
+    """Readers see the old file or the new one, never half of it. Makes a missing folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:

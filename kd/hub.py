@@ -1,6 +1,4 @@
-"""Names of models and datasets: a local path or a hub id, and what the hub answers in the user's
-words.
-"""
+"""Names of models and datasets: a local path or a hub id, and the hub's answers in plain words."""
 
 import os
 from collections.abc import Iterator
@@ -44,9 +42,7 @@ def find_file(field: str, value: str) -> Path:
 
 @contextmanager
 def hub_errors(field: str, value: str) -> Iterator[None]:
-    """Translate what loading `value` by path or hub id may raise to a UserError with field, value
-    and remedy.
-    """
+    """Translate what loading `value` may raise to a UserError with field and remedy."""
     try:
         yield
     except UserError:
@@ -65,9 +61,7 @@ def hub_errors(field: str, value: str) -> Iterator[None]:
 
 
 def download_model(field: str, model: ModelSection, weights: bool) -> None:
-    """Fetch config, tokenizer and, if asked, the safetensors of a hub model to the hub cache. Local
-    models: nothing.
-    """
+    """Fetch config, tokenizer and, if asked, weights of a hub model. Local models: nothing."""
     name = resolve(field, model.model)
     if os.path.exists(name):
         return

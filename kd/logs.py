@@ -9,9 +9,7 @@ import transformers
 
 
 def configure_logging(rank: int) -> None:
-    """Our own lines on rank 0's stderr; warnings of every rank; no progress bars but those of rank
-    0's work.
-    """
+    """Rank 0's own lines on stderr; every rank's warnings; progress bars of rank 0 only."""
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     for name in ("DeepSpeed", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.WARNING)

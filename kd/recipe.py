@@ -333,17 +333,13 @@ class Recipe(RecipeSection):
         training = self.training
         num_micro_batches = training.global_batch_size // training.micro_batch_size
         if num_micro_batches % world_size:
-            sizes = [
-                str(size)
-                for size in range(1, num_micro_batches + 1)
-                if num_micro_batches % size == 0
-            ]
+            sizes = range(1, num_micro_batches + 1)
+            *others, largest = [str(size) for size in sizes if num_micro_batches % size == 0]
+            possible = f"{', '.join(others)} or {largest}" if others else largest
             raise UserError(
                 f"training.global_batch_size = {training.global_batch_size} in micro-batches of "
                 f"training.micro_batch_size = {training.micro_batch_size} cannot be divided over "
-                f"{world_size} ranks: "
-                f"run on {' or '.join([', '.join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)} ranks, or "
-                "change the micro-batch"
+                f"{world_size} ranks: run on {possible} ranks, or change the micro-batch"
             )
         return num_micro_batches // world_size
 
@@ -361,7 +357,7 @@ def key_facts() -> dict[str, KeyFacts]:
 
 
 def check_format_version(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise UserError for a file of a run that a later version wrote; one without is of version 1."""
+    """Raise UserError for a file that a later version wrote; one that states none is version 1."""
     version = content.get("format_version", 1)
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
@@ -524,7 +520,6 @@ def _describe(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) 
         where = [file for file, layer in layers if key in layer.get(section, {})] or [layers[-1][0]]
         field = ".".join(map(str, problem["loc"][:2]))
         value = f" = {problem['input']!r}" if key and problem["type"] != "missing" else ""
-        lines.append(
-            f"{where[-1]}: {field}{value}{': ' if field else ''}{problem['msg'].removeprefix('Value error, ')}"
-        )
+        what = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{where[-1]}: {field}{value}{': ' if field else ''}{what}")
     return "\n".join(lines)

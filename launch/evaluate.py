@@ -133,9 +133,7 @@ def problem_sets(recipe: Recipe, args: argparse.Namespace) -> list[ProblemSet]:
 
 
 def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """One distinct label per model, fit for a file name: the last two parts of its path when none
-    are given.
-    """
+    """One distinct label per model: the last two parts of its path when none are given."""
     if labels and len(labels) != len(models):
         raise UserError(
             f"--label is given {len(labels)} times for {len(models)} --model: give one each, or "
@@ -153,9 +151,7 @@ def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
 
 
 def subject_of(recipe: Recipe, name: str, label: str, args: argparse.Namespace) -> Subject:
-    """A model, not loaded yet. It is loaded once for all tasks, and not at all where all responses
-    are there.
-    """
+    """A model, loaded once for all tasks, or not at all where all responses are there."""
     section = section_of(recipe, name)
     # With the teacher left out the model's own tokenizer is checked, and its own template and end
     # token are used, unless the recipe sets them.
@@ -165,8 +161,7 @@ def subject_of(recipe: Recipe, name: str, label: str, args: argparse.Namespace) 
 
 
 def section_of(recipe: Recipe, name: str) -> ModelSection:
-    """How to load a model: as the recipe says when it names it, else as its student but without a
-    revision.
+    """How to load a model: as the recipe says, else as its student without a revision.
 
     Trust in the student's code reaches what this run exported, and no other model.
     """

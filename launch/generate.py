@@ -41,9 +41,8 @@ def main() -> None:
     traces = TraceFile(args.output, settings(recipe, recipe.teacher, problems, sampling, args.keep))
     if not traces.complete:
         write_traces(recipe, recipe.teacher, problems, sampling, args.keep, traces)
-    print(
-        f"{args.output}: {', '.join(f'{count} {fate}' for fate, count in sorted(traces.counts.items()))}"
-    )
+    fates = ", ".join(f"{count} {fate}" for fate, count in sorted(traces.counts.items()))
+    print(f"{args.output}: {fates}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -108,9 +107,7 @@ def write_traces(
     keep: str,
     traces: TraceFile,
 ) -> None:
-    """Generate the batches that are missing; a batch is batch_size problems in the order of the
-    file.
-    """
+    """Generate the missing batches of batch_size problems, in the order of the file."""
     tokenizer = load_tokenizers(recipe)
     model = load_generator("teacher.model", teacher)
     batch_size = recipe.evaluation.batch_size

@@ -63,9 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The plans as JSON. Raises UserError for a bad argument, and for a recipe of which nothing can
-    be planned.
-    """
+    """The plans as JSON. Raises UserError for a bad argument, or an unknown model."""
     keep_fractions = check_arguments(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from kd.plan.cost import plan_run

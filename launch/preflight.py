@@ -2,7 +2,7 @@
 
 python launch/preflight.py --recipe NAME                      on this machine, a rank for each GPU
 python launch/preflight.py --recipe NAME --hostfile HOSTFILE  on the hosts of launch/hosts.sh
-srun python launch/preflight.py --recipe NAME                 as a step of a job: srun starts the ranks
+srun python launch/preflight.py --recipe NAME                 in a job: srun starts the ranks
 """
 
 import os

@@ -1,5 +1,4 @@
-"""Fetch and tokenise all that a recipe needs, where there is a network; run and evaluation then
-need none.
+"""Fetch and tokenise all that a recipe needs, so that run and evaluation need no network.
 
     python launch/prepare.py --recipe NAME [--set section.key=value ...] [--no-models]
 

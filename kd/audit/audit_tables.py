@@ -40,9 +40,7 @@ def print_audit(console: Console, audit: Audit) -> None:
 
 
 def print_previews(console: Console, previews: Sequence[Preview]) -> None:
-    """Each trace as a table of its spans: long texts and long lists without their middle, which is
-    counted.
-    """
+    """Each trace as a table of its spans; of long texts and lists the middle is only counted."""
     for fate, meaning in LEGEND.items():
         console.print(Text(f"{fate:10}  {meaning}", style=STYLES[fate]), soft_wrap=True)
     for preview in previews:
@@ -149,9 +147,7 @@ def _span_line(span: Span) -> tuple[str, str, str, Text]:
 
 
 def _shorten(text: str) -> str:
-    """One line that a terminal shows as it is: control characters escaped, the middle of a long
-    text counted.
-    """
+    """One line as a terminal shows it: control characters escaped, a long middle counted."""
     half = MAX_CHARACTERS // 2
     if len(text) > MAX_CHARACTERS:
         text = f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"

@@ -1,5 +1,4 @@
-"""How many tokens of each section an Examples keeps and supervises, and how long its traces are:
-all exact.
+"""How many tokens of each section an Examples keeps and supervises, and its lengths, exactly.
 
 Shapes: N examples, 3 sections (prompt, chain of thought, answer), E edges of a histogram.
 """

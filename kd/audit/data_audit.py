@@ -1,6 +1,4 @@
-"""What a recipe's truncation keeps and drops of its training examples, before a GPU hour is
-spent.
-"""
+"""What a recipe's truncation keeps and drops of its examples, before a GPU hour is spent."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

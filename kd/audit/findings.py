@@ -64,9 +64,7 @@ def states(text: str, answer: str) -> bool:
 
 
 def _decode(examples: Examples, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, str]]:
-    """(chain of thought and answer, what is kept of them) of every example, without the end
-    token.
-    """
+    """(thought and answer, what is kept of them) of every example, without the end token."""
     num_prompt_N, windows = examples.num_tokens_N3[:, 0], examples.windows
     start_N, stop_N = np.maximum(windows.read_start_N, num_prompt_N), windows.stop_N
     decode_batch = (

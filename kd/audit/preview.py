@@ -19,9 +19,7 @@ FATES: tuple[Fate, ...] = ("dropped", "context", "supervised")
 
 @dataclass(frozen=True)
 class Span:
-    """Successive tokens of one section and one fate. A character that a border cuts is U+FFFD on
-    both sides.
-    """
+    """Successive tokens of one section and one fate. A character that a border cuts is U+FFFD."""
 
     section: SectionName
     fate: Fate

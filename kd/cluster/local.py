@@ -13,8 +13,7 @@ LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_
 
 
 def local_launch(recipe: Recipe, script: Path) -> tuple[list[str], dict[str, str]]:
-    """The command of a script on the GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, and its
-    environment.
+    """The command of a script on this machine's visible GPUs, and its environment.
 
     Without a GPU, or with DS_ACCELERATOR=cpu: two ranks on the CPU where the recipe's batch has two
     halves, or one. Raises UserError when the GPUs cannot divide the batch.

@@ -1,6 +1,4 @@
-"""The text of a job: #SBATCH lines, quoted variables, and then a script of launch/slurm as it
-stands there.
-"""
+"""The text of a job: #SBATCH lines, quoted variables, and then a script of launch/slurm."""
 
 import re
 import shlex
@@ -97,9 +95,7 @@ def evaluate_script(job: Job, request: JobRequest) -> str:
 
 
 def seconds_of(time: str) -> int:
-    """Of a time limit as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError
-    for others.
-    """
+    """Of a limit as SLURM writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; else UserError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         raise UserError(

@@ -1,7 +1,7 @@
-"""A recipe as a SLURM job: what it is to train, whether it can, its files frozen, and the job in
-the queue.
+"""A recipe as a SLURM job: what it trains, whether it can, its files frozen, and the queue.
 
-RUN/slurm/1/            one submission: RUN is the recipe's run; of an array, its name without a suffix; or a study
+RUN/slurm/1/            one submission; RUN is the recipe's run, a study, or an array's name
+                        without a suffix
   code/                 a copy of what the job runs: edits made while it waits change nothing
   recipe.json           resolved; recipe_0.json and so on for an array
   train.sbatch, evaluate.sbatch, and the logs of both
@@ -71,8 +71,7 @@ def read_recipes(
 def prepare(
     folder: Path, recipes: tuple[Recipe, ...], request: JobRequest, evaluate: bool
 ) -> Submission:
-    """Check everything that can be known before the job starts, and make its scripts; writes
-    nothing.
+    """Check all that can be known before the job starts, and make its scripts; writes nothing.
 
     folder and recipes: of read_recipes, or of a study. Raises UserError.
     """
@@ -110,8 +109,7 @@ def prepare(
 
 
 def submit(submission: Submission) -> list[str]:
-    """Freeze the files, and submit the jobs: the ids of training and, if there is one, of
-    evaluation.
+    """Freeze the files and submit the jobs: ids of training and, if any, of evaluation.
 
     Raises UserError, and leaves nothing behind, when a run is still in the queue or sbatch refuses.
     """
@@ -145,8 +143,8 @@ def _check_checkout() -> None:
     missing = [part for part in COPIED if not (ROOT / part).is_dir()]
     if missing:
         raise UserError(
-            f"{ROOT} has no {', '.join(missing)}: a job runs from a copy of a checkout, and this kd "
-            "was installed without one; clone the repository and run its launch/submit.py"
+            f"{ROOT} has no {', '.join(missing)}: a job runs from a copy of a checkout, and this "
+            "kd was installed without one; clone the repository and run its launch/submit.py"
         )
 
 
@@ -175,9 +173,7 @@ def _check_inputs_reach_the_job(recipe: Recipe) -> None:
 
 
 def _check_fits(recipe: Recipe, request: JobRequest) -> str:
-    """Whatever depends on the number of nodes and of ranks on each: the batch, and the memory of
-    the GPUs.
-    """
+    """What depends on nodes and ranks: the batch, and the memory of the GPUs."""
     from kd.plan import memory_plan  # imports torch
     from kd.plan.gpus import named_gpu
 
@@ -187,7 +183,8 @@ def _check_fits(recipe: Recipe, request: JobRequest) -> str:
     except UserError as error:
         if request.gpu:
             raise
-        return f"{recipe.run.name}: memory not planned: {error}"  # a model of which nothing is known here
+        # Nothing is known here of the model.
+        return f"{recipe.run.name}: memory not planned: {error}"
     problem = plan.verdict(named_gpu(request.gpu).gib) if request.gpu else None
     if problem:
         raise UserError(f"--gpu {request.gpu}: {problem}")

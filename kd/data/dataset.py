@@ -1,5 +1,4 @@
-"""The training and validation examples of a recipe, truncated as they are read, and an account of
-every row.
+"""A recipe's training and validation examples, truncated when read, and an account of every row.
 
 The split is drawn over the rows that pass max_full_tokens, before truncation has a say: recipes
 that differ in truncation alone train and validate on the same rows.
@@ -39,9 +38,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """N examples, each read and truncated when asked for; what needs no token is at hand as
-    arrays.
-    """
+    """N examples, read and truncated when asked for; arrays hold what needs no token."""
 
     recipe: Recipe
     table: datasets.Dataset  # of tokenise_rows, input_ids as numpy
@@ -97,8 +94,7 @@ class Data:
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
-    """Read, tokenise (or reuse), filter and split the recipe's data. `tokenizer` comes from
-    load_tokenizers.
+    """Read, tokenise or reuse, filter and split the data. `tokenizer`: of load_tokenizers.
 
     Rows are shuffled with data.split_seed; the first num_validation are for validation, and the
     next num_train for training. With data.validation_path, validation is that file, or its first

@@ -1,5 +1,4 @@
-"""Regions: where in its whole trace a token stands, as its section and its eighth of the
-untruncated sequence.
+"""Regions: where a token is in its whole trace, as its section and its eighth of the sequence.
 
 Shapes: T tokens, 3 sections.
 """
@@ -13,8 +12,7 @@ NUM_REGIONS = len(SECTIONS) * NUM_POSITIONS
 
 
 def regions_of(index_T: IntArray, num_tokens_3: IntArray) -> IntArray:
-    """Regions of the tokens at `index_T` of the full sequence: section * NUM_POSITIONS + position,
-    int64 (T,).
+    """Regions of the tokens at `index_T`: section * NUM_POSITIONS + position, int64 (T,).
 
     position = floor(NUM_POSITIONS * index / length), where length counts all tokens of the
     sequence, whatever a truncation leaves of it: a region means the same place at every

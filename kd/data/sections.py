@@ -1,5 +1,4 @@
-"""Prompt, chain of thought and answer of a trace as token spans, known by construction and never
-searched for.
+"""Prompt, chain of thought and answer as token spans, known by construction, never searched for.
 
 The three texts are joined and tokenised once, so that the ids are those of the whole text; the
 borders, known in characters, become token counts through the tokenizer's offsets. Only the prompt
@@ -37,8 +36,7 @@ class SectionedTokens:
 def render_prompt(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], data: DataSection
 ) -> str:
-    """The prompt that training, generation and evaluation share; tokenise it with
-    add_special_tokens=False.
+    """The prompt of training, generation and evaluation; needs add_special_tokens=False.
 
     data.system_prompt stands for any system message; none is sent when it is None. Raises UserError
     without a chat template, BadRow when the template refuses these messages.
@@ -63,8 +61,7 @@ def render_prompt(
 def render(
     tokenizer: PreTrainedTokenizerFast, trace: Trace, data: DataSection
 ) -> tuple[str, str, str]:
-    """Texts of prompt, chain of thought with its markers, and answer with the end token
-    (tokenizer.eos_token).
+    """Texts of prompt, thought with its markers, and answer with tokenizer.eos_token.
 
     Where the template opens the thought, that marker belongs to the prompt. Raises BadRow, or
     UserError without a chat template.

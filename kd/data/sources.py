@@ -1,5 +1,4 @@
-"""One dataset row -> one Trace: the messages before the last assistant turn, its reasoning, its
-answer.
+"""One dataset row -> one Trace: messages before the last assistant turn, reasoning, answer.
 
 Rows are written by others: what a row says wrongly is a BadRow, to be counted; a column that is not
 there at all is the user's error. The system message of a row is not read: data.system_prompt
@@ -17,9 +16,7 @@ Message = dict[str, str]
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on; the message is the reason, the same text for all rows of one
-    kind.
-    """
+    """A row that cannot be trained on; the message is the reason, the same for rows of a kind."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from and how one is read. `to_trace` gives None for a row of a task that is
-    not wanted.
-    """
+    """Where rows come from and how one is read. `to_trace` gives None for an unwanted task."""
 
     to_trace: Callable[[Row], Trace | None]
     columns: tuple[str, ...]
@@ -71,9 +66,7 @@ def _local(row: Row) -> Trace:
 
 
 def _stratos(row: Row) -> Trace:
-    """Rows of Bespoke-Stratos, OpenThoughts and Sky-T1: conversations is a list of {from,
-    value}.
-    """
+    """Rows of Bespoke-Stratos, OpenThoughts and Sky-T1: a list of {from, value}."""
     turns = row["conversations"]
     names = {"from": "role", "value": "content"}
     if not isinstance(turns, list) or not all(
@@ -133,9 +126,7 @@ def _split_think(text: str) -> tuple[str, str]:
 
 
 def _split(text: str, opening: str, closing: str) -> tuple[str, str]:
-    """Text between the two markers, and text after them. Each must occur once, the first at the
-    start.
-    """
+    """Text between two markers, and after them. Each occurs once, the first at the start."""
     before, opened, rest = text.partition(opening)
     inside, closed, after = rest.partition(closing)
     if not (opened and closed):

@@ -55,9 +55,7 @@ def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(field: str, model: ModelSection) -> PreTrainedTokenizerFast:
-    """The tokenizer of recipe field `field`. Raises UserError when it is missing or has no fast
-    implementation.
-    """
+    """The tokenizer of recipe field `field`. Raises UserError when there is no fast one."""
     with hub_errors(field, model.model):
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(field, model.model),
@@ -76,8 +74,7 @@ def load_tokenizer(field: str, model: ModelSection) -> PreTrainedTokenizerFast:
 def check_same_tokenizer(
     teacher: PreTrainedTokenizerFast, student: PreTrainedTokenizerFast
 ) -> None:
-    """Raise UserError unless the same ids are the same tokens for both, and both read a text to the
-    same ids.
+    """Raise UserError unless both have the same ids for the same tokens and texts.
 
     Tokens are compared, and not sizes: models may pad their vocabularies differently over one
     tokenizer. How texts are read is compared on PROBE and the added tokens, unless both are built
@@ -145,8 +142,7 @@ def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A token other than eos: its own padding, else another special one, else the first of the
-    vocabulary.
+    """A token other than eos: its own padding, else another special one, else the first.
 
     Any id will do, since labels are set before padding; but a pad that equals eos invites code,
     here or downstream, that masks every end of sequence with it. No token is added: ids beyond the

@@ -1,6 +1,4 @@
-"""The rows of a data file or hub dataset: what identifies their content, and how to read them as
-they stand.
-"""
+"""The rows of a data file or hub dataset: what identifies their content, and how to read them."""
 
 import hashlib
 import json
@@ -22,8 +20,7 @@ from kd.hub import hub_errors, resolve
 
 @dataclass(frozen=True)
 class TraceRows:
-    """`fingerprint` changes with the content; read() gives it, and raises UserError for an empty or
-    unreadable file.
+    """`fingerprint` changes with the content. read() raises UserError for an unreadable file.
 
     A JSON Lines file is read as text, one column "line"; see `parse`.
     """
@@ -34,8 +31,7 @@ class TraceRows:
 
 
 def find_rows(field: str, name: str, source: Source, revision: str | None) -> TraceRows:
-    """Rows of the .jsonl or .parquet file, or else the hub dataset, that the recipe's `field`
-    names.
+    """Rows of the .jsonl or .parquet file, or hub dataset, that the recipe's `field` names.
 
     A file is hashed and not read: most processes find its tokens in the cache. Raises UserError for
     a missing file, one of another kind, and for a hub dataset that cannot be had.

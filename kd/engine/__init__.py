@@ -1,3 +1,1 @@
-"""ZeRO engines: their JSON, their construction, their checkpoints. No other package imports
-deepspeed.
-"""
+"""ZeRO engines: their JSON, construction and checkpoints, with all imports of deepspeed."""

@@ -1,9 +1,8 @@
-"""Checkpoints that are whole or absent: written aside, listed in a manifest with checksums, then
-renamed.
+"""Checkpoints that are whole or absent: written aside, with checksums, then renamed.
 
-    checkpoints/step_40/          DeepSpeed's files of every rank, rng_rank*.safetensors
-    checkpoints/step_40/manifest.json   state of the loop, world size, size and SHA-256 of every file
-    checkpoints/.step_60.partial/ a save in progress, or one that was interrupted
+    checkpoints/step_40/            DeepSpeed's files of every rank, rng_rank*.safetensors
+        manifest.json               state of the loop, world size, size and SHA-256 of every file
+    checkpoints/.step_60.partial/   a save in progress, or one that was interrupted
 
 All ranks share the folder. What does not say rank 0 is collective: every rank must call it.
 """
@@ -91,8 +90,7 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint of `folder` that "auto" (the newest whole one, None without one) or a path
-    names.
+    """The checkpoint of `folder` that a path or "auto" names: the newest whole one, or None.
 
     Damaged ones that "auto" passes over are named in the log. Raises UserError for a path that is
     not a whole checkpoint of this folder.
@@ -230,9 +228,7 @@ def _files(folder: Path) -> list[str]:
 def _checksum(
     path: Path, expected: dict[str, Any] | None = None, *, sync: bool = False
 ) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file; a size that differs from the expected one is returned without
-    reading on.
-    """
+    """{"bytes", "sha256"} of a file; one of an unexpected size is not read to its end."""
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())

@@ -1,6 +1,4 @@
-"""DeepSpeed JSON from ds_configs/, with what the recipe decides injected into it: one home for each
-knob.
-"""
+"""DeepSpeed JSON from ds_configs/, and what the recipe decides: one home for each knob."""
 
 import json
 from pathlib import Path
@@ -112,9 +110,7 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
 
 
 def teacher_ds_config(recipe: Recipe) -> dict[str, Any]:
-    """The teacher's complete configuration: no optimizer, so that DeepSpeed only partitions and
-    gathers.
-    """
+    """The teacher's complete configuration: no optimizer; DeepSpeed partitions and gathers."""
     micro_batch_size = recipe.training.micro_batch_size
     return read_ds_config(recipe, "teacher") | {
         "train_micro_batch_size_per_gpu": micro_batch_size,

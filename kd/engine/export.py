@@ -1,6 +1,4 @@
-"""A trained student as an ordinary Hugging Face folder: safetensors, tokenizer, generation
-config.
-"""
+"""A trained student as an ordinary Hugging Face folder: weights, tokenizer, generation config."""
 
 import shutil
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""A checkpoint for any number of ranks: DeepSpeed's universal form, made when it is needed and then
-removed.
-"""
+"""A checkpoint for any number of ranks: DeepSpeed's universal form, made when needed."""
 
 import contextlib
 import os

@@ -1,6 +1,4 @@
-"""The only module that knows how ZeRO-3 stores parameters: partitioned loading, gathering,
-consolidation.
-"""
+"""The only module that knows how ZeRO-3 stores parameters: loading, gathering, consolidation."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -41,8 +39,7 @@ def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
 def repartition(
     model: PreTrainedModel, group: dist.ProcessGroup, ds_config: dict[str, Any]
 ) -> None:
-    """Divide the parameters of a model that is partitioned over all ranks over those of `group`
-    instead.
+    """Divide the parameters of a partitioned model over the ranks of `group` instead.
 
     transformers cannot load into groups: rank 0 alone reads the checkpoint, and other groups would
     keep their random start. Done here module by module, so that no rank holds more than its shards
@@ -78,7 +75,7 @@ def gathered(*parameters: torch.Tensor | None) -> contextlib.AbstractContextMana
 
 
 def set_leaf_modules(module: nn.Module, classes: list[type[nn.Module]]) -> None:
-    """Make each child of these classes one unit of gathering: its hooks fetch all of its weights."""
+    """Make each child of these classes one unit of gathering, all of its weights at once."""
     set_z3_leaf_modules(module, classes)
 
 

@@ -61,9 +61,7 @@ def result_files(recipe: Recipe, folder: Path, label: str) -> list[Path]:
 
 
 def is_scored(recipe: Recipe, files: Sequence[Path]) -> bool:
-    """Whether these results are there, and were made under the recipe's present [evaluation], seed
-    0.
-    """
+    """Whether these results are there, of the recipe's present [evaluation] and seed 0."""
     expected = {
         "judge": recipe.evaluation.judge,
         "sampling": vars(sampling_of(recipe.evaluation, seed=0)),
@@ -82,8 +80,7 @@ def is_scored(recipe: Recipe, files: Sequence[Path]) -> bool:
 def evaluate(
     recipe: Recipe, subject: Subject, problem_set: ProblemSet, output: Path
 ) -> dict[str, Any]:
-    """Generate what is missing, judge and write LABEL.json and LABEL.responses.jsonl. Returns the
-    results.
+    """Generate what is missing, judge, write LABEL.json and its responses; returns results.
 
     They are written to output, and those of a task to output/TASK.
     """

@@ -37,8 +37,7 @@ FILTER = "flexible-extract"  # of GSM8K; its strict one wants the phrase of few-
 def evaluate_with_harness(
     recipe: Recipe, subject: Subject, tasks: str, extra: Sequence[str], output: Path
 ) -> list[dict[str, Any]]:
-    """Run it and return the results of each task. tasks: names of its own, comma-separated. extra:
-    further arguments.
+    """Run it; the results of each task. tasks: its own, comma-separated. extra: arguments.
 
     Raises UserError when it is not installed or fails, and for a task whose result cannot be read.
     """
@@ -113,8 +112,7 @@ def convert(
     found: dict[str, Any],
     samples: Sequence[dict[str, Any]],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Results and responses of one task in the form of our own; what the harness does not tell is
-    None.
+    """Results and responses of one task in our own form; None is what the harness omits.
 
     The first response to each problem counts. Raises UserError for a task that does not generate
     text, or has none of METRICS.

@@ -23,8 +23,7 @@ class Problem:
 def load_problems(
     field: str, value: str, limit: int | None = None, need_answers: bool = True
 ) -> list[Problem]:
-    """The first `limit` problems of a file of {"prompt", "answer", "id"}; id is the row's number
-    when absent.
+    """The first `limit` problems of {"prompt", "answer", "id"}; id: the row when absent.
 
     Raises UserError that names the field, the file, the row (from 1) and the column. An answer may
     be a number; without need_answers it may be absent.

@@ -33,8 +33,7 @@ def results(
     backend: str,
     fingerprint: str,
 ) -> dict[str, Any]:
-    """The content of results JSON: the summary's fields at top level, and all that is needed to
-    repeat it.
+    """The content of results JSON: the summary's fields, and all that repeats it.
 
     task: None for the problems of evaluation.path. problems: that path or a hub id. backend: with
         its version.
@@ -87,9 +86,7 @@ def write_evaluation(folder: Path, content: dict[str, Any], rows: Sequence[dict[
 
 
 def read_responses(folder: Path, label: str, fingerprint: str) -> list[Response] | None:
-    """The responses of a finished evaluation, also of one that was set aside; None when none has
-    this fingerprint.
-    """
+    """The responses of a finished evaluation with this fingerprint, or None."""
     for place in (folder, folder / REPLACED / fingerprint):
         path = place / f"{label}.responses.jsonl"
         if _fingerprint_of(place / f"{label}.json") == fingerprint and path.exists():
@@ -102,8 +99,7 @@ def read_responses(folder: Path, label: str, fingerprint: str) -> list[Response]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A plain table, one line per results JSON: shares as fractions, tokens as the mean of a
-    response.
+    """A plain table, one line per results JSON: fractions, and mean tokens of a response.
 
     With a task or several samples of a problem there are columns for them: samples, and
     pass@samples.

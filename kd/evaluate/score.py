@@ -1,5 +1,4 @@
-"""From responses to one score: which answer a response gives, whether it is right, and what the
-share means.
+"""From responses to one score: which answer a response gives, whether it is right, the share.
 
 The answer of a response, first that applies:
     1. the last \\boxed{...} after the thought
@@ -35,8 +34,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means and num_correct are over all responses, num_samples of each problem: accuracy is
-    avg@num_samples.
+    """Means and num_correct are over all responses: accuracy is avg@num_samples.
 
     pass_at_k: share of problems that one of k samples solves, by k as text, up to num_samples.
     """
@@ -59,8 +57,7 @@ def score(
     evaluation: EvaluationSection,
     think_close: str,
 ) -> tuple[list[Verdict], Summary]:
-    """Judge every response. think_close: the marker as the recipe writes it; its whitespace does
-    not matter.
+    """Judge every response. think_close: the recipe's marker; its whitespace is ignored.
 
     expected: one answer per problem. responses: the same number of samples of each problem, one
         problem after another.
@@ -118,8 +115,7 @@ def mean_pass_at_k(counts: Sequence[int], num_samples: int, k: int) -> float:
 
 
 def accuracy_interval(counts: Sequence[int], num_samples: int) -> tuple[float, float]:
-    """95 % interval of the share of right responses, num_samples to each problem, with problems as
-    the unit.
+    """95 % interval of the share of right responses, with problems as the unit.
 
     Wilson's, of as many independent responses as have the variance of the mean over problems
     (Kish's effective sample size): num_problems of them when the samples of a problem agree,
@@ -160,9 +156,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def wilson_interval(num_correct: float, num_problems: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share (Wilson 1927, eq. 4); (0, 1) when there are no
-    problems.
-    """
+    """Wilson's 95 % score interval of a share (1927, eq. 4); (0, 1) without problems."""
     if num_problems == 0:
         return 0.0, 1.0
     share = num_correct / num_problems

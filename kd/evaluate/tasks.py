@@ -1,7 +1,8 @@
 """Public benchmarks, as data: which hub dataset, which columns, and how many samples of each
 problem are usual.
 
-python -m kd.evaluate.tasks aime24 math500    # fetches them to the hub cache; then no network is needed
+`python -m kd.evaluate.tasks aime24 math500` fetches them to the hub cache; then no network is
+needed.
 """
 
 import difflib
@@ -19,7 +20,8 @@ from kd.recipe import Recipe
 if TYPE_CHECKING:
     import datasets
 
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # of Qwen2.5-Math, DeepSeek-R1
+# That of Qwen2.5-Math and DeepSeek-R1.
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 def _after_hashes(answer: Any) -> str:
@@ -35,9 +37,7 @@ def _joined(answers: Any) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """problem, answer: columns. num_samples: of each problem, more where problems are few
-    (avg@num_samples).
-    """
+    """problem, answer: columns. num_samples: of each problem, more where they are few."""
 
     hub_id: str
     split: str
@@ -70,9 +70,7 @@ TASKS: dict[str, Task] = {
 
 
 def parse_tasks(names: Iterable[str]) -> list[str]:
-    """The names, each once, without blanks. Raises UserError with the nearest names for one that is
-    no task.
-    """
+    """The names, each once. Raises UserError with the nearest names for an unknown one."""
     names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     for name in names:
         if name not in TASKS:

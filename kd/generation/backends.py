@@ -45,9 +45,7 @@ Generate = Callable[
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to evaluate. load: called when a first response is missing; gives the same function
-    each time.
-    """
+    """A model to evaluate. load: called once a response is missing; always the same function."""
 
     label: str
     section: ModelSection
@@ -64,17 +62,13 @@ def make_subject(
     sampling: Sampling,
     backend: BackendName,
 ) -> Subject:
-    """Loads nothing yet. Its load() raises UserError that names --model when there is none,
-    whole.
-    """
+    """Loads nothing yet. load() raises UserError naming --model for one not there, whole."""
     load = functools.cache(lambda: _LOADERS[backend](section, tokenizer, sampling))
     return Subject(label, section, tokenizer, sampling, backend, load)
 
 
 def choose_backend(value: str) -> BackendName:
-    """The backend that --backend names; "auto" is vLLM where it is installed and sees a GPU, else
-    transformers.
-    """
+    """What --backend names; "auto" is vLLM where it is and sees a GPU, else transformers."""
     installed = importlib.util.find_spec("vllm") is not None
     if value == "vllm" and not installed:
         raise UserError(

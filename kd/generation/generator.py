@@ -13,9 +13,7 @@ from kd.recipe import ModelSection, find_input
 
 
 def load_generator(field: str, section: ModelSection) -> PreTrainedModel:
-    """The model in evaluation mode. Raises UserError that names the field when there is no such
-    model, whole.
-    """
+    """The model in evaluation mode. Raises UserError that names the field."""
     on_gpu = torch.cuda.is_available()
     attention = None if section.attention == "auto" else section.attention
     model: Any = load_pretrained(
@@ -26,9 +24,7 @@ def load_generator(field: str, section: ModelSection) -> PreTrainedModel:
 
 
 def weights_sha256(model: str) -> str | None:
-    """Of the first MiB of each file of weights: enough to tell a model trained anew in the same
-    folder.
-    """
+    """Of the first MiB of each file of weights: tells a model trained anew in its folder."""
     folder = find_input(model)
     if folder is None:
         return None  # a hub id, which its revision pins

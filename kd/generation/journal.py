@@ -99,8 +99,7 @@ class TraceFile:
 
 
 def split_response(response: Response, data: DataSection, keep: str) -> tuple[str, str] | str:
-    """(reasoning, answer) of a response, or why it is dropped: "unclosed", "reopened", "no answer"
-    or "unended".
+    """(reasoning, answer), or why not: "unclosed", "reopened", "no answer", "unended".
 
     A response may begin with the marker that opens the thought or, when the chat template wrote it,
     behind it. keep: "ended" drops an answer that max_new_tokens cut off, "closed" keeps it.

@@ -1,5 +1,4 @@
-"""Responses of one model, on disk batch by batch: an interrupted evaluation goes on where it
-stopped.
+"""Responses of one model, on disk batch by batch: an interrupted evaluation continues.
 
 Batches hold requests of similar length and have fixed borders, so that the responses are those of
 an uninterrupted evaluation. They are kept under a fingerprint of all they depend on, and are never
@@ -26,8 +25,7 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 
 def open_progress(folder: Path, label: str, settings: dict[str, Any]) -> TraceFile:
-    """The file that responses under these settings are appended to: LABEL.FINGERPRINT.partial, and
-    .progress beside.
+    """The file of responses under these settings: LABEL.FINGERPRINT.partial.
 
     What was begun under other settings is left as it is, and said.
     """

@@ -1,6 +1,4 @@
-"""Generation with transformers: left-padded prompts in, responses out, the same ones for the same
-seed.
-"""
+"""Generation with transformers: left-padded prompts in, responses out, alike for a seed."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -28,9 +26,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Response:
-    """text: from the prompt to the end token, without it; num_tokens counts it; ended: it was
-    produced.
-    """
+    """text: without the end token; num_tokens counts it; ended: it was produced."""
 
     text: str
     num_tokens: int
@@ -99,9 +95,7 @@ def _settings(sampling: Sampling) -> dict[str, Any]:
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Put config in the place of the model's own, which would otherwise fill in whatever config
-    leaves open.
-    """
+    """Replace the model's own config, which would fill in whatever config leaves open."""
     shipped, model.generation_config = model.generation_config, config
     try:
         yield

@@ -29,7 +29,7 @@ DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 class DivergenceSpec(NamedTuple):
     """What is known of one divergence.
 
-    of_rows: from p, q, log(p / q), all (B, V), and the parameter to the divergence of each row, (B),
+    of_rows: from p, q, log(p / q), all (B, V), and the parameter to each row's divergence, (B),
         and w, (B, V). It may overwrite p and log(p / q).
     is_mixture: its value is known after a second pass over both logits; else the sums of the first
         one tell it.

@@ -77,8 +77,8 @@ class RowChunk(NamedTuple):
 
 # What a backend implements, called as row_function(rows, objective, student, teacher): fill `kd_C`,
 # `ce_C` and, where they are given, `dlogits_CV` and `diagnostics_C5`. dlogits_CV is the gradient of
-# sum(weights * (kd_weight * kd + ce_weight * ce)). Of the heads, already sliced to V, a row function
-# reads bias, scale and softcap alone; the teacher's is None without one.
+# sum(weights * (kd_weight * kd + ce_weight * ce)). Of the heads, already sliced to V, a row
+# function reads bias, scale and softcap only; the teacher's is None without one.
 RowFunction = Callable[[RowChunk, Objective, Head, Head | None], None]
 
 

@@ -21,9 +21,7 @@ def num_tokens_read(truncation: TruncationSection, full_tokens: int) -> int:
 def saved_activations(
     shapes: ModelShapes, num_tokens: int, width: int, *, checkpointing: bool
 ) -> int:
-    """Bytes that the decoder keeps from forward to backward: the layers' inputs alone under
-    checkpointing.
-    """
+    """Bytes kept from forward to backward; under checkpointing only the layers' inputs."""
     inputs = shapes.num_layers * width * shapes.hidden_size * num_tokens
     layers = shapes.num_layers * layer_activations(shapes, num_tokens, width)
     final_norm = (4 + width) * shapes.hidden_size * num_tokens
@@ -31,13 +29,14 @@ def saved_activations(
 
 
 def layer_activations(shapes: ModelShapes, num_tokens: int, width: int) -> int:
-    """Bytes that one decoder layer keeps for its backward, as autograd saves them (w = width, a
-    token):
+    """Bytes that one decoder layer keeps for its backward (w = width, a token):
 
-    two RMSNorms        (4 + 2 w) H each: the fp32 input, the normalised one, and the output as the next product's input
-    norms of q and k    (4 + w) (Q + K), where there are any; Q, K: the widths of all query and of all key heads
-    attention           w (2 Q + 2 K) for q, k, v and the output, 4 bytes a head for log-sum-exp; by flash or sdpa: no
-                        matrix of tokens by tokens is kept
+    two RMSNorms        (4 + 2 w) H each: the fp32 input, the normalised one, and the output as the
+                        next product's input
+    norms of q and k    (4 + w) (Q + K), where there are any; Q, K: the widths of all query and of
+                        all key heads
+    attention           w (2 Q + 2 K) for q, k, v and the output, 4 bytes a head for log-sum-exp;
+                        by flash or sdpa: no matrix of tokens by tokens is kept
     gated MLP           4 w F: gate, up, silu(gate), their product; F: the intermediate size
     """
     queries, keys = shapes.num_heads * shapes.head_dim, shapes.num_key_value_heads * shapes.head_dim

@@ -1,6 +1,4 @@
-"""What a whole run costs at its truncation length: memory of a rank, FLOPs, tokens, steps,
-hours.
-"""
+"""What a whole run costs at its truncation length: memory, FLOPs, tokens, steps, hours."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,9 +13,7 @@ from kd.recipe import Recipe
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Of a run under the recipe in `memory`; per step: the mean over an epoch, all ranks
-    together.
-    """
+    """Of a run under the recipe in `memory`; per step: the mean over an epoch, all ranks."""
 
     memory: MemoryPlan
     flops_per_step: StepFlops
@@ -40,9 +36,7 @@ class RunPlan:
         )
 
     def as_dict(self, gpu: Gpu | None, mfu: float) -> dict[str, Any]:
-        """The plan as JSON; null is not known. Without a GPU there are neither times nor a
-        verdict.
-        """
+        """The plan as JSON; null is not known, as times and verdict without a GPU."""
         memory, flops = self.memory, self.flops_per_step
         verdict = memory.verdict(gpu.gib) if gpu else None
         return {
@@ -79,8 +73,7 @@ def plan_run(
     num_nodes: int = 1,
     gpus_per_node: int = 1,
 ) -> RunPlan:
-    """The plan of a recipe whose sequences have these lengths; longest: tokens of the longest full
-    one.
+    """The plan of a recipe with sequences of these lengths; longest: of the full ones.
 
     Raises UserError as `memory_plan` does.
     """

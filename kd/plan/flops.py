@@ -40,8 +40,7 @@ class PairShapes:
     def step_flops(
         self, padded_N: IntArray, supervised_N: IntArray, global_batch_size: int
     ) -> StepFlops:
-        """The mean over global batches of N sequences: their lengths in their micro-batches, and
-        their labels.
+        """The mean over global batches of N sequences: lengths in micro-batches, and labels.
 
         Backward is twice forward: the gradient of each factor of a product is a product of the same
         size. Without ZeRO-3, torch would leave out the last product of a layer that it recomputes

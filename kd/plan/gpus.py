@@ -29,7 +29,5 @@ def named_gpu(name: str) -> Gpu:
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The GPU that CUDA calls so; None for one that is not listed, such as a board with another
-    power limit.
-    """
+    """The GPU that CUDA calls so; None for an unlisted one or another power limit."""
     return next((gpu for gpu in GPUS.values() if gpu.device_name == device_name), None)

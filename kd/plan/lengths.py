@@ -1,5 +1,4 @@
-"""Lengths of the sequences that a run reads: of its data where they are here, else of figures that
-somebody states.
+"""Lengths of the sequences that a run reads: of its data where they are here, else as stated.
 
 Shapes: N sequences.
 """
@@ -41,7 +40,8 @@ class DataTraces:
 
     def __str__(self) -> str:
         mean = self.examples.num_tokens_N3.sum(axis=1).mean()
-        return f"of the data: {len(self.examples)} training rows, {mean:.0f} tokens on average, at most {self.longest}"
+        rows = f"{len(self.examples)} training rows"
+        return f"of the data: {rows}, {mean:.0f} tokens on average, at most {self.longest}"
 
     def read(self, recipe: Recipe) -> tuple[Lengths, int]:
         """The sequences of the first epoch under the recipe's truncation, and the optimizer steps
@@ -61,9 +61,7 @@ class DataTraces:
 
 @dataclass(frozen=True)
 class StatedTraces:
-    """A sequence of average length that stands for all, supervised as a whole, and the longest
-    one.
-    """
+    """A sequence of average length that stands for all, and the longest one."""
 
     mean: int
     longest: int

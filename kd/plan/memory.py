@@ -34,7 +34,8 @@ class MemoryPlan:
     activations_checkpointed_gib: float
     activations_whole_gib: float
     checkpoint_gib: float
-    disk_gib: float  # training.keep_last checkpoints, the best, one being written; two exports, one being written
+    # training.keep_last checkpoints, the best, one being written; two exports, one being written
+    disk_gib: float
     host_gib: float  # of a node: while the larger model is loaded, or with offloaded states
     received_gib_per_step: float  # by a rank in one optimizer step: weights, and gradients
 
@@ -43,9 +44,7 @@ class MemoryPlan:
         return self.gib_per_rank.total
 
     def verdict(self, gpu_gib: float) -> str | None:
-        """None where the run fits on GPUs of gpu_gib, else a sentence with what would make it
-        fit.
-        """
+        """None where the run fits on GPUs of gpu_gib, else what would make it fit."""
         if self._fits(gpu_gib):
             return None
         needs = (
@@ -125,9 +124,7 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
 
 
 def _settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """What may be set without a change to what is learned, as {section.key: value}: nothing, one,
-    two, ...
-    """
+    """What may be set without changing what is learned: nothing, one key, two, ..."""
     student = read_ds_config(recipe, "student")
     settings: list[dict[str, Any]] = []
     if recipe.training.micro_batch_size > 1:

@@ -19,9 +19,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class RankMemory:
-    """GiB that a rank holds on its GPU: five parts for the whole run, three at the moment that
-    takes most.
-    """
+    """GiB that a rank holds on its GPU: five parts always, three when most is taken."""
 
     teacher_shard: float
     student_weights: float

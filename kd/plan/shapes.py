@@ -1,5 +1,4 @@
-"""The sizes of a model that its cost depends on, from its configuration: no weight is read and none
-is allocated.
+"""The sizes of a model that its cost depends on, from its configuration: no weight is read.
 
 Those of the hub models that recipes name are stored in recipes/shapes/, so that a plan needs no
 network. When a model is loaded, `check_shapes` compares it with its file.
@@ -72,9 +71,7 @@ def model_shapes(section: ModelSection, *, role: str) -> ModelShapes:
 
 
 def check_shapes(section: ModelSection, model: PreTrainedModel, *, role: str) -> None:
-    """Raise UserError when a loaded model, partitioned or whole, is not what its file in
-    recipes/shapes/ says.
-    """
+    """Raise UserError when a loaded model is not what recipes/shapes/ says."""
     path = shapes_file(section.model)
     if find_input(section.model) is not None or not path.is_file():
         return  # planned from the model's own configuration
@@ -97,9 +94,7 @@ def check_shapes(section: ModelSection, model: PreTrainedModel, *, role: str) ->
 
 
 def config_shapes(config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelShapes:
-    """The shapes of the model that a configuration describes, built without memory for its
-    weights.
-    """
+    """The shapes of the model that a configuration describes, without its weights."""
     with torch.device("meta"):
         return shapes_of(
             AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -70,8 +70,7 @@ class ZeroEngine:
 
     @property
     def live_bytes(self) -> int:
-        """Gathered at most: what prefetching and reuse may keep, the module at work, and a bucket
-        being unpacked.
+        """Gathered at most: prefetched or reused, the module at work, a bucket unpacked.
 
         PartitionedParameterCoordinator.fetch_sub_module prefetches up to max_live_parameters and
         fetches the module itself in any case; __params_to_release keeps what is used again within
@@ -117,9 +116,7 @@ class ZeroEngine:
 
     @property
     def step_bytes(self) -> int:
-        """Gradients once more, flattened for a sub-group at a time
-        (_prepare_fp32_grad_for_sub_group).
-        """
+        """Gradients once more, flat, by sub-group (_prepare_fp32_grad_for_sub_group)."""
         if self.offloads("optimizer"):
             return 0
         return 4 * min(self.shard_elements, self.value("sub_group_size"))
@@ -132,9 +129,7 @@ class ZeroEngine:
 
     @property
     def host_bytes(self) -> int:
-        """Offloaded: master weights, moments, and gradients twice, in fp32 (stage3.py,
-        initialize_optimizer_states).
-        """
+        """Offloaded, in fp32: master weights, moments, and gradients twice (stage3.py)."""
         parameters = self.width * self.shard_elements if self.offloads("param") else 0
         return parameters + (20 * self.shard_elements if self.offloads("optimizer") else 0)
 

@@ -1,3 +1,1 @@
-"""What can go wrong on a cluster before the first step, found in a minute by
-launch/preflight.py.
-"""
+"""What can go wrong on a cluster before the first step, found in a minute."""

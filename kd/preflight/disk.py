@@ -1,6 +1,4 @@
-"""Whether all ranks share the folder of runs, whether checkpoints fit there, and how long one takes
-to write.
-"""
+"""Whether all ranks share the folder of runs, and checkpoints fit there, and how fast."""
 
 import os
 import shutil
@@ -106,7 +104,8 @@ def _check_speed(plan: MemoryPlan, folder: Path, free: int, me: str, world_size:
     slowest = max(result for result in results if not isinstance(result, str))
     rate = world_size * num_blocks * BLOCK_BYTES / slowest
     seconds = plan.checkpoint_gib * GIB / rate
-    text = f"{rate / 2**20:.0f} MiB/s by {world_size} ranks, fsync included: {seconds:.1f} s for a checkpoint"
+    speed = f"{rate / 2**20:.0f} MiB/s by {world_size} ranks, fsync included"
+    text = f"{speed}: {seconds:.1f} s for a checkpoint"
     if seconds > LAUNCHER_SECONDS:
         text += (
             f", more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher leaves after a TERM: "

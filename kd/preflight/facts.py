@@ -66,7 +66,8 @@ def num_nodes_and_gpus(everyone: list[Facts]) -> tuple[int, int]:
 def describe(everyone: list[Facts]) -> str:
     """4 ranks on 2 hosts."""
     num_nodes = len(divide(facts["node"] for facts in everyone))
-    return f"{len(everyone)} {'rank' if len(everyone) == 1 else 'ranks'} on {num_nodes} host{'s' * (num_nodes > 1)}"
+    ranks = f"{len(everyone)} rank{'s' * (len(everyone) > 1)}"
+    return f"{ranks} on {num_nodes} host{'s' * (num_nodes > 1)}"
 
 
 def _problem_with(look: Callable[[], T]) -> T | str:
@@ -169,7 +170,8 @@ def _judge_gpu_memory(plan: MemoryPlan, everyone: list[Facts]) -> Check:
     if not gpus:
         return skipped("GPU memory", f"no GPU; {needs}")
     gpu, rank, host = min(gpus, key=lambda found: found[0]["free_gib"])
-    where = f"{gpu['free_gib']:.1f} of {gpu['total_gib']:.1f} GiB are free on {gpu['name']} of rank {rank} ({host})"
+    free = f"{gpu['free_gib']:.1f} of {gpu['total_gib']:.1f} GiB are free"
+    where = f"{free} on {gpu['name']} of rank {rank} ({host})"
     problem = plan.verdict(gpu["free_gib"])
     return (
         fail("GPU memory", f"{where}: {problem}")
@@ -182,7 +184,8 @@ def _judge_host_memory(plan: MemoryPlan, everyone: list[Facts]) -> Check:
     # Without GPUs, ranks hold on the host what they would on them.
     gib = plan.host_gib + (0 if everyone[0]["gpu"] else plan.gpus_per_node * plan.total_gib)
     least = min(everyone, key=lambda facts: facts["host_gib"])
-    text = f"{size(gib)} needed at most per node, {least['host_gib']:.1f} GiB available on {least['host']}"
+    available = f"{least['host_gib']:.1f} GiB available on {least['host']}"
+    text = f"{size(gib)} needed at most per node, {available}"
     if gib <= least["host_gib"]:
         return ok("host memory", text)
     return fail(

@@ -1,5 +1,4 @@
-"""All checks, by every rank of a run: what each finds by itself, then the process group and what
-needs it.
+"""All checks by every rank: what each finds by itself, then what needs a process group.
 
 A rank that does not come is a line after timeout_seconds, and never a hang.
 """

@@ -29,8 +29,7 @@ def start_here(recipe: Recipe, arguments: list[str]) -> int:
 
 
 def start_on_hosts(recipe: Recipe, hostfile: Path, arguments: list[str]) -> int:
-    """Run preflight on all hosts of a hostfile, over pdsh and ssh as launch/hosts.sh does; returns
-    a status.
+    """Run preflight on all hosts of a hostfile, over pdsh and ssh; returns a status.
 
     MASTER_ADDR (the first host) and MASTER_PORT (the run's own) are taken from the environment, and
     the hosts' own variables from launch/nodes.env, or the file that DS_ENV_FILE names. Raises
@@ -56,9 +55,7 @@ def start_on_hosts(recipe: Recipe, hostfile: Path, arguments: list[str]) -> int:
 
 
 def read_hostfile(path: Path) -> list[str]:
-    """The names of its hosts. Raises UserError for a line that is not `NAME slots=N`, a comment or
-    empty.
-    """
+    """The names of its hosts. Raises UserError for a line that is not `NAME slots=N`."""
     if not path.is_file():
         raise UserError(f"--hostfile {path}: no such file; launch/hostfile.example shows one")
     hosts = []
@@ -78,9 +75,7 @@ def read_hostfile(path: Path) -> list[str]:
 
 
 def check_ssh(host: str) -> Check:
-    """Whether this machine reaches a host without a password, and finds the same environment and
-    checkout there.
-    """
+    """Whether this machine reaches a host without a password, and the checkout is there."""
     name, started = f"ssh {host}", time.perf_counter()
     test = f"test -x {shlex.quote(sys.executable)} && test -f {shlex.quote(str(SCRIPT))}"
     done = subprocess.run(
@@ -104,8 +99,6 @@ def check_ssh(host: str) -> Check:
 
 
 def _through_pdsh(argument: str) -> str:
-    """As DeepSpeed must get it: an argument with a space it puts between double quotes, others as
-    they are.
-    """
+    """As DeepSpeed must get it: it puts an argument with a space between double quotes."""
     text = argument.replace("%", "%%")
     return re.sub(r"([\\$`])", r"\\\1", text) if " " in text else shlex.quote(text)

@@ -11,7 +11,8 @@ class Check(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{self.status:<8}{self.name:<20}  {'; '.join(line.strip() for line in self.text.splitlines())}"
+        text = "; ".join(line.strip() for line in self.text.splitlines())
+        return f"{self.status:<8}{self.name:<20}  {text}"
 
 
 def ok(name: str, text: str) -> Check:

@@ -1,3 +1,1 @@
-"""The report over runs: what each length, section and window keeps of the accuracy, and what it
-saves.
-"""
+"""The report over runs: what each length, section and window keeps, and what it saves."""

@@ -1,6 +1,4 @@
-"""What a page is made of, for every format it is written in: each number with the files that it
-came from.
-"""
+"""What a page is made of, in every format: each number with the files that it came from."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

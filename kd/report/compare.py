@@ -1,6 +1,4 @@
-"""Runs side by side: seeds pooled into cells, cells beside whole sequences, and the cheapest level
-with those.
-"""
+"""Runs side by side: seeds pooled into cells, and the cheapest level with whole sequences."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -25,9 +23,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """The finished runs that differ by their seed alone. costs are means over them; scores are by
-    task.
-    """
+    """The finished runs that differ by their seed only. costs are means over them."""
 
     keep_fraction: float
     variant: Variant
@@ -44,9 +40,7 @@ class Difference(NamedTuple):
 
 
 class Knee(NamedTuple):
-    """The cheapest cell that is level with whole sequences, and the cost by which it is the
-    cheapest.
-    """
+    """The cheapest cell that is level with whole sequences, by that cost."""
 
     cell: SeedGroup
     cost: str
@@ -76,15 +70,11 @@ class Family:
         return list(dict.fromkeys(cell.variant for cell in self.cells))
 
     def full_of(self, cell: SeedGroup) -> SeedGroup | None:
-        """The cell of keep_fraction = 1 and all else equal; all windows of it are the same whole
-        sequence.
-        """
+        """The cell of keep_fraction = 1 and all else equal, whatever its window."""
         return next((full for full in self.curve(cell.variant) if full.keep_fraction == 1.0), None)
 
     def curve(self, variant: Variant) -> list[SeedGroup]:
-        """The cells of a variant by keep_fraction, with whole sequences, which stand under the head
-        window.
-        """
+        """The cells of a variant by keep_fraction, with whole sequences of the head window."""
         whole = variant if variant.max_tokens else variant._replace(window="head")
         cells = [
             cell
@@ -103,9 +93,7 @@ class Family:
         return _ratio(cell.scores[task].accuracy, full.scores[task].accuracy)
 
     def relative_cost(self, cell: SeedGroup, cost: str) -> float | None:
-        """A field of Costs, of the cell / of whole sequences; None where one of them is not
-        recorded.
-        """
+        """A field of Costs, of the cell / of whole sequences; None where one is missing."""
         full = self.full_of(cell)
         return (
             None if full is None else _ratio(getattr(cell.costs, cost), getattr(full.costs, cost))
@@ -158,8 +146,7 @@ def pool(evaluations: Sequence[Evaluation]) -> Score:
 
 
 def _effective_size(evaluation: Evaluation) -> float:
-    """As many independent responses as have the evaluation's interval: its problems, when each has
-    one response.
+    """As many independent responses as the evaluation's interval stands for.
 
     Samples of one problem are alike, and the evaluation's interval knows how much. A bound b of
     Wilson's interval of share p solves (b - p)^2 = z^2 b (1 - b) / size (Wilson 1927, eq. 4).
@@ -203,9 +190,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _references(runs: list[Run]) -> dict[str, list[tuple[str, Score]]]:
-    """Evaluations of one model with one result, as each run's folder may have, are one, and not
-    more problems.
-    """
+    """Evaluations of one model with one result, in several folders, are one."""
     same: dict[tuple[str, str, str, int, int], dict[str, Evaluation]] = defaultdict(dict)
     for run in runs:
         for role, e in run.references:

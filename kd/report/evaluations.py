@@ -1,6 +1,4 @@
-"""Evaluations as the report reads them: which is the run's own student, and which is a reference
-beside it.
-"""
+"""Evaluations as the report reads them: the run's own student, or a reference beside it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,6 +1,4 @@
-"""Fields of JSON files that others wrote: what is missing or no JSON is an error that names file
-and field.
-"""
+"""Fields of JSON files that others wrote: an error names the file and the field."""
 
 import json
 from collections.abc import Iterator

@@ -12,9 +12,7 @@ from kd.report.read_runs import Costs, Run, StudyCell
 def numbers(
     families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell], output: Path
 ) -> dict[str, Any]:
-    """Paths are relative to `output`; null is what is not recorded, or has no full run to be
-    compared with.
-    """
+    """Paths are relative to `output`; null is not recorded, or not comparable."""
     return {
         "comparisons": [_family(family, output) for family in families],
         "runs": [_run(run, output) for run in runs],

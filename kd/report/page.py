@@ -100,7 +100,10 @@ def _head(family: Family) -> list[Block]:
             Entry(f"No full run to compare with (keep_fraction = 1): {'; '.join(without_full)}")
         )
     if unscored:
-        text = "Finished, but without an evaluation of the exported student, which launch/evaluate.py makes."
+        text = (
+            "Finished, but without an evaluation of the exported student, which launch/evaluate.py "
+            "makes."
+        )
         blocks.append(Entry(text, by_name(unscored)))
     if family.differences:
         blocks += [Entry(DIFFERENCES), report_tables.differences(family)]
@@ -132,7 +135,10 @@ def _task_plots(family: Family, variants: list[Variant], task: str) -> list[Plot
         "seed. Right: the same "
         "relative to whole sequences. Lines that would hide each other stand a little to the side."
     )
-    tradeoff = "Accuracy against the cost of training. The number at a point is keep_fraction, a ring marks the knee."
+    tradeoff = (
+        "Accuracy against the cost of training. The number at a point is keep_fraction, a ring "
+        "marks the knee."
+    )
     responses = "Responses that never close their thought, and the length of responses."
     return [
         Plot("accuracy", Entry(accuracy, links), plots.accuracy(family, variants, task)),
@@ -159,7 +165,10 @@ def _curves(family: Family, curves: list[list[Variant]]) -> PageSection:
     for variants in curves:
         runs = _runs_of(family, variants)
         links = by_name(runs, "metrics.jsonl")
-        caption = "Training loss, in means of at most 100 parts of a run; dots are validation. A line is a run."
+        caption = (
+            "Training loss, in means of at most 100 parts of a run; dots are validation. A line is "
+            "a run."
+        )
         blocks.append(Plot("losses", Entry(caption, links), plots.losses(family, variants)))
         if any(run.kl_curve for run in runs):
             where = (
@@ -179,9 +188,7 @@ def _curves(family: Family, curves: list[list[Variant]]) -> PageSection:
 
 
 def _drawn_together(family: Family) -> list[list[Variant]]:
-    """The variants of two lengths or more, or all where there is none, as many to a figure as have
-    looks.
-    """
+    """The variants of two lengths or more, or all, as many to a figure as have looks."""
     lines = [
         variant for variant in family.variants if len(family.curve(variant)) > 1
     ] or family.variants

@@ -62,9 +62,7 @@ class Look:
 
 
 def accuracy(family: Family, variants: Sequence[Variant], task: str) -> Figure:
-    """Accuracy with its interval and each seed, and accuracy relative to whole sequences, against
-    keep_fraction.
-    """
+    """Accuracy with its interval and each seed, absolute and relative, by keep_fraction."""
     figure, (left, right) = _panels(2)
     for variant, look in _looks(variants):
         cells = [cell for cell in family.curve(variant) if task in cell.scores]

@@ -1,10 +1,15 @@
 """A run's folder: whose run it is, whether it may be continued, and where everything lands.
 
-recipe.json        the resolved recipe          metrics.jsonl     one line per optimizer step
-ds_config.json     the JSON of both engines     checkpoints/      step_N, whole or absent
-environment.json   versions, commit, hardware   export/last, best the student, as from_pretrained loads it
-data.json          what the data filters did    SUCCESS           written last
-plan.json          planned cost, and measured   INTERRUPTED       in its place when a signal stopped the run
+recipe.json        the resolved recipe
+ds_config.json     the JSON of both engines
+environment.json   versions, commit, hardware
+data.json          what the data filters did
+plan.json          planned cost, and measured
+metrics.jsonl      one line per optimizer step
+checkpoints/       step_N, whole or absent
+export/last, best  the student, as from_pretrained loads it
+SUCCESS            written last
+INTERRUPTED        in its place when a signal stopped the run
 """
 
 import json

@@ -1,3 +1,1 @@
-"""How quality and cost depend on what of a trace is trained on: many runs of one recipe, one for
-each cell.
-"""
+"""How quality and cost depend on what of a trace is trained on: a run for each cell."""

@@ -74,9 +74,7 @@ class Outcome:
 def parse_axes(
     keep: str | None, sections: str | None, windows: str | None, num_seeds: int, cross: bool
 ) -> Axes:
-    """Axes from comma-separated text, as in "0.5,1.0", "cot,prompt+cot" and "head,tail". Raises
-    UserError.
-    """
+    """Axes from text, as "0.5,1.0", "cot,prompt+cot", "head,tail". Raises UserError."""
     if num_seeds < 1:
         raise UserError(f"--seeds {num_seeds}: at least 1 is needed")
     return Axes(
@@ -120,9 +118,7 @@ def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None 
 
 
 def write_study(study: Study, outcomes: Mapping[Point, Outcome] = MappingProxyType({})) -> None:
-    """study.json, and the recipe of each cell; cells that an earlier start had, and what became of
-    them, stay.
-    """
+    """study.json, and each cell's recipe; cells of an earlier start stay."""
     path = study.folder / "study.json"
     earlier = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
     rows = {row["name"]: row for row in earlier}

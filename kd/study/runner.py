@@ -1,5 +1,4 @@
-"""A study from its first cell to its last: each is trained, unless it was, and scored; a new start
-goes on.
+"""A study, cell by cell: each is trained, unless it was, and scored; a new start continues.
 
 STUDY/study.json       the cells, and how far each is
 STUDY/CELL/            the run of a cell, with evaluation/[TASK/]export-best.json
@@ -48,9 +47,7 @@ def check_study(study: Study) -> None:
 
 
 class Runner:
-    """Runs the cells of a study one after the other on this machine's GPUs, or on the hosts of a
-    hostfile.
-    """
+    """Runs the cells of a study in turn on this machine, or on a hostfile's hosts."""
 
     def __init__(self, study: Study, hostfile: Path | None = None) -> None:
         self.study, self.hostfile = study, hostfile
@@ -149,8 +146,7 @@ class Runner:
     def _call(
         self, command: list[str], environment: dict[str, str], name: str, *, leaves: list[Path]
     ) -> None:
-        """Run a command to its end, with its output in logs/. What it leaves decides, not its
-        status.
+        """Run a command, with its output in logs/. What it leaves decides, not its status.
 
         Raises Interrupted when a signal came, and UserError with its last lines when a file is
         missing.

@@ -3,13 +3,15 @@ measures for itself.
 
 {"format_version": 2, "planned": {name: value}, "measured": {name: value}}, null where it is not
 known:
-  peak_gib                 on this rank's GPU; on a CPU the measured one is of its whole process
-  teacher_weights_gib, student_weights_gib, optimizer_gib     of this rank, on its device, between two steps
-  flops_per_step           teacher, student and loss over all ranks; measured: by formula, of the batches as they were
-  num_input_tokens_per_step    read over all ranks, not counting padding
-  seconds_per_step, mfu    planned at a stated MFU, where the GPU is known
-  num_steps                of the whole run; measured: the steps since this start, its first one left out, of which
-                           those per step are the means
+  peak_gib                    on this rank's GPU; on a CPU the measured one is of its process
+  teacher_weights_gib, student_weights_gib, optimizer_gib
+                              of this rank, on its device, between two steps
+  flops_per_step              of teacher, student and loss over all ranks; measured: by formula, of
+                              the batches as they were
+  num_input_tokens_per_step   read over all ranks, not counting padding
+  seconds_per_step, mfu       planned at a stated MFU, where the GPU is known
+  num_steps                   of the whole run; measured: those since this start without the first,
+                              of which the figures per step are the means
 """
 
 import logging
@@ -152,8 +154,9 @@ def _planned(plan: RunPlan, gpu: Gpu | None) -> dict[str, Any]:
 
 
 def _describe(report: dict[str, dict[str, Any]]) -> str:
-    parts = (
-        f"{name} {' / '.join('-' if side[name] is None else f'{side[name]:.4g}' for side in report.values())}"
-        for name in report["planned"]
-    )
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    planned, measured = report["planned"], report["measured"]
+    parts = [f"{name} {text(planned[name])} / {text(measured[name])}" for name in planned]
     return f"plan / measured: {', '.join(parts)}"

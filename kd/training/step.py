@@ -49,8 +49,11 @@ class Sums:
         self.losses += losses.double()
         self.regions += region_sums(result.rows_MN, batch.region_index)
 
-    def over_all_ranks(self, layout: Layout, **counts: int) -> "dict[str, Any]":
-        """{"loss", "kd", "ce", "regions", and the counts}. Collective: every rank must call this."""
+    def over_all_ranks(self, layout: Layout, **counts: int) -> dict[str, Any]:
+        """{"loss", "kd", "ce", "regions", and the counts}.
+
+        Collective: every rank must call this.
+        """
         loss, kd, ce = self.losses
         sums: dict[str, Tensor | float] = {"loss": loss, "kd": kd, "ce": ce, **counts}
         return all_reduce_sum(sums | {"regions": self.regions}, layout.device)

@@ -389,8 +389,8 @@ def test_what_is_printed_and_written_are_the_counts_and_the_filters(
     plain = " ".join(printed(lambda console: print_audit(console, audited)).split())
     cot = audited.tokens["cot"]
     assert (
-        f"cot {cot.num_full_tokens} {cot.num_input_tokens} {cot.kept_fraction:.3f} {cot.num_dropped_tokens} "
-        f"{cot.num_supervised_tokens}" in plain
+        f"cot {cot.num_full_tokens} {cot.num_input_tokens} {cot.kept_fraction:.3f} "
+        f"{cot.num_dropped_tokens} {cot.num_supervised_tokens}" in plain
     )
     for text in (
         "dropped 2: empty reasoning",

@@ -72,7 +72,8 @@ def test_every_rank_ends_with_the_rank_and_host_that_differs_each_fact_and_its_r
     for fact in (
         "commit = '1234567' on rank 0, '7654321' there",
         "DS_ACCELERATOR = 'cpu' on rank 0, 'cuda' there",
-        "device = 'cpu' on rank 0, 'cuda' there",  # another backend: a process group would wait for ever
+        # another backend: a process group would wait for ever
+        "device = 'cpu' on rank 0, 'cuda' there",
         "training.max_steps = 7 on rank 0, 8 there",
         "student's DeepSpeed JSON = {",
     ):

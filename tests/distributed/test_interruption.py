@@ -62,7 +62,7 @@ def test_ranks_notice_that_the_front_of_their_launcher_has_gone(tmp_path: Path, 
     try:
         if name == "deepspeed":
             assert front.stdout.readline() == "asked True\n"
-        else:  # a launcher of which nothing is known may be given up by its front on purpose, as by nohup
+        else:  # an unknown launcher may be given up by its front on purpose, as by nohup
             with pytest.raises(subprocess.TimeoutExpired):
                 front.communicate(timeout=2)
     finally:

@@ -10,7 +10,10 @@ import pytest
 from kd.distributed.peers import Peer, watching
 from kd.errors import LostPeer
 
-CLOSED = "[/build/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is typically"
+CLOSED = (
+    "[/build/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. "
+    "This is typically"
+)
 HOST = socket.gethostname()
 
 

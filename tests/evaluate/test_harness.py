@@ -129,8 +129,9 @@ def test_results_of_the_newest_run_are_read_into_our_form(
     folder = tmp_path / "lm-eval" / "gsm"
     assert json.loads((folder / "m.json").read_text()) == {**content, "ci95": list(content["ci95"])}
     expected = {
-        "label": "m", "task": "gsm", "problems": "openai/gsm8k", "judge": "exact_match,flexible-extract",
-        "accuracy": 0.5, "num_problems": 2, "num_samples": 1, "num_correct": 1, "pass_at_k": {"1": 0.5},
+        "label": "m", "task": "gsm", "problems": "openai/gsm8k",
+        "judge": "exact_match,flexible-extract", "accuracy": 0.5, "num_problems": 2,
+        "num_samples": 1, "num_correct": 1, "pass_at_k": {"1": 0.5},
         "unclosed_fraction": 0.5, "unended_fraction": None,
     }  # fmt: skip
     assert {key: content[key] for key in expected} == expected

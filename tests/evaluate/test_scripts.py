@@ -139,7 +139,8 @@ def test_tasks_are_sampled_and_judged_in_a_folder_each(
     run_evaluate(
         monkeypatch, recipe_path, text_model_dir, tmp_path, *arguments, "--backend", "transformers"
     )
-    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.json*")) == [
+    out = tmp_path / "out"
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.json*")) == [
         "aime24/m.json", "aime24/m.responses.jsonl", "gsm8k/m.json", "gsm8k/m.responses.jsonl",
     ]  # fmt: skip
     results = json.loads((tmp_path / "out" / "aime24" / "m.json").read_text())

@@ -135,7 +135,8 @@ def journey(recipe, launch, fault_table) -> dict[str, Any]:
             leg.damage(damaged)
         time_file = recipe.parent / f"{leg.fault}.time"
         done = launch(
-            "tests/faults/faulty_train.py", leg.fault, str(leg.step), str(time_file), *arguments, "--resume", "auto",
+            "tests/faults/faulty_train.py", leg.fault, str(leg.step), str(time_file), *arguments,
+            "--resume", "auto",
             PYTHONPATH=str(ROOT / "tests"),
         )  # fmt: skip
         ended = time.time()

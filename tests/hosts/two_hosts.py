@@ -96,7 +96,8 @@ exec {shutil.which("sshd")} -D -f '{folder}/sshd_config' -E '{folder}/sshd_{name
         return [line for line in lines if pattern in line and line.split()[1][0] != "Z"]
 
     def stop(self) -> None:
-        self._unshare.kill()  # --kill-child: its first process goes, and with it all others of its namespace
+        # --kill-child: its first process goes, and with it all others of its namespace
+        self._unshare.kill()
         self._unshare.wait()
 
 
@@ -133,7 +134,8 @@ def why_not() -> str | None:
         ["unshare", *NAMESPACES, "true"], capture_output=True, text=True, check=False
     )
     if os.geteuid() != 0 or allowed.returncode != 0:
-        return f"two hosts need root and the right to make namespaces: {allowed.stderr.strip() or 'not root'}"
+        why = allowed.stderr.strip() or "not root"
+        return f"two hosts need root and the right to make namespaces: {why}"
     return None
 
 

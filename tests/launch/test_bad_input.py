@@ -103,8 +103,8 @@ def test_resume_auto_without_a_checkpoint_starts_fresh_and_says_so(recipe):
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(launch, recipe):
     done = launch(
-        TRAIN, "--recipe", str(recipe), "--set", "run.name=explodes", "--set", "training.learning_rate=1e30",
-        "--set", "training.warmup_fraction=0.0",
+        TRAIN, "--recipe", str(recipe), "--set", "run.name=explodes",
+        "--set", "training.learning_rate=1e30", "--set", "training.warmup_fraction=0.0",
     )  # fmt: skip
     assert_one_block(done, "are not both finite", "Rows of the batch, counted from 1: ")
     assert not (recipe.parent / "runs" / "explodes" / "SUCCESS").exists()

@@ -76,8 +76,9 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
     train, evaluate = done.stdout.split("\n\n#!", 1)
     escaped = f"{folder}/my runs/tiny_test/slurm/1".replace("%", "%%")
     for line in (
-        '--nodes="2"', '--ntasks-per-node="2"', '--gpus-per-node="2"', '--time="1-0"', '--signal="B:USR1@600"',
-        '--array="0-1"', f'--output="{escaped}/train-%A_%a.out"', "--requeue", '--open-mode="append"', '--mem="0"',
+        '--nodes="2"', '--ntasks-per-node="2"', '--gpus-per-node="2"', '--time="1-0"',
+        '--signal="B:USR1@600"', '--array="0-1"', f'--output="{escaped}/train-%A_%a.out"',
+        "--requeue", '--open-mode="append"', '--mem="0"',
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in train
     for line in (

@@ -191,7 +191,8 @@ def test_resident_memory_stays_below_one_full_matrix_of_logits():
         N, V, H = 4096, 4096, 16
         torch.manual_seed(0)
         hidden, head = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
-        teacher_hidden, teacher_head, labels = torch.randn(N, H), torch.randn(V, H), torch.randint(V, (N,))
+        teacher_hidden, teacher_head = torch.randn(N, H), torch.randn(V, H)
+        labels = torch.randint(V, (N,))
 
         def peak_after(rows, **options):
             distillation_loss(

@@ -133,7 +133,10 @@ def test_attention_that_is_not_to_be_had_is_refused_with_what_is(
     model_type: str, attention: str, choices: str
 ) -> None:
     config = build(model_type, tied=True, seed=0).config
-    expected = rf'^teacher\.attention = "{attention}" is not available here for {model_type} in .*, only {choices}: '
+    expected = (
+        rf'^teacher\.attention = "{attention}" is not available here for {model_type} in .*, '
+        f"only {choices}: "
+    )
     with pytest.raises(UserError, match=expected):
         choose_attention(section("any", attention=attention), config, BF16, role="teacher")
 

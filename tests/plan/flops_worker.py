@@ -1,7 +1,9 @@
 """One rank: FLOPs of optimizer steps as torch counts them, and as kd.plan says, with real engines
 on real batches.
 
-flops_worker.py RECIPE OUTPUT      writes OUTPUT, [{"counted": [...], "planned": [...]}], a list for each of SETTINGS
+flops_worker.py RECIPE OUTPUT
+
+writes OUTPUT, [{"counted": [...], "planned": [...]}], a list for each of SETTINGS
 """
 
 import json

@@ -45,7 +45,8 @@ CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**SIZES | EXPERTS, moe_intermediate_size=24, head_dim=8),
 }
 LENGTH = 96
-RELATIVE = 0.005  # what is counted here is equal: rotary embeddings and the like may become products in other versions
+# What is counted here is equal; other versions may make products of rotary embeddings and the like.
+RELATIVE = 0.005
 
 
 def counted(function: Any) -> float:

@@ -48,7 +48,8 @@ class Case:
     def name(self) -> str:
         shape = self.shape
         sizes = f"{shape.student_hidden_size}-{shape.teacher_hidden_size}-{shape.vocab_size}"
-        return f"{self.device}-{sizes}-{self.num_tokens}-{str(self.dtype).removeprefix('torch.')}-{self.backend}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.device}-{sizes}-{self.num_tokens}-{dtype}-{self.backend}"
 
 
 CPU_CASES = [

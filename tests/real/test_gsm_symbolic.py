@@ -33,7 +33,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     tokens = ["<eos>", *sorted(ByteLevel.alphabet())]
     backend = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges=[]))
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    template = (
+        "{% for message in messages %}"
+        "{{ message['role'] + ': ' + message['content'] + '\n' }}"
+        "{% endfor %}"
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<eos>", chat_template=template
     )

@@ -1,7 +1,9 @@
 """Run by the launcher on every rank: optimizer steps under each configuration, some of them
 poisoned on one rank.
 
-configs_worker.py MODELS OUTPUT      writes OUTPUT/rank{rank}.json, and from rank 0 gradients and exported students
+configs_worker.py MODELS OUTPUT
+
+writes OUTPUT/rank{rank}.json, and from rank 0 gradients and exported students
 """
 
 import json

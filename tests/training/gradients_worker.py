@@ -1,7 +1,9 @@
 """Run by the launcher on every rank: what train_step() gives in many cases, against one process and
 full logits.
 
-gradients_worker.py MODELS OUTPUT      writes {case: {"gradients": {parameter: [error, norm of the reference]}, ...}}
+gradients_worker.py MODELS OUTPUT
+
+writes {case: {"gradients": {parameter: [error, norm of the reference]}, ...}}
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""train_step() with a fake teacher and a plain engine: one process, no ZeRO; against full logits."""
+"""train_step() with a fake teacher and a plain engine, against full logits: no ZeRO."""
 
 import contextlib
 from types import SimpleNamespace
