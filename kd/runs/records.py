@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kd.constants import FORMAT_VERSION
 from kd.recipe import check_format_version
 
 
@@ -25,7 +26,7 @@ def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
     if "format_version" in record:
         return record
     names = {"num_tokens": "num_supervised_tokens"}
-    return {"format_version": 1, **_renamed(record, names)}
+    return {"format_version": FORMAT_VERSION, **_renamed(record, names)}
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:

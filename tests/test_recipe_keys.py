@@ -1,0 +1,92 @@
+"""What each key of a recipe states of itself, and the one way to change one."""
+
+import json
+
+import pytest
+
+from kd.constants import FORMAT_VERSION
+from kd.errors import UserError
+from kd.recipe import Recipe, RecipeSection, key_facts, load_recipe
+from kd.study.cells import AXES
+
+AXIS_KEYS = {
+    "keep_fraction": "truncation.keep_fraction",
+    "sections": "data.loss_sections",
+    "window": "truncation.window",
+}
+
+
+def test_every_key_of_every_section_is_classified():
+    keys = {
+        f"{name}.{key}"
+        for name, section in load_recipe("tiny_trunc50")
+        for key in type(section).model_fields
+    }
+    assert len(keys) > 60
+    assert key_facts().keys() == keys
+
+
+def test_a_key_that_states_nothing_is_found(monkeypatch):
+    class Careless(RecipeSection):
+        forgotten: int = 0
+
+    monkeypatch.setattr(Recipe.model_fields["monitor"], "annotation", Careless)
+    with pytest.raises(TypeError, match=r"monitor\.forgotten states 0 KeyFacts"):
+        key_facts()
+
+
+def test_what_may_change_is_neither_an_axis_nor_part_of_the_tokens():
+    for name, facts in key_facts().items():
+        assert not (facts.may_change and (facts.is_axis or facts.in_token_key)), name
+        assert not (facts.is_axis and facts.is_compared), name
+        assert facts.in_token_key <= name.startswith("data."), name
+
+
+def test_the_axes_of_a_study_are_keys_that_say_so():
+    assert AXIS_KEYS.keys() == set(AXES)
+    facts = key_facts()
+    assert all(facts[name].is_axis for name in [*AXIS_KEYS.values(), "run.seed"])
+
+
+def test_values_change_by_key_and_leave_the_recipe_as_it_was():
+    recipe = load_recipe("tiny_trunc50")
+    other = recipe.with_values({"truncation.keep_fraction": 0.25, "run.seed": 7})
+    assert (other.truncation.keep_fraction, other.run.seed) == (0.25, 7)
+    assert (recipe.truncation.keep_fraction, recipe.run.seed) == (0.5, 0)
+    assert other.with_values({"truncation.keep_fraction": 0.5, "run.seed": 0}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"truncation.keep_fractoin": 0.5}, r"keep_fractoin.*Did you mean keep_fraction"),
+        ({"truncatoin.keep_fraction": 0.5}, r"unknown section \[truncatoin\]"),
+        ({"truncation.keep_fraction": 1.5}, r"truncation\.keep_fraction = 1\.5"),
+        ({"loss.kd_weight": 0.0}, r"loss\.kd_weight = 0 never uses the \[teacher\]"),
+        ({"seed": 1}, "unknown section"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(values, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("tiny_trunc50").with_values(values)
+
+
+def test_the_file_of_a_recipe_has_a_version_and_is_read_back(tmp_path):
+    recipe, path = load_recipe("tiny_trunc50"), tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.as_file()))
+    assert next(iter(json.loads(path.read_text()))) == "format_version"
+    assert load_recipe(str(path)) == recipe
+
+
+def test_a_file_of_version_1_which_has_none_is_read(tmp_path):
+    recipe, path = load_recipe("tiny_trunc50"), tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.model_dump(mode="json")))
+    assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "two", None])
+def test_a_version_that_is_not_known_is_one_message(tmp_path, version):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(load_recipe("tiny_trunc50").as_file() | {"format_version": version}))
+    with pytest.raises(UserError, match=f"format_version = {version!r}.*reads 1 to 2"):
+        load_recipe(str(path))
