@@ -73,10 +73,8 @@ def markdown(row: dict[str, Any]) -> str:
     low, high = after["ci95"]
     return (
         f"| {row['recipe']} | {row['num_input_tokens']:,} | {teacher['accuracy']:.3f} | "
-        f"{before['accuracy']:.3f} "
-        f"| {after['accuracy']:.3f} ({low:.3f}-{high:.3f}) | {row['training_s']:.0f} | "
-        f"{row['median_step_ms']:.0f} "
-        f"| {row['demo_s']:.0f} |\n"
+        f"{before['accuracy']:.3f} | {after['accuracy']:.3f} ({low:.3f}-{high:.3f}) | "
+        f"{row['training_s']:.0f} | {row['median_step_ms']:.0f} | {row['demo_s']:.0f} |\n"
     )
 
 

@@ -152,7 +152,7 @@ def benchmark(args: argparse.Namespace) -> None:
         if result is None:
             print(
                 f"{args.seconds} s are over: {len(cells) - number + 1} of {len(cells)} cells not "
-                f"reached",
+                "reached",
                 flush=True,
             )
             break

@@ -117,8 +117,7 @@ def main() -> None:
     if arguments.device != device_type():
         raise UserError(
             f"--device {arguments.device}, but DeepSpeed finds {device_type()} here: name that "
-            f"one; a CPU beside a GPU "
-            "is used with DS_ACCELERATOR=cpu in the environment"
+            "one; a CPU beside a GPU is used with DS_ACCELERATOR=cpu in the environment"
         )
     recipe = load_recipe(
         RECIPE, [f"training.global_batch_size={GLOBAL_BATCH_SIZE}", *arguments.overrides]
@@ -237,9 +236,9 @@ def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
         student = Student(model, initialize(module, ds_configs["student"]))
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the two models and the optimizer's state do not fit in the device's memory: "
-            f"{_first_line(error)}. "
-            "--set deepspeed.student=zero3_bf16_offload.json keeps that state on the host"
+            "the two models and the optimizer's state do not fit in the device's memory: "
+            f"{_first_line(error)}. --set deepspeed.student=zero3_bf16_offload.json keeps that "
+            "state on the host"
         ) from error
     optimizer = student.engine.optimizer.optimizer
     facts = {
@@ -366,8 +365,7 @@ def measure(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"a step on {length} tokens does not fit in the device's memory, beside what was "
-            f"resident: "
-            f"{_first_line(error)}. Lengths measured before it are in the report"
+            f"resident: {_first_line(error)}. Lengths measured before it are in the report"
         ) from error
     peak_gib, rate = peak_memory_gib(device), matmul_flops(device)
     step_ms = [ms for ms, _, _ in steps]
@@ -597,7 +595,7 @@ def markdown_row(length: str, row: dict[str, Any]) -> str:
         f"{row['flops']['model'] / 1e12:.3g}",
         f"{row['mfu_of_measured_peak']:.3f} of {row['matmul_tflops']:.3g} TFLOP/s",
         f"{number(row['mfu_of_nominal_peak'], '.3f')} of {number(row['nominal_tflops'], '.0f')} "
-        f"TFLOP/s",
+        "TFLOP/s",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -23,8 +23,7 @@ def resolve(field: str, value: str) -> str:
         return value
     raise UserError(
         f"{field} = {value!r}: no such file or folder (relative paths are looked up in the current "
-        f"directory, "
-        "then in the repository), and it has not the form owner/name of a hub id"
+        "directory, then in the repository), and it has not the form owner/name of a hub id"
     )
 
 
@@ -34,8 +33,7 @@ def find_file(field: str, value: str) -> Path:
     if path is None or not path.is_file():
         raise UserError(
             f"{field} = {value!r}: no such file (relative paths are looked up in the current "
-            f"directory, then in the "
-            "repository)"
+            "directory, then in the repository)"
         )
     return path
 
@@ -80,8 +78,7 @@ def download_model(field: str, model: ModelSection, weights: bool) -> None:
 # error's sake.
 _OFFLINE = (
     "the hub cannot be reached, and the local hub cache does not hold it: run launch/prepare.py "
-    "with this recipe "
-    "where there is a network, or name a local path"
+    "with this recipe where there is a network, or name a local path"
 )
 _MISSING = (
     "neither a local path nor an id that the hub knows: check the spelling; a private one needs "

@@ -104,15 +104,14 @@ def check_arguments(args: argparse.Namespace, recipe: Recipe) -> None:
     if num_samples is not None and num_samples > 1 and temperature == 0:
         raise UserError(
             f"--num-samples = {num_samples} with evaluation.temperature = 0: greedy responses are "
-            f"all alike; use "
-            "--num-samples 1, or --set evaluation.temperature=0.6"
+            "all alike; use --num-samples 1, or --set evaluation.temperature=0.6"
         )
     if args.harness and args.tasks is None:
         raise UserError(f"--harness {args.harness} needs --tasks: name tasks of the harness")
     if args.harness and num_samples is not None:
         raise UserError(
             f"--num-samples = {num_samples}: the harness's tasks say how often they sample; leave "
-            f"it out"
+            "it out"
         )
     if args.harness_args and not args.harness:
         raise UserError(
@@ -137,7 +136,7 @@ def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
     if labels and len(labels) != len(models):
         raise UserError(
             f"--label is given {len(labels)} times for {len(models)} --model: give one each, or "
-            f"none"
+            "none"
         )
     chosen = [
         re.sub(r"[^\w.=-]+", "-", text)

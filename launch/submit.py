@@ -126,8 +126,7 @@ def request_of(arguments: argparse.Namespace) -> JobRequest:
     ):
         raise UserError(
             f"--gpus-per-node {arguments.gpus_per_node}: a node has a rank per GPU; for 0, and for "
-            f"0 alone, say how "
-            "many ranks with --tasks-per-node"
+            "0 alone, say how many ranks with --tasks-per-node"
         )
     if arguments.gpu is not None:
         from kd.plan.gpus import named_gpu  # the package imports torch
@@ -140,7 +139,7 @@ def request_of(arguments: argparse.Namespace) -> JobRequest:
         if not Path(container).exists():
             raise UserError(
                 f"--container {container}: no such image; write a .sif file, a folder or "
-                f"docker://NAME"
+                "docker://NAME"
             )
         container = str(Path(container).absolute())
     return JobRequest(

@@ -16,7 +16,7 @@ ALLOWED = {
     "constants": set(),
     "errors": set(),
     "files": set(),
-    "recipe": {"errors"},
+    "recipe": {"constants", "errors"},
     "hub": {"errors", "recipe"},
     "logs": set(),
     "cli": {"constants", "errors"},

@@ -45,15 +45,14 @@ class JobRequest:
         if self.time is not None and seconds_of(self.time) <= self.signal_seconds + EARLY_SECONDS:
             raise UserError(
                 f"--time {self.time} is over when the signal comes, {self.signal_seconds} s "
-                f"(--signal-seconds) and at "
-                f"times {EARLY_SECONDS} s more ahead of it: ask for more time, or for a later "
-                f"signal"
+                f"(--signal-seconds) and at times {EARLY_SECONDS} s more ahead of it: ask for more "
+                "time, or for a later signal"
             )
         for option in self.more_options:
             if not option.startswith("--"):
                 raise UserError(
                     f"{option!r}, after --, is no option of sbatch: write --name=value, as in "
-                    f"--mem=0"
+                    "--mem=0"
                 )
 
     @property
@@ -100,7 +99,7 @@ def seconds_of(time: str) -> int:
     if match is None:
         raise UserError(
             f"--time {time}: write minutes, hours:minutes:seconds or days-hours, as in 90 or "
-            f"24:00:00"
+            "24:00:00"
         )
     days, *parts = (None if part is None else int(part) for part in match.groups())
     numbers = [part for part in parts if part is not None]
@@ -155,7 +154,7 @@ def _variables(job: Job, request: JobRequest) -> list[str]:
         ]
     return [
         f"work_dir={_quote(Path.cwd())} # relative paths of the recipe mean here what they meant "
-        f"there",
+        "there",
         f"code={_quote(job.folder / 'code')}",
         f"commit={_quote(job.commit)}",
         f"python_dir={_quote(Path(sys.executable).parent)}",

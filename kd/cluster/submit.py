@@ -167,8 +167,7 @@ def _check_inputs_reach_the_job(recipe: Recipe) -> None:
         if not path.exists() and (ROOT / path).exists() and path.parts[0] not in COPIED:
             raise UserError(
                 f"{field} = {value!r} is in {ROOT}, and jobs run from a copy of its code: submit "
-                f"from there, or "
-                f"write {str(ROOT / path)!r}"
+                f"from there, or write {str(ROOT / path)!r}"
             )
 
 
@@ -190,8 +189,7 @@ def _check_fits(recipe: Recipe, request: JobRequest) -> str:
         raise UserError(f"--gpu {request.gpu}: {problem}")
     return (
         f"{recipe.run.name}: {plan.total_gib:.1f} GiB per rank planned, {plan.checkpoint_gib:.1f} "
-        f"GiB a checkpoint, "
-        f"{plan.disk_gib:.0f} GiB on disk"
+        f"GiB a checkpoint, {plan.disk_gib:.0f} GiB on disk"
     )
 
 
@@ -207,8 +205,8 @@ def _check_run(recipe: Recipe) -> None:
     if unsafe:
         raise UserError(
             f"run folder {str(run)!r} has {' and '.join(map(repr, unsafe))} in it, with which "
-            f"neither Python nor SLURM "
-            "can name a path: choose others with --set run.output_dir=FOLDER or --set run.name=NAME"
+            "neither Python nor SLURM can name a path: choose others with --set "
+            "run.output_dir=FOLDER or --set run.name=NAME"
         )
     check_same_run(recipe)
 

@@ -44,9 +44,8 @@ class SplitReport:
         share = self.num_input_tokens / max(self.num_full_tokens, 1)
         return (
             f"{self.num_examples} examples, {self.num_input_tokens} of {self.num_full_tokens} "
-            f"tokens read "
-            f"({share:.3f}), {self.num_supervised_tokens} supervised; {self.num_without_label} "
-            f"dropped without a label"
+            f"tokens read ({share:.3f}), {self.num_supervised_tokens} supervised; "
+            f"{self.num_without_label} dropped without a label"
         )
 
 

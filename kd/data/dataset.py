@@ -119,8 +119,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
     if len(order) < (data.num_train or 1):
         raise UserError(
             f"data.num_train = {data.num_train or 'all'}: of {len(usable)} usable rows, "
-            f"{len(order)} are left beside "
-            f"data.num_validation = {data.num_validation}: set a lower one, or add rows\n{files[0]}"
+            f"{len(order)} are left beside data.num_validation = {data.num_validation}: set a "
+            f"lower one, or add rows\n{files[0]}"
         )
     train, train_report = _with_labels("training", usable.select(order[: data.num_train]))
     if not len(held_out):
@@ -167,7 +167,7 @@ def _with_labels(name: str, examples: Examples) -> tuple[Examples, SplitReport]:
     if not len(kept):
         raise NothingToLearn(
             f"no {name} example has a token in data.loss_sections = "
-            f"{list(examples.recipe.data.loss_sections)} after "
-            f"truncation: widen [truncation] or loss_sections\n{name}: {report}"
+            f"{list(examples.recipe.data.loss_sections)} after truncation: widen [truncation] or "
+            f"loss_sections\n{name}: {report}"
         )
     return kept, report

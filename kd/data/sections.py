@@ -44,8 +44,7 @@ def render_prompt(
     if tokenizer.chat_template is None:
         raise UserError(
             "neither the teacher's nor the student's tokenizer has a chat template: set "
-            "data.chat_template to a "
-            "Jinja file"
+            "data.chat_template to a Jinja file"
         )
     turns = [message for message in messages if message["role"] != "system"]
     if not any(turn["content"].strip() for turn in turns):

@@ -16,11 +16,10 @@ from kd.recipe import ModelSection, Recipe
 
 # Digits, blanks, LaTeX, code and scripts, where tokenizers over one vocabulary split differently.
 PROBE = (
-    "The 3rd of 12,345,678 items costs $0.50;   don't   WON'T\tstop.\r\n\n\n"
-    "\\begin{align} \\frac{x_1^2}{\\sqrt{2\\pi}} &\\leq 10^{-3} \\end{align}\n"
-    "def f(xs):\n    return [x**2 for x in xs if x != 0]  # done\n\n"
-    "caf\u00e9 cafe\u0301 \u03b1\u03b2 \u0416\u0443\u043a \u05d0\u05d1 \u0639\u0631\u0628 "
-    "\u0939\u093f\u0928 "
+    "The 3rd of 12,345,678 items costs $0.50;   don't   WON'T\tstop.\r\n\n\n\\begin{align} "
+    "\\frac{x_1^2}{\\sqrt{2\\pi}} &\\leq 10^{-3} \\end{align}\ndef f(xs):\n "
+    "   return [x**2 for x in xs if x != 0]  # done\n\ncaf\u00e9 cafe\u0301 \u03b1\u03b2 "
+    "\u0416\u0443\u043a \u05d0\u05d1 \u0639\u0631\u0628 \u0939\u093f\u0928 "
     "\u4f60\u597d\uff0c\u3053\u3093 \ud55c\uad6d \u0661\u0662\u0663 \u2264 \u00bd \U0001f600 "
 )
 
@@ -65,8 +64,7 @@ def load_tokenizer(field: str, model: ModelSection) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{field} = {model.model!r}: {type(tokenizer).__name__} gives no character offsets; a "
-            f"fast tokenizer, "
-            "saved with tokenizer.json, is needed"
+            "fast tokenizer, saved with tokenizer.json, is needed"
         )
     return tokenizer
 
@@ -89,10 +87,9 @@ def check_same_tokenizer(
         if ours != theirs:
             raise UserError(
                 f"teacher and student have different tokenizers: id {token_id} is {theirs!r} for "
-                f"the teacher "
-                f"({teacher.name_or_path}) and {ours!r} for the student ({student.name_or_path}). "
-                f"Distillation "
-                "compares them id by id: choose models of one family"
+                f"the teacher ({teacher.name_or_path}) and {ours!r} for the student "
+                f"({student.name_or_path}). Distillation compares them id by id: choose models of "
+                "one family"
             )
     if _how_it_reads(teacher) != _how_it_reads(student):
         _check_same_reading(teacher, student)
@@ -114,12 +111,12 @@ def _check_same_reading(teacher: PreTrainedTokenizerFast, student: PreTrainedTok
         )
         behind = slice(position, position + 4)
         raise UserError(
-            "teacher and student have one vocabulary, but read texts differently: "
-            f"after {teacher.decode(theirs[:position])[-20:]!r}, at token {position} of a probe, "
-            f"the teacher ({teacher.name_or_path}) reads "
-            f"{teacher.convert_ids_to_tokens(theirs[behind])} and "
-            f"the student ({student.name_or_path}) {student.convert_ids_to_tokens(ours[behind])}: "
-            "save the same tokenizer with both"
+            "teacher and student have one vocabulary, but read texts differently: after "
+            f"{teacher.decode(theirs[:position])[-20:]!r}, at token {position} of a probe, the "
+            f"teacher ({teacher.name_or_path}) reads "
+            f"{teacher.convert_ids_to_tokens(theirs[behind])} and the student "
+            f"({student.name_or_path}) {student.convert_ids_to_tokens(ours[behind])}: save the "
+            "same tokenizer with both"
         )
 
 
@@ -127,7 +124,7 @@ def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str
     if end_token is None and tokenizer.eos_token is None:
         raise UserError(
             f"{tokenizer.name_or_path} has no eos token: set data.end_token to the token that ends "
-            f"a turn"
+            "a turn"
         )
     token = end_token or tokenizer.eos_token
     vocabulary = tokenizer.get_vocab()
@@ -135,8 +132,8 @@ def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str
         vocabulary[token]
     ]:
         raise UserError(
-            f"data.end_token = {token!r} is not one token of {tokenizer.name_or_path}: "
-            f"name a token of its vocabulary, as {tokenizer.eos_token!r}"
+            f"data.end_token = {token!r} is not one token of {tokenizer.name_or_path}: name a "
+            f"token of its vocabulary, as {tokenizer.eos_token!r}"
         )
     return token
 

@@ -121,7 +121,7 @@ def draw_rows(problem_set: ArithmeticSet, seed: str) -> list[dict[str, str]]:
             }
     raise ValueError(
         f"num_problems = {problem_set.num_problems}: too few distinct problems; allow more "
-        f"operations"
+        "operations"
     )
 
 

@@ -58,7 +58,7 @@ def draw_rows(split: Split, num_rows: int, seed: int = 0) -> list[dict[str, str]
     if len(rows) < num_rows:
         raise ValueError(
             f"num_rows = {num_rows}: the templates of {split!r} gave only {len(rows)} distinct "
-            f"problems"
+            "problems"
         )
     return list(rows.values())
 

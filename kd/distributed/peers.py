@@ -76,8 +76,7 @@ def _describe(peers: list[Peer], message: str) -> str:
     ]  # no paths of gloo
     return (
         f"{who}. Its own message stands above; or there is none: it was killed (out of memory?), "
-        f"or its node was "
-        f"lost. Continue with --resume auto. [{reason}]"
+        f"or its node was lost. Continue with --resume auto. [{reason}]"
     )
 
 

@@ -48,17 +48,15 @@ def find_ranks() -> None:
             if name not in os.environ:
                 raise UserError(
                     f"{name} is not set: export it before srun, as launch/slurm/train.sbatch does: "
-                    f"the first node's "
-                    "name, and a port that is free there"
+                    "the first node's name, and a port that is free there"
                 )
         return
     for name in OTHER_LAUNCHERS:
         if int(os.environ.get(name, "1")) > 1:
             raise UserError(
                 f"{name} = {os.environ[name]}, but RANK is not set: start one process per GPU with "
-                f"deepspeed or "
-                "torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for "
-                "each"
+                "deepspeed or torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+                "MASTER_PORT for each"
             )
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

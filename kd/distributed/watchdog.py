@@ -11,9 +11,8 @@ import traceback
 
 from kd.constants import EXIT_HANG
 
-OTHER_RANKS_SECONDS = (
-    5.0  # ranks do not reach their limit at the same instant; the first to leave ends the others
-)
+# Ranks do not reach their limit at the same instant; the first to leave ends the others
+OTHER_RANKS_SECONDS = 5.0
 BACKSTOP_SECONDS = 30.0
 
 
@@ -56,10 +55,9 @@ class Watchdog:
         rank = os.environ.get("RANK", "0")
         message = (
             f"\nrank {rank} on {socket.gethostname()}: no step within run.watchdog_minutes = "
-            f"{self._minutes:g}. Every "
-            "rank prints its stack and ends; one that waits in no collective is the cause, and if "
-            "all do, a rank or "
-            "its network is lost. Continue with --resume auto\n"
+            f"{self._minutes:g}. Every rank prints its stack and ends; one that waits in no "
+            "collective is the cause, and if all do, a rank or its network is lost. Continue with "
+            "--resume auto\n"
         )
         # One write, so that ranks do not mix their lines.
         with contextlib.suppress(OSError):  # whoever read it may have gone, and ssh with it

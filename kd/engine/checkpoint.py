@@ -84,8 +84,8 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
         )
         raise UserError(
             f"the checkpoint of step {step} could not be written to {folder}: {first_line} "
-            f"({free:.2f} GiB free). "
-            "Earlier checkpoints are whole: make room and continue with --resume auto"
+            f"({free:.2f} GiB free). Earlier checkpoints are whole: make room and continue with "
+            "--resume auto"
         ) from error
 
 
@@ -101,8 +101,7 @@ def choose_checkpoint(folder: Path, resume: str) -> Path | None:
         if path.resolve().parent != folder.resolve():
             raise UserError(
                 f"--resume {resume} is not a checkpoint of this run ({folder}): to start from "
-                f"another run's student, "
-                "set student.model to its export"
+                "another run's student, set student.model to its export"
             )
         damage = damage_of(path)
         if damage:

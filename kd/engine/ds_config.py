@@ -152,8 +152,7 @@ def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: "Nodes") -> None
         if node_of[first] != node:
             raise UserError(
                 f"{where} puts ranks {first} and {rank} into one group, and they are on different "
-                f"nodes: number the "
-                "ranks node by node (srun --distribution=block)"
+                "nodes: number the ranks node by node (srun --distribution=block)"
             )
 
 
@@ -179,7 +178,7 @@ def _check_hpz(config: dict[str, Any], role: Role, path: Path) -> None:
     if not isinstance(size, int) or size < 1:
         raise UserError(
             f"{path}: zero_hpz_partition_size = {size!r}: write the number of ranks per node, or "
-            f"remove it"
+            "remove it"
         )
     if size > 1 and role == "teacher":  # DeepSpeed's one group for it would be the student's too
         raise UserError(

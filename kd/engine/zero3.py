@@ -94,9 +94,8 @@ def set_moe_leaf_modules(model: PreTrainedModel) -> list[str]:
             return []
         raise UserError(
             f"{type(model).__name__} has experts, but none of its modules is recognised as a "
-            f"mixture-of-experts block: "
-            "under ZeRO-3 it would hang. Use a dense model, or add the block's class name to "
-            "kd/engine/zero3.py"
+            "mixture-of-experts block: under ZeRO-3 it would hang. Use a dense model, or add the "
+            "block's class name to kd/engine/zero3.py"
         )
     set_z3_leaf_modules(model, sorted(blocks, key=lambda block: block.__name__))
     return sorted(block.__name__ for block in blocks)

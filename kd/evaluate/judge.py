@@ -34,8 +34,7 @@ class MathJudge:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError(
                 'evaluation.judge = "math" needs math-verify: install the extra "eval" (pip '
-                'install -e ".[eval]"), '
-                'or set evaluation.judge = "exact"'
+                'install -e ".[eval]"), or set evaluation.judge = "exact"'
             )
         self.timeout_s = timeout_s
         self.num_timeouts = 0

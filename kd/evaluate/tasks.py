@@ -91,8 +91,8 @@ def check_evaluation(recipe: Recipe) -> None:
     elif recipe.evaluation.path is None:
         raise UserError(
             "evaluation.path is not set, nor is evaluation.tasks: name a JSONL file of problems "
-            "(prompt, answer), or "
-            "tasks of kd/evaluate/tasks.py, as in --set 'evaluation.tasks=[\"math500\"]'"
+            "(prompt, answer), or tasks of kd/evaluate/tasks.py, as in --set "
+            "'evaluation.tasks=[\"math500\"]'"
         )
 
 

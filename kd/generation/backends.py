@@ -23,9 +23,8 @@ from kd.generation.sampling import Response, Sampling, generate_batch
 from kd.hub import hub_errors, resolve
 from kd.recipe import EvaluationSection, ModelSection
 
-VLLM_BATCH_SIZE = (
-    512  # responses between two writes to the disk; vLLM itself decides how many run at once
-)
+# Responses between two writes to the disk; vLLM itself decides how many run at once
+VLLM_BATCH_SIZE = 512
 
 BackendName = Literal["vllm", "transformers"]
 

@@ -84,16 +84,16 @@ class TraceFile:
                 f"  {key}: {found.get(key)!r} before, {settings[key]!r} now" for key in changed
             )
             raise UserError(
-                f"--output {self.output} was begun with other settings:\n{details}\n"
-                f"Use those again, choose another --output, or remove {self.journal}, "
-                f"{self.partial} and {self.output}"
+                f"--output {self.output} was begun with other settings:\n{details}\nUse those "
+                f"again, choose another --output, or remove {self.journal}, {self.partial} and "
+                f"{self.output}"
             )
 
     def _cut_rows(self, num_bytes: int) -> None:
         if not self.partial.exists() or self.partial.stat().st_size < num_bytes:
             raise UserError(
                 f"{self.partial} is shorter than {self.journal} says; remove the journal and the "
-                f"rows to begin anew"
+                "rows to begin anew"
             )
         os.truncate(self.partial, num_bytes)
 

@@ -59,7 +59,7 @@ def respond(
     if progress.num_batches:
         print(
             f"{progress.output.name}: {progress.num_batches} of {len(batches)} batches are done "
-            f"already"
+            "already"
         )
     generate = load() if todo else None
     for index in tqdm(todo, desc="batches", initial=todo.start, total=len(batches), disable=None):

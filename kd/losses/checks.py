@@ -29,23 +29,23 @@ def check_model(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
     weight, bias = head.weight_VH, head.bias_V
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
-            f"{side}_hidden is {_shape(hidden)} and labels {_shape(labels)}; "
-            "labels must have the shape of the hidden states without their last dimension"
+            f"{side}_hidden is {_shape(hidden)} and labels {_shape(labels)}; labels must have the "
+            "shape of the hidden states without their last dimension"
         )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{side}_head is {_shape(weight)} and {side}_hidden {_shape(hidden)}; "
-            f"the head must be (vocabulary, {hidden.shape[-1]}), gathered if it is sharded"
+            f"{side}_head is {_shape(weight)} and {side}_hidden {_shape(hidden)}; the head must be "
+            f"(vocabulary, {hidden.shape[-1]}), gathered if it is sharded"
         )
     if not hidden.is_floating_point() or weight.dtype != hidden.dtype:
         raise ValueError(
-            f"{side}_head is {weight.dtype} and {side}_hidden {hidden.dtype}; "
-            "cast one, so that both are of the same floating dtype"
+            f"{side}_head is {weight.dtype} and {side}_hidden {hidden.dtype}; cast one, so that "
+            "both are of the same floating dtype"
         )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(
-            f"{side}_bias is {bias.dtype} {_shape(bias)}; "
-            f"it must be {weight.dtype} {_shape(weight[:, 0])}, like the rows of {side}_head"
+            f"{side}_bias is {bias.dtype} {_shape(bias)}; it must be {weight.dtype} "
+            f"{_shape(weight[:, 0])}, like the rows of {side}_head"
         )
     _check_device(f"{side}_hidden", hidden, labels)
     _check_device(f"{side}_head", weight, labels)
@@ -81,12 +81,12 @@ def check_rows(labels: Tensor, token_weights: Tensor | None, row_index: Tensor |
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(
             f"token_weights is {_shape(token_weights)} and labels {_shape(labels)}; give one "
-            f"weight per label"
+            "weight per label"
         )
     if row_index is not None and (row_index.dim() != 1 or row_index.dtype != torch.int64):
         raise ValueError(
             f"row_index is {row_index.dtype} {_shape(row_index)}; give torch.int64 (N) indices of "
-            f"flat labels"
+            "flat labels"
         )
     _check_device("token_weights", token_weights, labels)
     _check_device("row_index", row_index, labels)
@@ -102,8 +102,8 @@ def check_labels(labels_N: Tensor, vocab_size: int) -> None:
     elif not inside:
         raise ValueError(
             f"labels of supervised rows span [{labels_N.min()}, {labels_N.max()}], the shared "
-            f"vocabulary "
-            f"[0, {vocab_size}); set others to ignore_index, and leave their rows out of row_index"
+            f"vocabulary [0, {vocab_size}); set others to ignore_index, and leave their rows out "
+            "of row_index"
         )
 
 
@@ -120,14 +120,13 @@ def check_top_k(
         or ids.dtype != torch.int64
     ):
         raise ValueError(
-            f"teacher_ids is {ids.dtype} {_shape(ids)} and labels {_shape(labels)}; "
-            "give torch.int64, the shape of labels with a last dimension of K >= 1 tokens"
+            f"teacher_ids is {ids.dtype} {_shape(ids)} and labels {_shape(labels)}; give "
+            "torch.int64, the shape of labels with a last dimension of K >= 1 tokens"
         )
     if logprobs.shape != ids.shape or not logprobs.is_floating_point():
         raise ValueError(
             f"teacher_logprobs is {logprobs.dtype} {_shape(logprobs)} and teacher_ids "
-            f"{_shape(ids)}; "
-            "give one floating log-probability per id"
+            f"{_shape(ids)}; give one floating log-probability per id"
         )
     _check_device("teacher_ids", ids, labels)
     _check_device("teacher_logprobs", logprobs, labels)

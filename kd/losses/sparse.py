@@ -91,7 +91,7 @@ def sparse_distillation_loss(
     if tail == "ignore" and objective.spec.infinite_without_tail:
         raise ValueError(
             f"tail='ignore', divergence={divergence!r}: infinite wherever p is 0; choose "
-            f"tail='bucket'"
+            "tail='bucket'"
         )
     student = Head(student_head, student_bias, student_softcap, student_scale)
     with torch.autocast(labels.device.type, enabled=False):

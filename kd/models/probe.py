@@ -50,7 +50,7 @@ def reference_states(model: PreTrainedModel, *, role: str) -> torch.Tensor:
     ):
         raise UserError(
             f"{role}.model: a token of {type(model).__name__} sees the tokens after it: only "
-            f"causal models are trained"
+            "causal models are trained"
         )
     return outputs.last_hidden_state
 
@@ -85,8 +85,7 @@ def verify_weights(
     if not error <= TOLERANCE[hidden.dtype]:
         raise UserError(
             f"{role}.model: hidden states after loading differ from the checkpoint's (relative "
-            f"error {error:.2g}): "
-            "its weights did not arrive. Try the versions of constraints.txt"
+            f"error {error:.2g}): its weights did not arrive. Try the versions of constraints.txt"
         )
     return error
 
@@ -105,8 +104,7 @@ def _check_head(
     if not error <= HEAD_TOLERANCE[model.dtype]:
         raise UserError(
             f"{role}.model: {type(model).__name__} does something between lm_head and logits that "
-            f"is not known here "
-            f"(relative error {error:.2g}); teach kd/models/head.py about it"
+            f"is not known here (relative error {error:.2g}); teach kd/models/head.py about it"
         )
 
 

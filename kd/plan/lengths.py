@@ -122,7 +122,7 @@ def state_traces(
     if mean is not None and mean > longest:
         raise UserError(
             f"--mean-tokens {mean} is more than the longest sequence, {longest} ({origin}): "
-            f"correct one"
+            "correct one"
         )
     num_rows = num_rows or recipe.data.num_train
     parts = [

@@ -49,8 +49,7 @@ class MemoryPlan:
             return None
         needs = (
             f"{self.total_gib:.1f} GiB per GPU, most of it in {self.moment}, and "
-            f"{RESERVED_GIB:.0f} GiB for CUDA "
-            f"itself do not fit in {gpu_gib:.1f} GiB"
+            f"{RESERVED_GIB:.0f} GiB for CUDA itself do not fit in {gpu_gib:.1f} GiB"
         )
         for factor, changes in itertools.product(
             range(1, MAX_NODES_FACTOR + 1), _settings(self.recipe)

@@ -41,7 +41,7 @@ def print_report(report: dict[str, Any]) -> None:
     console.print("\n".join(lines), markup=False)
     console.print(make_table(plans), soft_wrap=False)
     notes = [
-        f"GiB at the moment of a step that takes most: "
+        "GiB at the moment of a step that takes most: "
         f"{', '.join(_different(plans, 'gib_per_rank', 'moment'))}"
     ]
     notes += [
@@ -54,7 +54,7 @@ def print_report(report: dict[str, Any]) -> None:
         peak = f"{report['gpu_peak_tflops']:.0f} TFLOP/s"
         notes += [
             f"hours: of steps alone, at an MFU of {report['mfu']} of {peak} per GPU; stated, not "
-            f"measured"
+            "measured"
         ]
         notes += [f"keep {plan['keep_fraction']} on {gpu}: {plan['verdict']}" for plan in plans]
     console.print("\n".join(notes), markup=False)

@@ -88,8 +88,7 @@ def check_shapes(section: ModelSection, model: PreTrainedModel, *, role: str) ->
         )
         raise UserError(
             f"{role}.model = {section.model!r} is not the model of {path}, from which memory was "
-            f"planned: {listing}. "
-            "Remove that file, or name the model's revision"
+            f"planned: {listing}. Remove that file, or name the model's revision"
         )
 
 

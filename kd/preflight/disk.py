@@ -40,8 +40,8 @@ def check_disk(plan: MemoryPlan, layout: Layout) -> list[Check]:
             fail(
                 "shared folder",
                 f"run.output_dir = {output_dir!r}: {found[0]}; {len(found)} of {len(problems)} "
-                f"ranks do not see what "
-                "rank 0 writes: put it on a file system that all hosts mount at the same path",
+                "ranks do not see what rank 0 writes: put it on a file system that all hosts "
+                "mount at the same path",
             )
         ]
     shared = ok("shared folder", f"{folder}: all ranks read what rank 0 writes")
@@ -52,7 +52,7 @@ def check_disk(plan: MemoryPlan, layout: Layout) -> list[Check]:
     needs = (
         f"{size(free / GIB)} free in {folder}, {size(needed)} needed: {size(plan.disk_gib)} for "
         f"{plan.recipe.training.keep_last + 2} checkpoints of {size(plan.checkpoint_gib)} and the "
-        f"exports" + (f", less {size(there / GIB)} that are there" if there else "")
+        "exports" + (f", less {size(there / GIB)} that are there" if there else "")
     )
     if free < needed * GIB:
         return [shared, fail("free space", f"{needs}: make room, or lower training.keep_last")]
@@ -109,8 +109,7 @@ def _check_speed(plan: MemoryPlan, folder: Path, free: int, me: str, world_size:
     if seconds > LAUNCHER_SECONDS:
         text += (
             f", more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher leaves after a TERM: "
-            f"signal the ranks "
-            "themselves, as launch/hosts.sh and launch/slurm do"
+            "signal the ranks themselves, as launch/hosts.sh and launch/slurm do"
         )
     return ok("write speed", text)
 

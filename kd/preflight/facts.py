@@ -111,7 +111,7 @@ def _check_weights(section: ModelSection, role: str) -> None:
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(
             f"{field} = {section.model!r}: no weights in {folder}: run launch/prepare.py with this "
-            f"recipe"
+            "recipe"
         )
 
 
@@ -142,7 +142,7 @@ def _judge_inputs(everyone: list[Facts]) -> Check:
     return fail(
         "models and data",
         f"rank {rank} on {facts['host']}{others}: {facts['inputs']}. Correct it, or bring it to "
-        f"every host",
+        "every host",
     )
 
 
@@ -153,9 +153,8 @@ def _judge_attention(everyone: list[Facts]) -> Check:
             return fail(
                 "attention",
                 f"{facts['attention']} on rank {rank} ({facts['host']}), {first} on rank 0: "
-                f"install the same packages "
-                "and use GPUs of one kind, or name teacher.attention and student.attention in the "
-                "recipe",
+                "install the same packages and use GPUs of one kind, or name teacher.attention "
+                "and student.attention in the recipe",
             )
     if isinstance(first, str):
         return fail("attention", first)

@@ -92,7 +92,7 @@ def _check(
         return fail(
             name,
             f"{text}: less than --min-bandwidth {minimum:g}: NCCL_DEBUG=INFO tells which network "
-            f"is used",
+            "is used",
         )
     return ok(name, text)
 

@@ -65,9 +65,8 @@ def _describe(error: LostPeer, timeout_seconds: float) -> str:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     return (
         f"rank {os.environ['RANK']} on {socket.gethostname()} does not meet the others at {where} "
-        f"within "
-        f"{timeout_seconds:g} s: did all start, and does a firewall let them reach each other? "
-        f"[{str(error.__cause__).strip().splitlines()[0]}]"
+        f"within {timeout_seconds:g} s: did all start, and does a firewall let them reach each "
+        f"other? [{str(error.__cause__).strip().splitlines()[0]}]"
     )
 
 

@@ -67,7 +67,7 @@ def read_hostfile(path: Path) -> list[str]:
         elif text:
             raise UserError(
                 f"--hostfile {path}, line {number}: {line!r}: write NAME slots=N, as "
-                f"launch/hostfile.example"
+                "launch/hostfile.example"
             )
     if not hosts:
         raise UserError(f"--hostfile {path} names no host; launch/hostfile.example shows how")
@@ -85,7 +85,7 @@ def check_ssh(host: str) -> Check:
         return ok(
             name,
             f"{time.perf_counter() - started:.2f} s, no password; environment and checkout are "
-            f"there",
+            "there",
         )
     if done.returncode != 255:
         return fail(

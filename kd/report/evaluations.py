@@ -60,7 +60,7 @@ def own_scores(
             if taken is not evaluation and Path(taken.model).name == export:
                 notes.append(
                     f"{evaluation.path.name} evaluates what {taken.path.name} does, which is what "
-                    f"counts"
+                    "counts"
                 )
     return scores, notes
 
@@ -98,7 +98,7 @@ def _read_evaluation(path: Path) -> Iterator[Evaluation]:
     if not 0 <= num_correct <= num_responses or num_responses == 0:
         raise UserError(
             f"{path}: num_correct = {num_correct} of {num_responses} responses: evaluate the model "
-            f"again"
+            "again"
         )
     settings: dict[str, Any] = {
         key: content[key] for key in ("problems", "judge", "backend") if key in content

@@ -9,48 +9,40 @@ from kd.report.read_runs import Run, StudyCell, Variant
 
 READING = (
     "Runs are compared where teacher, student and data are the same, and finished runs alone are "
-    "compared and drawn. "
-    "A number leads to the file that it came from; a number of several runs has small links beside "
-    "it, where s0 is the "
-    "run of seed 0. After a / stand the runs of the whole sequences that it is divided by."
+    "compared and drawn. A number leads to the file that it came from; a number of several runs "
+    "has small links beside it, where s0 is the run of seed 0. After a / stand the runs of the "
+    "whole sequences that it is divided by."
 )
 KNEE = (
     "The knee of a curve is its cheapest length (by FLOPs; by tokens read where FLOPs are not "
-    "recorded) that is level "
-    "with whole sequences: the upper bound of its 95 % interval is at least the lower bound of "
-    "theirs, both pooled "
-    "over seeds. Level is not equal: with few problems intervals are wide, and easily reached."
+    "recorded) that is level with whole sequences: the upper bound of its 95 % interval is at "
+    "least the lower bound of theirs, both pooled over seeds. Level is not equal: with few "
+    "problems intervals are wide, and easily reached."
 )
 ACCURACY = (
     "Intervals are Wilson's, at 95 %, of the problems of all seeds pooled: they treat seeds' "
-    "problems as independent, "
-    "and are too narrow where seeds answer the same problems; several samples of a problem count "
-    "for as many as the "
-    "interval of their own evaluation says. Kept is the accuracy divided by that of the runs with "
-    "keep_fraction = 1 and all else equal; it is as uncertain as both."
+    "problems as independent, and are too narrow where seeds answer the same problems; several "
+    "samples of a problem count for as many as the interval of their own evaluation says. Kept is "
+    "the accuracy divided by that of the runs with keep_fraction = 1 and all else equal; it is as "
+    "uncertain as both."
 )
 WINDOWS = "With keep_fraction = 1 every window is the whole sequence."
 COSTS = (
     "Means over seeds; in brackets relative to the runs with keep_fraction = 1 and all else equal. "
-    "Training time is "
-    "the sum of step_ms: batches, forward, backward and optimizer of every step, on the hardware "
-    "below; loading of "
-    "models, validation, checkpoints, export and evaluation are not in it. Peak memory is rank "
-    "0's: of its GPU, or on "
-    "a CPU of the whole process, Python and libraries included. FLOPs and tokens are sums over all "
-    "steps and ranks."
+    "Training time is the sum of step_ms: batches, forward, backward and optimizer of every step, "
+    "on the hardware below; loading of models, validation, checkpoints, export and evaluation are "
+    "not in it. Peak memory is rank 0's: of its GPU, or on a CPU of the whole process, Python and "
+    "libraries included. FLOPs and tokens are sums over all steps and ranks."
 )
 CURVES = (
     "Losses of different lengths are means over different tokens: each curve tells whether its own "
-    "run has converged, "
-    "and not which run is better. The divergence from the teacher is told by position in the "
-    "whole, untruncated trace, "
-    "at the end of training; it ends where no token is supervised."
+    "run has converged, and not which run is better. The divergence from the teacher is told by "
+    "position in the whole, untruncated trace, at the end of training; it ends where no token is "
+    "supervised."
 )
 DIFFERENCES = (
     "Warning: these runs are compared, and differ in more than length, window, loss sections and "
-    "seed, which may "
-    "explain what is put down to those:"
+    "seed, which may explain what is put down to those:"
 )
 
 
@@ -132,8 +124,8 @@ def _task_plots(family: Family, variants: list[Variant], task: str) -> list[Plot
     links = by_name(_runs_of(family, variants))
     accuracy = (
         "Left: accuracy of all seeds pooled with its 95 % interval, and beside it a dot for each "
-        "seed. Right: the same "
-        "relative to whole sequences. Lines that would hide each other stand a little to the side."
+        "seed. Right: the same relative to whole sequences. Lines that would hide each other stand "
+        "a little to the side."
     )
     tradeoff = (
         "Accuracy against the cost of training. The number at a point is keep_fraction, a ring "

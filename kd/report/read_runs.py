@@ -131,8 +131,7 @@ def _find_runs(root: Path) -> list[Path]:
     if not found:
         raise UserError(
             f"RUNS = {str(root)!r}: no run is there, or below it: name folders that hold a "
-            f"recipe.json and a "
-            "metrics.jsonl, such as runs/NAME, or a folder of such folders"
+            "recipe.json and a metrics.jsonl, such as runs/NAME, or a folder of such folders"
         )
     return found
 

@@ -60,8 +60,7 @@ def _plots_of_earlier(output: Path) -> list[str]:
         pass
     raise UserError(
         f"--output = {str(output)!r} is there and holds no earlier report, and nothing in it is "
-        f"overwritten: "
-        "name a new folder, or an empty one"
+        "overwritten: name a new folder, or an empty one"
     )
 
 

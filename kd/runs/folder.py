@@ -57,8 +57,8 @@ def open_run(recipe: Recipe, resume: str | None) -> None:
 def _check_may_begin(recipe: Recipe, resume: str | None) -> None:
     if resume is None and _has_begun(recipe.run_dir):
         raise UserError(
-            f"{recipe.run_dir} already holds a run: continue it with --resume auto, "
-            "or choose another folder with --set run.name=NAME"
+            f"{recipe.run_dir} already holds a run: continue it with --resume auto, or choose "
+            "another folder with --set run.name=NAME"
         )
     check_same_run(recipe)
 
@@ -81,8 +81,8 @@ def check_same_run(recipe: Recipe) -> None:
         listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
         raise UserError(
             f"{folder} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set "
-            f"run.name=NAME; "
-            "to train a finished student further, begin a new run with student.model = its export"
+            "run.name=NAME; to train a finished student further, begin a new run with "
+            "student.model = its export"
         )
 
 
@@ -93,9 +93,8 @@ def record_data(folder: Path, report: str, fingerprint: str) -> None:
     path = folder / "data.json"
     if _has_begun(folder) and path.exists() and _read(path)["fingerprint"] != fingerprint:
         raise UserError(
-            f"{folder} began with other data: its rows or their tokens have changed since. "
-            f"Restore them, or --set "
-            f"run.name=NAME\nthere:\n{_read(path)['report']}\nhere:\n{report}"
+            f"{folder} began with other data: its rows or their tokens have changed since. Restore "
+            f"them, or --set run.name=NAME\nthere:\n{_read(path)['report']}\nhere:\n{report}"
         )
     write_json(path, {"fingerprint": fingerprint, "report": report})
 

@@ -109,9 +109,8 @@ def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None 
     ):
         raise UserError(
             f"--windows {','.join(axes.window)}: at truncation.keep_fraction = "
-            f"{base.truncation.keep_fraction:g} "
-            "nothing is cut, and all windows are one: --set truncation.keep_fraction=0.5, or "
-            "--cross with --keep"
+            f"{base.truncation.keep_fraction:g} nothing is cut, and all windows are one: --set "
+            "truncation.keep_fraction=0.5, or --cross with --keep"
         )
     cells = tuple(Cell(point, _recipe_at(base, point, folder)) for point in points)
     return Study(base.run.name, folder, cells)

@@ -211,8 +211,8 @@ class TrainingRun:
             f"step {progress.step}: loss {result.loss} and gradient norm {result.grad_norm} are "
             f"not both finite, and training.skip_nonfinite = {allowed} allows no more such steps. "
             f"Rows of the batch, counted from 1: {rows}. Look at these rows; continue with "
-            "--resume auto and a higher training.skip_nonfinite, or begin a new run "
-            "(--set run.name=NAME) with a lower training.learning_rate"
+            "--resume auto and a higher training.skip_nonfinite, or begin a new run (--set "
+            "run.name=NAME) with a lower training.learning_rate"
         )
 
     def is_interrupted(self) -> bool:
