@@ -26,9 +26,8 @@ from kd.study.cells import parse_fractions
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's library is imported
     arguments = parse_args()
-    with contextlib.redirect_stdout(
-        sys.stderr
-    ):  # DeepSpeed says on stdout that a login node has no GPU
+    # DeepSpeed says on stdout that a login node has no GPU.
+    with contextlib.redirect_stdout(sys.stderr):
         report = make_report(arguments)
     if arguments.json:
         write_json(arguments.json, report)

@@ -21,9 +21,8 @@ from kd.study.cells import Axes, Study, make_study, parse_axes, write_study
 
 def main() -> None:
     arguments = parse_args(sys.argv[1:])
-    with contextlib.redirect_stdout(
-        sys.stderr
-    ):  # DeepSpeed says on stdout that a login node has no GPU
+    # DeepSpeed says on stdout that a login node has no GPU.
+    with contextlib.redirect_stdout(sys.stderr):
         request = request_of(arguments)
         study = study_of(arguments)
         if study is None:

@@ -167,9 +167,8 @@ def _check_objects(config: Any, path: Path) -> None:
     for key in ("zero_optimization", "bf16", "fp16"):
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f"{path}: {key} = {config[key]!r}: write an object")
-    if (
-        "bfloat16" in config
-    ):  # DeepSpeed still reads it, and would cast a model that was loaded as fp32
+    # DeepSpeed still reads it, and would cast a model that was loaded as fp32.
+    if "bfloat16" in config:
         raise UserError(f'{path}: bfloat16 is the old name of the section: write "bf16"')
 
 

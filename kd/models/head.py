@@ -36,9 +36,8 @@ def head_of(model: PreTrainedModel) -> Head:
     lm_head, config = model.get_output_embeddings(), model.config.get_text_config()
     factors = [getattr(config, name, None) or 1.0 for name in MULTIPLIERS]
     divisors = [getattr(config, name, None) or 1.0 for name in DIVISORS]
-    if (
-        config.model_type == "hyperclovax"
-    ):  # multiplies by what Granite, under the same name, divides by
+    # It multiplies by what Granite, under the same name, divides by.
+    if config.model_type == "hyperclovax":
         factors, divisors = factors + divisors, []
     softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
     return Head(

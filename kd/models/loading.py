@@ -100,9 +100,8 @@ def choose_attention(
     """
     choices = [*_flash_attention(ds_config), "sdpa", "eager"]
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if (
-        model_class is not None
-    ):  # a class that comes with its checkpoint is asked only when it is built
+    # A class that comes with its checkpoint is asked only when it is built.
+    if model_class is not None:
         choices = [name for name in choices if _supports(model_class, name)]
     if section.attention == "auto":
         return choices[0]

@@ -196,9 +196,8 @@ def _references(runs: list[Run]) -> dict[str, list[tuple[str, Score]]]:
         for role, e in run.references:
             same[e.task, role, e.model, e.num_problems, e.num_correct][str(e.path)] = e
     found: dict[str, list[tuple[str, Score]]] = defaultdict(list)
-    for (task, role, *_), evaluations in sorted(
-        same.items(), reverse=True
-    ):  # "teacher" before "student ..."
+    # Reversed: "teacher" before "student ...".
+    for (task, role, *_), evaluations in sorted(same.items(), reverse=True):
         first, *others = evaluations.values()
         found[task].append((role, pool([first])._replace(evaluations=(first, *others))))
     return found
