@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, launcher_command
+from forked import run_ranks
+from tiny import ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -21,21 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def launch() -> Launch:
-    """Run a script under the deepspeed launcher: launch("launch/train.py", "--recipe", ...,
-    num_ranks=2).
+    """Run a script on forked ranks, as the deepspeed launcher does: launch("launch/train.py",
+    "--recipe", ..., num_ranks=2).
     """
 
     def run(
         script: str, *arguments: str, num_ranks: int = 2, timeout: float = 300, **environment: str
     ):
-        return subprocess.run(
-            launcher_command(script, *arguments, num_ranks=num_ranks),
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        command, variables = [ROOT / script, *arguments], {**os.environ, **environment}
+        return run_ranks(command, num_ranks, env=variables, timeout=timeout)
 
     return run

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import forked
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -98,15 +98,9 @@ def script(tmp_path: Path) -> Script:
     """Run a script of launch/ as a user would, in an empty directory."""
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "launch" / name), *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        command = [ROOT / "launch" / name, *arguments]
+        return forked.run(command, cwd=tmp_path, env=environment, timeout=120)
 
     return run
 

@@ -1,8 +1,8 @@
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from data_samples import build_tokenizer, good_rows, write_jsonl
 
@@ -29,14 +29,9 @@ num_validation = 4
 
 
 def prepare(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "prepare.py"), *arguments],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return forked.run(
+        [ROOT / "launch" / "prepare.py", *arguments], cwd=cwd, env=environment, timeout=120
     )
 
 

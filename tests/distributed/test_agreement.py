@@ -5,10 +5,10 @@ could wait.
 import os
 import socket
 import subprocess
-import sys
 
 import pytest
-from tiny import ROOT, free_port
+from forked import Forked
+from tiny import free_port
 
 pytestmark = pytest.mark.dist
 
@@ -16,19 +16,11 @@ pytestmark = pytest.mark.dist
 def start(*ranks: tuple[dict[str, str], list[str]]) -> list[subprocess.CompletedProcess[str]]:
     """Start one process per rank, each with its own environment and arguments, and wait for all."""
     common = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    worker = ["tests/distributed/agreement_worker.py", "tiny_trunc50"]
     processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "tests/distributed/agreement_worker.py"),
-                "tiny_trunc50",
-                *arguments,
-            ],
-            cwd=ROOT,
+        Forked(
+            [*worker, *arguments],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank, (environment, arguments) in enumerate(ranks)
     ]
@@ -36,7 +28,8 @@ def start(*ranks: tuple[dict[str, str], list[str]]) -> list[subprocess.Completed
         outputs = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            if process.poll() is None:
+                process.kill()
     return [
         subprocess.CompletedProcess(process.args, process.returncode, *output)
         for process, output in zip(processes, outputs, strict=True)

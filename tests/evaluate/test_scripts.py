@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from kd.errors import UserError
 from kd.evaluate.evaluation import result_files
@@ -26,13 +27,13 @@ def run_until_killed(
 ) -> None:
     """Start a script of launch/ and kill it when some batches, but not all, are in its journal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "launch" / name), *arguments]
-    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (
-            (path := find_journal()) and path.read_bytes().count(b"\n") >= 3
-        ):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    process = Forked([ROOT / "launch" / name, *arguments], cwd=cwd, env=environment)
+    while process.poll() is None and not (
+        (path := find_journal()) and path.read_bytes().count(b"\n") >= 3
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
 
 
 def test_killed_generation_goes_on_and_gives_the_file_of_an_uninterrupted_one(

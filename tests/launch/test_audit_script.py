@@ -4,9 +4,9 @@ errors in one block.
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tiny import ROOT, write_tiny_recipe
 
@@ -17,16 +17,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def audit(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "audit.py"),
-        "--recipe",
-        str(recipe),
-        *arguments,
-    ]
-    return subprocess.run(
-        command, cwd=recipe.parent, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [ROOT / "launch" / "audit.py", "--recipe", recipe, *arguments]
+    return forked.run(command, cwd=recipe.parent, timeout=120)
 
 
 def test_numbers_are_printed_and_written_to_the_run_folder(recipe: Path) -> None:

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
-from tiny import ROOT, write_tiny_recipe
+from tiny import ROOT, launcher_command, write_tiny_recipe
 
 from kd.runs.records import read_metrics
 
@@ -25,17 +26,9 @@ def train(
     recipe: Path, *overrides: str, resume: str | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """One rank, without a launcher."""
-    command = [
-        sys.executable,
-        TRAIN,
-        "--recipe",
-        str(recipe),
-        *(f"--set={text}" for text in overrides),
-    ]
+    command = [TRAIN, "--recipe", str(recipe), *(f"--set={text}" for text in overrides)]
     command += ["--resume", resume] if resume else []
-    return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False
-    )
+    return forked.run(command, env=env, timeout=200)
 
 
 def assert_one_block(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -126,7 +119,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_when_allowed(recipe):
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(launch, recipe, launcher):
+def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(recipe, launcher):
     arguments = [
         TRAIN,
         "--recipe",
@@ -136,21 +129,14 @@ def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(launch,
         "--set",
         "training.global_batch_size=6",
     ]
-    if launcher == "deepspeed":
-        done = launch(*arguments)
-    else:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            *arguments,
-        ]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-        )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    commands = {
+        "deepspeed": launcher_command(*arguments),
+        "torchrun": [*torchrun, "--nproc_per_node", "2", *arguments],
+    }
+    done = subprocess.run(
+        commands[launcher], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode != 0
     assert done.stderr.count("cannot be divided over 2 ranks: run on 1 or 3 ranks") == 1
     assert not (recipe.parent / "runs" / "odd").exists()
@@ -171,10 +157,7 @@ def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(launch,
     ],
 )
 def test_check_finds_what_is_missing_without_loading_anything(recipe, override, message):
-    command = [sys.executable, TRAIN, "--recipe", str(recipe), "--set", override, "--check"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = forked.run([TRAIN, "--recipe", recipe, "--set", override, "--check"], timeout=60)
     assert done.returncode == 2
     assert_one_block(done, message)
 
@@ -234,9 +217,7 @@ def test_another_seed_or_other_data_is_not_a_continuation(recipe, finished):
 
 def test_several_processes_without_ranks_are_an_error(recipe):
     environment = {**os.environ, "SLURM_NTASKS": "2"}
-    command = [sys.executable, TRAIN, "--recipe", str(recipe), "--set", "run.name=no_ranks"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [TRAIN, "--recipe", str(recipe), "--set", "run.name=no_ranks"]
+    done = forked.run(command, env=environment, timeout=60)
     assert_one_block(done, "SLURM_NTASKS = 2, but RANK is not set")
     assert not (recipe.parent / "runs" / "no_ranks").exists()

@@ -4,11 +4,11 @@ and of bad input.
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from tiny import ROOT, layout_of, write_tiny_recipe
@@ -48,10 +48,7 @@ def test_a_shipped_recipe_is_planned_in_a_table_and_as_json_without_gpu_data_or_
 ):
     output = tmp_path / "plan.json"
     arguments = ["--recipe", QWEN, "--gpus-per-node", "8", "--gpu", "h100", "--json", str(output)]
-    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = forked.run([ROOT / "launch" / "plan.py", *arguments], cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert [plan["keep_fraction"] for plan in report["plans"]] == [0.25, 0.5, 0.75, 1.0]

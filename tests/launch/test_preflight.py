@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from tiny import ROOT, disk_of_its_own, free_port, write_tiny_recipe
 
 from kd.errors import UserError
@@ -60,11 +61,12 @@ def start_rank(
     """One rank of two, as a launcher starts it."""
     variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-    command = [*wrapper, sys.executable, PREFLIGHT, "--recipe", str(recipe), *arguments]
+    command, env = [PREFLIGHT, "--recipe", str(recipe), *arguments], {**os.environ, **variables}
+    if not wrapper:
+        return Forked(command, env=env)
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **variables}, stdout=pipe, stderr=pipe, text=True
-    )
+    command = [*wrapper, sys.executable, *command]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
 def statuses(output: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from tiny import ROOT, write_tiny_recipe
 
@@ -29,8 +30,7 @@ def recipe(tmp_path_factory) -> Path:
 def submit(
     recipe: Path | str, *arguments: str, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(recipe), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    return forked.run([ROOT / "launch" / "submit.py", recipe, *arguments], cwd=cwd, timeout=60)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
@@ -199,16 +199,12 @@ def test_the_cells_of_a_study_that_are_not_trained_yet_are_tasks_of_an_array(rec
 
 def test_what_does_not_fit_is_refused_with_what_would(recipe, tmp_path):
     where = ("--nodes=1", "--gpus-per-node=1", f"--set=run.output_dir={tmp_path}", "--dry-run")
-    large = [sys.executable, str(ROOT / "launch" / "submit.py"), "qwen3_8b_to_4b_trunc50", *where]
-    done = subprocess.run(
-        [*large, "--gpu=a100-40gb"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    large = ["qwen3_8b_to_4b_trunc50", *where]
+    done = submit(*large, "--gpu=a100-40gb")
     assert_refused(done, "--gpu a100-40gb: ")
     assert "do not fit in 39.4 GiB" in done.stderr
     assert "would do (" in done.stderr
-    assert (
-        subprocess.run(large, cwd=ROOT, capture_output=True, text=True, check=False).returncode == 0
-    )
+    assert submit(*large).returncode == 0
     assert_refused(
         submit(recipe, "--gpus-per-node=1", "--gpu=abacus", "--dry-run"),
         "--gpu abacus: choose from a100",

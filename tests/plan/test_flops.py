@@ -3,17 +3,16 @@ optimizer steps.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
 from flops_worker import NUM_STEPS, SETTINGS
-from tiny import ROOT, tiny_config, write_tiny_recipe
+from tiny import tiny_config, write_tiny_recipe
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -126,13 +125,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float
     folder = tmp_path_factory.mktemp("flops")
     recipe, output = write_tiny_recipe(folder), folder / "flops.json"
     worker = Path(__file__).with_name("flops_worker.py")
-    done = subprocess.run(
-        [sys.executable, str(worker), str(recipe), str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked.run([worker, recipe, output])
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
 

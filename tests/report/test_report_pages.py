@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote
 
+import forked
 import pytest
 from run_folders import write_run, write_study
 from tiny import ROOT
@@ -260,14 +261,8 @@ def test_the_same_runs_make_the_same_report(tmp_path):
 
 
 def test_the_command_says_in_one_block_what_is_wrong(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "report.py"),
-        str(tmp_path),
-        "-o",
-        str(tmp_path / "report"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command = [ROOT / "launch" / "report.py", tmp_path, "-o", tmp_path / "report"]
+    done = forked.run(command, timeout=120)
     assert done.returncode == EXIT_USER_ERROR
     assert done.stderr.strip().startswith(f"error: RUNS = '{tmp_path}': no run is there")
     assert "Traceback" not in done.stderr
