@@ -328,10 +328,13 @@ def serve(path: str) -> Request:
                 request = _request_on(connection)
                 pid = os.fork()
                 if pid == 0:
-                    for number in [*selector.get_map(), selector.fileno(), connection.fileno()]:
-                        os.close(number)
-                    for _, other in children.values():
-                        os.close(other.detach())
+                    # By the objects, not by their numbers: a selector is freed by the garbage
+                    # collector only, and would then close whatever has its number by now.
+                    for ended, (_, other) in children.items():
+                        os.close(ended)
+                        other.close()
+                    for opened in (selector, listener, connection):
+                        opened.close()
                     return request
                 for number in request.files:
                     os.close(number)
