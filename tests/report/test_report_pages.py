@@ -5,8 +5,6 @@ overwritten.
 import html.parser
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
