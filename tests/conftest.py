@@ -2,7 +2,8 @@
 
 import os
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from forked import run_ranks
 from tiny import ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+# What implies the mark `process`. A test that starts one otherwise has the mark itself, or fails.
+PROCESS_MARKS = ("benchmark", "dist", "fault", "hosts", "real", "slurm")
+PROCESS_FIXTURES = {"launch", "script"}
+STARTS = {"forked.Forked", "subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"}
+running: list[pytest.Item] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +24,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--profile-output", type=Path, default=folder, help="folder of its traces and CSV"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before -m selects among them, so that `make quick` is all tests that start no process."""
+    for item in items:
+        is_marked = any(item.get_closest_marker(name) for name in PROCESS_MARKS)
+        if is_marked or PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("process")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    running.append(item)
+    try:
+        return (yield)
+    finally:
+        running.pop()
+
+
+def check_mark(event: str, arguments: tuple[object, ...]) -> None:
+    if event in STARTS and running and not running[-1].get_closest_marker("process"):
+        pytest.fail(f"starts a process and is not marked so: {event}{arguments[:2]}")
+
+
+sys.addaudithook(check_mark)
 
 
 @pytest.fixture(scope="session")

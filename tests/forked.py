@@ -61,6 +61,7 @@ class Forked:
     ) -> None:
         """arguments: what would follow `python`: [-u] SCRIPT ..., -m MODULE ... or -c CODE ..."""
         self.args = [str(argument) for argument in arguments]
+        sys.audit("forked.Forked", self.args)
         self.returncode: int | None = None
         environment = dict(os.environ if env is None else env)
         self.output = _open(stdout)
@@ -137,6 +138,7 @@ class Ranks:
         common |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
         common |= {"LOCAL_SIZE": str(num_ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"}
         output, errors = _open(None), _open(None)
+        self.returncode: int | None = None
         self.ranks = [
             Forked(
                 ["-u", *self.args],
@@ -150,9 +152,13 @@ class Ranks:
 
     def poll(self) -> int | None:
         """None while no rank has failed and one runs on; then the launcher's status."""
-        statuses = [rank.poll() for rank in self.ranks]
-        failed = [status for status in statuses if status]
-        return failed[0] & 255 if failed else None if None in statuses else 0
+        if self.returncode is None:
+            statuses = [rank.poll() for rank in self.ranks]
+            if failed := [status for status in statuses if status]:
+                self.returncode = failed[0] & 255
+            elif None not in statuses:
+                self.returncode = 0
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """The launcher's status: 0, or that of the first rank that failed, upon which the others
@@ -160,19 +166,22 @@ class Ranks:
         """
         try:
             _wait_until(lambda: self.poll() is not None, timeout)
-            status = self.poll()
-            assert status is not None
-            if status:
-                time.sleep(GRACE_SECONDS)
-                for rank in self.ranks:
-                    rank.terminate()
-                    with suppress(TimeoutError):
-                        rank.wait(END_SECONDS)
-            return status
+            assert self.returncode is not None
+            if self.returncode:
+                self._end()
+            return self.returncode
         except TimeoutError:
             raise TimeoutError(_told(self.args, timeout, *self.ranks[0].written())) from None
         finally:
             self.kill()
+
+    def _end(self) -> None:
+        """One after another, as the launcher does."""
+        time.sleep(GRACE_SECONDS)
+        for rank in self.ranks:
+            rank.terminate()
+            with suppress(TimeoutError):
+                rank.wait(END_SECONDS)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)
@@ -328,10 +337,13 @@ def serve(path: str) -> Request:
                 request = _request_on(connection)
                 pid = os.fork()
                 if pid == 0:
-                    for number in [*selector.get_map(), selector.fileno(), connection.fileno()]:
-                        os.close(number)
-                    for _, other in children.values():
-                        os.close(other.detach())
+                    # By the objects: one that is collected later would close the number again,
+                    # and with it what the child has opened there.
+                    for descriptor, (_, other) in children.items():
+                        os.close(descriptor)
+                        other.close()
+                    for own in (connection, listener, selector):
+                        own.close()
                     return request
                 for number in request.files:
                     os.close(number)

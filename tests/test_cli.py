@@ -112,6 +112,7 @@ def test_overrides_are_collected_in_their_order() -> None:
     assert recipe_parser("").parse_args(arguments).overrides == ["run.seed=1", "run.seed=2"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("field", ["data.chat_template", "evaluation.path"])
 def test_check_finds_a_missing_file_without_torch(field: str) -> None:
     command = [

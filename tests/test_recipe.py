@@ -203,6 +203,7 @@ def test_a_run_can_be_named_by_its_resolved_recipe(tmp_path):
         load_recipe(str(resolved))
 
 
+@pytest.mark.process
 def test_check_prints_the_recipe_in_under_five_seconds_and_imports_no_engine():
     started = time.monotonic()
     done = subprocess.run(

@@ -11,6 +11,8 @@ import pytest
 import torch
 from tiny import ROOT
 
+pytestmark = pytest.mark.benchmark
+
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
 
 

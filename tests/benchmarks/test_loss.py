@@ -12,6 +12,8 @@ import pytest
 from peers import PEERS, Shape
 from tiny import ROOT
 
+pytestmark = pytest.mark.benchmark
+
 TINY = ("--device", "cpu", "--shapes", "16,24,64", "--num-tokens", "32", "--divergences", "jsd")
 CELL = loss.Cell("ours", "jsd", Shape(16, 24, 64), 32, "float32", "cpu", 1, 0.05)
 SPREAD = {"median": 2.0, "p20": 1.5, "p80": 2.5}

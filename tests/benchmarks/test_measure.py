@@ -25,6 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd.losses.chunk_plan import ChunkPlan
 
+pytestmark = pytest.mark.benchmark
+
 CPU = torch.device("cpu")
 SHAPE = Shape(16, 24, 60)
 

@@ -5,6 +5,8 @@ import torch
 from measure import forward_backward, reference, reference_kl, relative_error
 from peers import BETA, PEERS, Shape, make_problem
 
+pytestmark = pytest.mark.benchmark
+
 # Two chunks of Liger's 1024 rows, of unequal hidden sizes.
 SHAPE, NUM_TOKENS = Shape(12, 20, 300), 2100
 ON_CPU = [name for name, peer in PEERS.items() if "cpu" in peer.devices]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import structure
 
+pytestmark = pytest.mark.benchmark
+
 FILES = {
     "__init__.py": "",
     "errors.py": "class UserError(Exception):\n    pass\n",

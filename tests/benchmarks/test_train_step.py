@@ -15,6 +15,8 @@ from train_step import is_same, main
 
 from kd.errors import UserError
 
+pytestmark = pytest.mark.benchmark
+
 SCRIPT = ROOT / "benchmarks" / "train_step.py"
 
 

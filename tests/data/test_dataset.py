@@ -179,6 +179,7 @@ def test_the_loser_of_a_race_reads_what_the_winner_wrote(
     assert len(os.listdir(tmp_path / "cache")) == 1
 
 
+@pytest.mark.process
 def test_two_processes_tokenise_as_one_does(
     recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_bad_row_is_an_error_if_the_recipe_says_so(
         assert "prompt, reasoning, answer" in str(caught.value)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_a_row_without_a_column_is_an_error_with_number_and_columns(
     recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path, num_proc: int

@@ -8,6 +8,8 @@ from data_samples import build_tokenizer, good_rows, write_jsonl
 
 from kd.recipe import ROOT
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:

@@ -45,6 +45,7 @@ def test_a_signal_asks_and_a_second_one_does_no_harm(
     assert interruption.is_requested()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["deepspeed", "another"])
 def test_ranks_notice_that_the_front_of_their_launcher_has_gone(tmp_path: Path, name: str) -> None:
     rank = tmp_path / "rank.py"

@@ -23,6 +23,7 @@ def lose(peers: list[Peer], message: str) -> str:
     return str(lost.value)
 
 
+@pytest.mark.process
 def test_a_process_that_has_ended_is_named_and_its_zombie_too() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])  # not waited for: a zombie
     peers = [Peer(0, HOST, os.getpid()), Peer(1, HOST, ended.pid), Peer(2, "elsewhere", ended.pid)]

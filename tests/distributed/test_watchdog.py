@@ -7,6 +7,8 @@ import pytest
 
 from kd.constants import EXIT_HANG
 
+pytestmark = pytest.mark.process
+
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})

@@ -48,6 +48,7 @@ def test_the_fingerprint_changes_with_sampling_revision_prompts_and_batches(
     assert len({of(subject), *others}) == 1 + len(others)
 
 
+@pytest.mark.process
 def test_a_model_trained_anew_in_the_same_folder_is_evaluated_anew(
     subject: Subject, recipe_path: Path, tmp_path: Path
 ) -> None:

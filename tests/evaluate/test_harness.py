@@ -120,6 +120,7 @@ def test_the_command_names_model_tasks_and_the_sampling_of_the_recipe(model_dir:
     assert greedy[greedy.index("--model") + 1] == "vllm"
 
 
+@pytest.mark.process
 def test_results_of_the_newest_run_are_read_into_our_form(
     recipe: Recipe, model_dir: Path, tmp_path: Path, lm_eval_done: None
 ) -> None:
@@ -145,6 +146,7 @@ def test_results_of_the_newest_run_are_read_into_our_form(
     assert rows[1]["response"] == "<think>1+2=3</think>3"
 
 
+@pytest.mark.process
 def test_a_task_without_a_metric_of_right_and_wrong_is_an_error(
     recipe: Recipe,
     model_dir: Path,
@@ -160,6 +162,7 @@ def test_a_task_without_a_metric_of_right_and_wrong_is_an_error(
         evaluate_with_harness(recipe, subject(model_dir), "gsm", [], tmp_path)
 
 
+@pytest.mark.process
 def test_a_harness_that_leaves_nothing_is_an_error(
     recipe: Recipe, model_dir: Path, tmp_path: Path, lm_eval_done: None
 ) -> None:

@@ -62,6 +62,7 @@ def test_the_last_box_with_balanced_braces_counts(text: str, expected: str | Non
     assert last_boxed(text) == expected
 
 
+@pytest.mark.process
 def test_the_math_judge_knows_equal_values_in_other_forms() -> None:
     pairs = [
         ("1/2", r"\boxed{\frac{1}{2}}", True),
@@ -80,6 +81,7 @@ def test_the_math_judge_knows_equal_values_in_other_forms() -> None:
     assert summary.num_judge_timeouts == 0
 
 
+@pytest.mark.process
 def test_an_answer_that_hangs_the_judge_is_wrong_and_the_next_one_is_judged() -> None:
     with MathJudge(timeout_s=60.0) as judge:
         assert judge("1/2", r"\boxed{0.5}")

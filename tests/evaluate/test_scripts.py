@@ -120,6 +120,7 @@ def test_evaluation_leaves_results_and_responses_of_each_model(
     ]
 
 
+@pytest.mark.process
 def test_tasks_are_sampled_and_judged_in_a_folder_each(
     stand_in: Callable[..., None],
     recipe_path: Path,
@@ -160,6 +161,7 @@ def test_tasks_are_sampled_and_judged_in_a_folder_each(
     assert len({row["response"] for row in rows}) > 3
 
 
+@pytest.mark.process
 def test_the_tasks_of_a_recipe_are_evaluated_beside_its_problems(
     stand_in: Callable[..., None],
     recipe_path: Path,
@@ -175,6 +177,7 @@ def test_the_tasks_of_a_recipe_are_evaluated_beside_its_problems(
     assert [json.loads(path.read_text())["task"] for path in expected] == [None, "gsm8k"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("temperature", "num_samples"), [("0.6", 64), ("0.0", 1)])
 def test_a_task_has_its_usual_number_of_samples_and_one_where_all_is_greedy(
     temperature: str,

@@ -10,6 +10,8 @@ import forked
 import pytest
 from tiny import ROOT, write_tiny_recipe
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,6 +14,8 @@ from tiny import ROOT, launcher_command, write_tiny_recipe
 
 from kd.runs.records import read_metrics
 
+pytestmark = pytest.mark.process
+
 TRAIN = "launch/train.py"
 
 

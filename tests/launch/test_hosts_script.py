@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
+pytestmark = pytest.mark.process
+
 HOSTFILE = str(ROOT / "launch/hostfile.example")
 RECIPE = ["--recipe", "tiny_trunc50"]
 

@@ -43,6 +43,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.mark.process
 def test_a_shipped_recipe_is_planned_in_a_table_and_as_json_without_gpu_data_or_network(
     tmp_path: Path,
 ):

@@ -197,6 +197,7 @@ def test_a_port_in_use_is_named(recipe):
     assert "is in use on" in line_of(output, "port")
 
 
+@pytest.mark.process
 def test_a_batch_that_two_ranks_cannot_divide_is_looked_at_on_one(recipe):
     done = preflight(recipe, "--set", "training.global_batch_size=6")
     assert done.returncode == 0, done.stdout
@@ -211,6 +212,7 @@ def test_a_batch_that_the_ranks_cannot_divide_is_a_line(launch, recipe):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.process
 def test_a_host_that_ssh_does_not_reach_ends_it_before_anything_is_started(recipe, tmp_path):
     hostfile = tmp_path / "hosts"
     hostfile.write_text("# two of them\n127.77.77.77 slots=1\n127.77.77.78 slots=1\n")

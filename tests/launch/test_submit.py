@@ -19,6 +19,8 @@ from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.recipe import load_recipe
 
+pytestmark = pytest.mark.process
+
 ON_CPUS = ("--gpus-per-node=0", "--tasks-per-node=2")
 
 

@@ -183,6 +183,7 @@ def test_heads_are_not_kept_for_backward(make_problem):
     assert heads.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in kept)
 
 
+@pytest.mark.process
 def test_resident_memory_stays_below_one_full_matrix_of_logits():
     script = """
         import torch

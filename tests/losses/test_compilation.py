@@ -12,6 +12,8 @@ import pytest
 
 from kd.losses import DIVERGENCES
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

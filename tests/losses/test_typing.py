@@ -24,6 +24,7 @@ def calls(h: Tensor, w: Tensor, i: Tensor) -> None:
 """
 
 
+@pytest.mark.process
 def test_mypy_sees_a_misspelt_argument_here_and_in_training_and_passes_a_right_one(tmp_path):
     calls, training = tmp_path / "calls.py", tmp_path / "training.py"
     calls.write_text(HEADER + "".join(f"    {call}\n" for call in CALLS))

@@ -130,6 +130,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float
     return json.loads(output.read_text())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("index", "setting"), list(enumerate(SETTINGS)))
 def test_optimizer_steps_have_the_flops_that_torch_counts(steps: Any, index: int, setting: Any):
     result = steps[index]

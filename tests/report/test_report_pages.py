@@ -5,8 +5,6 @@ overwritten.
 import html.parser
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -260,6 +258,7 @@ def test_the_same_runs_make_the_same_report(tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.process
 def test_the_command_says_in_one_block_what_is_wrong(tmp_path):
     command = [ROOT / "launch" / "report.py", tmp_path, "-o", tmp_path / "report"]
     done = forked.run(command, timeout=120)

@@ -9,6 +9,8 @@ import pytest
 from kd.errors import UserError
 from kd.runs.lock import hold, is_free
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def holder(tmp_path: Path):
