@@ -34,9 +34,9 @@ ENTRIES = (
     "kd/data/tokenised.py:_tokenise_row",
     "kd/data/dataset.py:Examples",
     "kd/data/loader.py:Loader",
-    "kd/training/loop.py:train_step",
-    "kd/models/student.py:Distiller",
-    "kd/teachers/live.py:ZeroTeacher",
+    "kd/training/step.py:train_step",
+    "kd/models/student.py:StudentModule",
+    "kd/teachers/live.py:LiveTeacher",
     "kd/teachers/live.py:TeacherModule",
 )
 LONG_LINES = 40

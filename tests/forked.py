@@ -337,13 +337,13 @@ def serve(path: str) -> Request:
                 request = _request_on(connection)
                 pid = os.fork()
                 if pid == 0:
-                    # By the objects: one that is collected later would close the number again,
-                    # and with it what the child has opened there.
-                    for descriptor, (_, other) in children.items():
-                        os.close(descriptor)
+                    # By the objects, not by their numbers: a selector is freed by the garbage
+                    # collector only, and would then close whatever has its number by now.
+                    for ended, (_, other) in children.items():
+                        os.close(ended)
                         other.close()
-                    for own in (connection, listener, selector):
-                        own.close()
+                    for opened in (selector, listener, connection):
+                        opened.close()
                     return request
                 for number in request.files:
                     os.close(number)

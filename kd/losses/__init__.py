@@ -1,10 +1,9 @@
 """The distillation loss, computed from hidden states and lm_heads."""
 
 from kd.losses.distillation import distillation_loss, resolve_backend
-from kd.losses.divergences import DIVERGENCES, Divergence
-from kd.losses.objective import Objective
+from kd.losses.divergences import DIVERGENCES, Divergence, Objective
+from kd.losses.inputs import DistillationLoss, RowDiagnostics
 from kd.losses.sparse import sparse_distillation_loss
-from kd.losses.sums import DistillationLoss, RowDiagnostics
 from kd.losses.targets import DenseTargets, Head, Targets, TopKTargets
 
 __all__ = [

@@ -20,9 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from kd.losses.chunk_plan import ChunkPlan
 from kd.losses.heads import addmm_, gradient_view, logits_buffer, operand, product, shared_head
-from kd.losses.inputs import Inputs
+from kd.losses.inputs import DistillationLoss, Inputs, RowDiagnostics, sum_rows
 from kd.losses.row_functions import RowChunk, RowFunction
-from kd.losses.sums import DistillationLoss, RowDiagnostics, sum_rows
 
 # of student hidden states, head weight and head bias; None where none is required
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -18,12 +18,10 @@ from kd.constants import IGNORE_INDEX
 from kd.losses.checks import check_choice, check_size
 from kd.losses.chunk_plan import ChunkPlan, plan_chunks
 from kd.losses.chunked import chunked_loss
-from kd.losses.divergences import Divergence
-from kd.losses.inputs import supervised_inputs
-from kd.losses.objective import Objective
+from kd.losses.divergences import Divergence, Objective
+from kd.losses.inputs import DistillationLoss, RowDiagnostics, supervised_inputs
 from kd.losses.reference import reference_diagnostics, reference_loss
 from kd.losses.row_functions import RowFunction, torch_rows
-from kd.losses.sums import DistillationLoss, RowDiagnostics
 from kd.losses.targets import Head
 
 log = logging.getLogger(__name__)

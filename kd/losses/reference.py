@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.losses.divergences import Objective
 from kd.losses.heads import shared_head
-from kd.losses.inputs import Inputs
-from kd.losses.objective import Objective
-from kd.losses.sums import DistillationLoss, RowDiagnostics, sum_rows
+from kd.losses.inputs import DistillationLoss, Inputs, RowDiagnostics, sum_rows
 from kd.losses.targets import Head
 
 

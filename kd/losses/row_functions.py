@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd.losses.divergences import Objective
 from kd.losses.heads import finish_logits, logits_backward_
-from kd.losses.objective import Objective
 from kd.losses.targets import Head
 
 # Logits worked on at a time, for each of which up to ten intermediates exist. On a CPU few, to stay
@@ -84,50 +84,53 @@ RowFunction = Callable[[RowChunk, Objective, Head, Head | None], None]
 
 def torch_rows(rows: RowChunk, objective: Objective, student: Head, teacher: Head | None) -> None:
     """The `RowFunction` in plain PyTorch."""
-    temperature, dtype = objective.temperature, rows.weights_C.dtype
     for block in rows.blocks():
-        weights_B1, dlogits_BV = block.weights_C[:, None], None
-        logits_BV = finish_logits(block.student_CV, student, dtype)
-        q1_BV, lse_q1_B1, top_q_B1 = softmax(logits_BV)  # at T = 1, for cross-entropy
-        log_q1_label_B1 = logits_BV.gather(1, block.labels_C[:, None]) - lse_q1_B1
-        torch.neg(log_q1_label_B1.squeeze(1), out=block.ce_C)
-        block.kd_C.zero_()
-        if block.teacher_CV is not None and teacher is not None:
-            x_BV, q_BV, lse_q_B1 = logits_BV, q1_BV, lse_q1_B1
-            y_BV = finish_logits(block.teacher_CV, teacher, dtype)
-            if temperature != 1.0:
-                x_BV, y_BV = logits_BV / temperature, y_BV / temperature
-                q_BV, lse_q_B1, top_q_B1 = softmax(x_BV)
-            p_BV, lse_p_B1, top_p_B1 = softmax(y_BV)
-            log_ratio_BV = torch.sub(y_BV, x_BV).add_(lse_q_B1 - lse_p_B1)
-            if block.diagnostics_C5 is not None:
-                agrees_BV = (y_BV == top_p_B1).logical_and_(x_BV == top_q_B1)
-                torch.stack(
-                    (
-                        torch.linalg.vecdot(p_BV, log_ratio_BV),
-                        -torch.linalg.vecdot(q_BV, log_ratio_BV),
-                        lse_q_B1.squeeze(1) - torch.linalg.vecdot(q_BV, x_BV),
-                        lse_p_B1.squeeze(1) - torch.linalg.vecdot(p_BV, y_BV),
-                        agrees_BV.any(-1).to(dtype),
-                    ),
-                    dim=1,
-                    out=block.diagnostics_C5,
-                )
-            divergence_B, w_BV = objective.spec.of_rows(
-                p_BV, q_BV, log_ratio_BV, objective.parameter
+        _torch_block(block, objective, student, teacher)
+
+
+def _torch_block(rows: RowChunk, objective: Objective, student: Head, teacher: Head | None) -> None:
+    # A function of its own, so that the intermediates of one block are gone before the next.
+    temperature, dtype = objective.temperature, rows.weights_C.dtype
+    weights_B1, dlogits_BV = rows.weights_C[:, None], None
+    logits_BV = finish_logits(rows.student_CV, student, dtype)
+    q1_BV, lse_q1_B1, top_q_B1 = softmax(logits_BV)  # at T = 1, for cross-entropy
+    log_q1_label_B1 = logits_BV.gather(1, rows.labels_C[:, None]) - lse_q1_B1
+    torch.neg(log_q1_label_B1.squeeze(1), out=rows.ce_C)
+    rows.kd_C.zero_()
+    if rows.teacher_CV is not None and teacher is not None:
+        x_BV, q_BV, lse_q_B1 = logits_BV, q1_BV, lse_q1_B1
+        y_BV = finish_logits(rows.teacher_CV, teacher, dtype)
+        if temperature != 1.0:
+            x_BV, y_BV = logits_BV / temperature, y_BV / temperature
+            q_BV, lse_q_B1, top_q_B1 = softmax(x_BV)
+        p_BV, lse_p_B1, top_p_B1 = softmax(y_BV)
+        log_ratio_BV = torch.sub(y_BV, x_BV).add_(lse_q_B1 - lse_p_B1)
+        if rows.diagnostics_C5 is not None:
+            agrees_B = (y_BV == top_p_B1).logical_and_(x_BV == top_q_B1).any(-1)
+            torch.stack(
+                (
+                    torch.linalg.vecdot(p_BV, log_ratio_BV),
+                    -torch.linalg.vecdot(q_BV, log_ratio_BV),
+                    lse_q_B1.squeeze(1) - torch.linalg.vecdot(q_BV, x_BV),
+                    lse_p_B1.squeeze(1) - torch.linalg.vecdot(p_BV, y_BV),
+                    agrees_B.to(dtype),
+                ),
+                dim=1,
+                out=rows.diagnostics_C5,
             )
-            block.kd_C.add_(divergence_B, alpha=temperature**2)
-            if block.dlogits_CV is not None:
-                w_sum_B1 = w_BV.sum(-1, keepdim=True)
-                scale_B1 = objective.kd_weight * temperature * weights_B1
-                dlogits_BV = w_BV.mul_(scale_B1).addcmul_(q_BV, scale_B1 * w_sum_B1, value=-1)
-        if block.dlogits_CV is None:
-            continue
-        if dlogits_BV is None or objective.ce_weight:
-            dlogits_BV = torch.zeros_like(logits_BV) if dlogits_BV is None else dlogits_BV
-            scale_B1 = objective.ce_weight * weights_B1
-            add_ce_gradient_(dlogits_BV, q1_BV, log_q1_label_B1, block.labels_C, scale_B1)
-        block.dlogits_CV.copy_(logits_backward_(dlogits_BV, logits_BV, student))
+        divergence_B, w_BV = objective.spec.of_rows(p_BV, q_BV, log_ratio_BV, objective.parameter)
+        rows.kd_C.add_(divergence_B, alpha=temperature**2)
+        if rows.dlogits_CV is not None:
+            w_sum_B1 = w_BV.sum(-1, keepdim=True)
+            scale_B1 = objective.kd_weight * temperature * weights_B1
+            dlogits_BV = w_BV.mul_(scale_B1).addcmul_(q_BV, scale_B1 * w_sum_B1, value=-1)
+    if rows.dlogits_CV is None:
+        return
+    if dlogits_BV is None or objective.ce_weight:
+        dlogits_BV = torch.zeros_like(logits_BV) if dlogits_BV is None else dlogits_BV
+        scale_B1 = objective.ce_weight * weights_B1
+        add_ce_gradient_(dlogits_BV, q1_BV, log_q1_label_B1, rows.labels_C, scale_B1)
+    rows.dlogits_CV.copy_(logits_backward_(dlogits_BV, logits_BV, student))
 
 
 def softmax(logits_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

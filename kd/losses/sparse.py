@@ -24,13 +24,11 @@ from kd.constants import IGNORE_INDEX
 from kd.losses.checks import check_choice, check_size, check_top_k
 from kd.losses.chunk_plan import plan_chunks
 from kd.losses.chunked import chunked_loss
-from kd.losses.divergences import Divergence
+from kd.losses.divergences import Divergence, Objective
 from kd.losses.heads import finish_logits, logits_backward_
-from kd.losses.inputs import supervised_inputs
-from kd.losses.objective import Objective
+from kd.losses.inputs import DistillationLoss, sum_rows, supervised_inputs
 from kd.losses.reference import reference_logits, top_k_kd_rows
 from kd.losses.row_functions import RowChunk, add_ce_gradient_, softmax
-from kd.losses.sums import DistillationLoss, sum_rows
 from kd.losses.targets import Head
 
 TAILS = ("bucket", "ignore")
@@ -138,43 +136,43 @@ def _with_tail(logprobs_NK: Tensor, tail: str) -> Tensor:
     return torch.log_softmax(log_p_NO.clamp_min(math.log(least)), dim=1)
 
 
-def top_k_rows(
-    rows: RowChunk, objective: Objective, student: Head, teacher: Head | None = None
-) -> None:
+def top_k_rows(rows: RowChunk, objective: Objective, student: Head, _: Head | None = None) -> None:
     """The `RowFunction` of a teacher of which `rows` hold the K tokens."""
-    temperature, dtype = objective.temperature, rows.weights_C.dtype
     for block in rows.blocks():
-        assert block.top_CK is not None
-        assert block.log_p_CO is not None
-        top_BK, log_p_BO = block.top_CK, block.log_p_CO
-        logits_BV = finish_logits(block.student_CV, student, dtype)
-        q1_BV, lse_q1_B1, _ = softmax(logits_BV)  # at T = 1, for cross-entropy
-        log_q1_label_B1 = logits_BV.gather(1, block.labels_C[:, None]) - lse_q1_B1
-        torch.neg(log_q1_label_B1.squeeze(1), out=block.ce_C)
+        _top_k_block(block, objective, student)
 
-        tail_BV = logits_BV / temperature
-        x_top_BK = tail_BV.gather(1, top_BK)
-        tail_BV.scatter_(1, top_BK, -torch.inf)
-        # clamped, since all V tokens may be the teacher's: then the tail is empty
-        lse_tail_B1 = torch.logsumexp(tail_BV, dim=-1, keepdim=True).clamp_min(
-            torch.finfo(dtype).min
-        )
-        log_q_BO = torch.log_softmax(torch.cat([x_top_BK, lse_tail_B1], dim=1), dim=1)
-        log_q_BO.clamp_min_(math.log(torch.finfo(dtype).tiny))
-        q_BO = log_q_BO.exp()
-        divergence_B, w_BO = objective.spec.of_rows(
-            log_p_BO.exp(), q_BO, log_p_BO - log_q_BO, objective.parameter
-        )
-        # below 0 by rounding alone
-        torch.mul(divergence_B.clamp_min(0), temperature**2, out=block.kd_C)
-        if block.dlogits_CV is None:
-            continue
 
-        scale_B1 = objective.kd_weight * temperature * block.weights_C[:, None]
-        g_BO = scale_B1 * (w_BO - q_BO * w_BO.sum(-1, keepdim=True))
-        dlogits_BV = tail_BV.sub_(lse_tail_B1).exp_().mul_(g_BO[:, -1:])
-        dlogits_BV.scatter_(1, top_BK, g_BO[:, :-1])
-        if objective.ce_weight:
-            scale_B1 = objective.ce_weight * block.weights_C[:, None]
-            add_ce_gradient_(dlogits_BV, q1_BV, log_q1_label_B1, block.labels_C, scale_B1)
-        block.dlogits_CV.copy_(logits_backward_(dlogits_BV, logits_BV, student))
+def _top_k_block(rows: RowChunk, objective: Objective, student: Head) -> None:
+    temperature, dtype = objective.temperature, rows.weights_C.dtype
+    assert rows.top_CK is not None
+    assert rows.log_p_CO is not None
+    top_BK, log_p_BO = rows.top_CK, rows.log_p_CO
+    logits_BV = finish_logits(rows.student_CV, student, dtype)
+    q1_BV, lse_q1_B1, _ = softmax(logits_BV)  # at T = 1, for cross-entropy
+    log_q1_label_B1 = logits_BV.gather(1, rows.labels_C[:, None]) - lse_q1_B1
+    torch.neg(log_q1_label_B1.squeeze(1), out=rows.ce_C)
+
+    tail_BV = logits_BV / temperature
+    x_top_BK = tail_BV.gather(1, top_BK)
+    tail_BV.scatter_(1, top_BK, -torch.inf)
+    # clamped, since all V tokens may be the teacher's: then the tail is empty
+    lse_tail_B1 = torch.logsumexp(tail_BV, dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
+    log_q_BO = torch.log_softmax(torch.cat([x_top_BK, lse_tail_B1], dim=1), dim=1)
+    log_q_BO.clamp_min_(math.log(torch.finfo(dtype).tiny))
+    q_BO = log_q_BO.exp()
+    divergence_B, w_BO = objective.spec.of_rows(
+        log_p_BO.exp(), q_BO, log_p_BO - log_q_BO, objective.parameter
+    )
+    # below 0 by rounding alone
+    torch.mul(divergence_B.clamp_min(0), temperature**2, out=rows.kd_C)
+    if rows.dlogits_CV is None:
+        return
+
+    scale_B1 = objective.kd_weight * temperature * rows.weights_C[:, None]
+    g_BO = scale_B1 * (w_BO - q_BO * w_BO.sum(-1, keepdim=True))
+    dlogits_BV = tail_BV.sub_(lse_tail_B1).exp_().mul_(g_BO[:, -1:])
+    dlogits_BV.scatter_(1, top_BK, g_BO[:, :-1])
+    if objective.ce_weight:
+        scale_B1 = objective.ce_weight * rows.weights_C[:, None]
+        add_ce_gradient_(dlogits_BV, q1_BV, log_q1_label_B1, rows.labels_C, scale_B1)
+    rows.dlogits_CV.copy_(logits_backward_(dlogits_BV, logits_BV, student))

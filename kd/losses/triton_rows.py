@@ -6,7 +6,7 @@ Shapes: C rows of a chunk, V shared vocabulary.
 import torch
 import triton
 
-from kd.losses.objective import Objective
+from kd.losses.divergences import Objective
 from kd.losses.row_functions import RowChunk
 from kd.losses.targets import Head
 from kd.losses.triton_kernel import row_kernel

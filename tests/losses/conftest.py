@@ -1,11 +1,13 @@
 """Random loss problems, and what a call of the loss returns and leaves behind."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from backends import INTERPRETED
 from torch import Tensor
 
 from kd.losses import DistillationLoss, distillation_loss
@@ -92,6 +94,33 @@ def _evaluate(
     )
     result.loss.backward(torch.full_like(result.loss, grad_output))
     return Outcome(result, (hidden.grad, head.grad, student_bias.grad))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _triton_finds_its_builtins_once() -> Iterator[None]:
+    """At every call of a function inside a kernel Triton's interpreter looks through its language
+    for what to replace, which takes half of the time: here it remembers where that stands.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    names: dict[Any, list[str]] = {}
+    is_builtin = interpreter.tl.core.is_builtin
+
+    def patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+        if package not in names:
+            members = inspect.getmembers(package)
+            names[package] = [name for name, member in members if is_builtin(member)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_builtin", patch_builtins)
+        yield
 
 
 @pytest.fixture

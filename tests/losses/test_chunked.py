@@ -17,7 +17,7 @@ from kd.losses import DIVERGENCES, Head, Objective, distillation_loss
 from kd.losses.chunk_plan import ChunkPlan
 from kd.losses.chunked import chunked_loss
 from kd.losses.inputs import supervised_inputs
-from kd.losses.row_functions import torch_rows
+from kd.losses.row_functions import RowChunk, torch_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,6 +103,23 @@ def test_logits_of_both_chunks_and_blocks_of_intermediates_are_all_that_lives(
     meter = forward_and_backward(problem, MemoryMeter(), chunk_size=chunk_size, divergence="jsd")
     logits_bytes = 4 * (chunk_size + chunk_size // 8) * vocab_size
     assert logits_bytes < meter.peak_bytes < 1.4 * logits_bytes
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_intermediates_of_a_block_are_gone_before_the_next(divergence, monkeypatch):
+    monkeypatch.setattr("kd.losses.row_functions.CPU_BLOCK_ELEMENTS", 8 * 400)
+    head, objective = Head(torch.empty(0), None, None, 1.0), Objective(divergence, temperature=2.0)
+    peaks = []
+    for num_rows in (8, 64):
+        # of 64 rows both times, for a view counts as the whole of its storage
+        logits, values = torch.randn(3, 64, 400), torch.ones(3, 64)
+        labels, diagnostics = torch.zeros(64, dtype=torch.int64), torch.empty(64, 5)
+        rows = RowChunk(*logits[:2], labels, *values, logits[2], diagnostics).part(slice(num_rows))
+        meter = MemoryMeter()
+        with meter:
+            torch_rows(rows, objective, head, head)
+        peaks.append(meter.peak_bytes)
+    assert peaks[0] == peaks[1] > logits.nbytes + 4 * 8 * 400 * 4
 
 
 @pytest.mark.parametrize(
