@@ -319,6 +319,7 @@ class Request(NamedTuple):
 
 def serve(path: str) -> Request:
     """Import everything, then fork a child for each request. It returns in the children alone."""
+    import gc
     import selectors
 
     selector = selectors.DefaultSelector()
@@ -327,6 +328,7 @@ def serve(path: str) -> Request:
     listener.listen(100)
     os.rename(path + ".new", path)
     import_everything()
+    gc.freeze()  # children need not look at what they inherit
     selector.register(listener, selectors.EVENT_READ)
     selector.register(0, selectors.EVENT_READ)
     children: dict[int, tuple[int, socket.socket]] = {}  # by the descriptor that tells of their end
@@ -374,7 +376,17 @@ def import_everything() -> None:
     for module in pkgutil.walk_packages(kd.__path__, "kd."):
         if not module.name.startswith("kd.demo."):  # some need what the demo alone installs
             importlib.import_module(module.name)
-    for name in ("datasets", "deepspeed", "matplotlib.pyplot", "torch.utils.tensorboard"):
+    zero, late = (
+        "deepspeed.runtime.zero",
+        ["datasets", "matplotlib.pyplot", "torch.utils.tensorboard"],
+    )
+    late += [
+        "deepspeed.ops.op_builder.all_ops",
+        "deepspeed.runtime.superoffload.superoffload_stage3",
+    ]
+    # Half of what an engine takes to begin is this one's import of torch._inductor.
+    late += [f"{zero}.muon.muon_optimizer", f"{zero}.stage3", f"{zero}.stage_1_and_2"]
+    for name in [*late, "deepspeed.runtime.bf16_optimizer"]:
         importlib.import_module(name)
     from transformers import (  # noqa: F401
         AutoModelForCausalLM,

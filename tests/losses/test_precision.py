@@ -8,6 +8,8 @@ from backends import BACKENDS
 
 from kd.losses import DIVERGENCES, distillation_loss
 
+pytestmark = pytest.mark.slow
+
 
 def nearly_matched(problem):
     """Give the student the teacher's head and almost its hidden states, as late in training."""

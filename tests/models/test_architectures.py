@@ -16,6 +16,8 @@ from kd.models.probe import reference_states
 from kd.models.student import StudentModule
 from kd.recipe import LossSection
 
+pytestmark = pytest.mark.slow
+
 LOSS = LossSection(temperature=2.0, kd_weight=0.7, ce_weight=0.3, chunk_size=7)
 
 

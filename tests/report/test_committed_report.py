@@ -10,6 +10,8 @@ from tiny import ROOT
 
 from kd.report.render import write_report
 
+pytestmark = pytest.mark.slow
+
 COMMITTED = ROOT / "benchmarks" / "results" / "study"
 
 

@@ -17,6 +17,8 @@ from kd.constants import EXIT_USER_ERROR
 from kd.errors import UserError
 from kd.report.render import escape_markdown, write_report
 
+pytestmark = pytest.mark.slow
+
 MINE = '{"kind": "of mine", "plots": []}'
 VOID = {"meta", "img", "br"}
 
