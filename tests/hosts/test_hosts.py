@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +99,6 @@ class Start(NamedTuple):
     output: str
     saved: int  # the step of the newest checkpoint
     left: list[str]  # processes that a host still has
-    seconds: float  # from the event to the end
 
     @property
     def last_line(self) -> str:
@@ -161,17 +159,15 @@ def starts(hosts, hosts_sh, recipe) -> dict[str, Start]:
         arguments = ("--set", "run.watchdog_minutes=0.25", "--set", f"evaluation.path={TEXT}")
         process = hosts_sh("alpha", *options, name=NAME, arguments=arguments)
         wait_until(lambda: steps(run) >= step or process.poll() is not None, f"step {step}", 120)
-        began = time.monotonic()
         event(process)
         output, _ = process.communicate(timeout=200)
-        seconds = time.monotonic() - began
         saved = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step_*"))
         left = [
             f"{host.name}: {line}"
             for host in hosts.values()
             for line in host.processes("launch/train.py")
         ]
-        return Start(process.returncode, output, saved, left, seconds)
+        return Start(process.returncode, output, saved, left)
 
     def kill_a_rank(_: subprocess.Popen) -> None:
         (rank,) = ranks_on(hosts["beta"])
@@ -206,7 +202,6 @@ def test_a_link_cut_in_the_middle_ends_the_run_on_both_hosts_and_says_what_to_do
     )
     assert cut.last_line.endswith("step_10")
     assert cut.left == []
-    assert cut.seconds < 60
 
 
 def test_a_killed_rank_is_started_again_without_help_after_progress(starts):
