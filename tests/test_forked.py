@@ -17,7 +17,7 @@ from kd.runs.records import read_metrics
 pytestmark = pytest.mark.process
 SHOW = """
 import json, os, sys
-facts = {"argv": sys.argv, "cwd": os.getcwd(), "path": sys.path[:2], "session": os.getsid(0)}
+facts = {"argv": list(sys.argv), "cwd": os.getcwd(), "path": sys.path[:2], "session": os.getsid(0)}
 facts |= {"environment": dict(os.environ), "pid": os.getpid(), "name": __name__}
 facts["open files"] = len(os.listdir("/proc/self/fd"))
 import gc  # which must not close a descriptor of the server a second time
