@@ -14,7 +14,7 @@ demo-short: $(STAMP)
 	DEMO_TRACES=128 DEMO_STEPS=20 DEMO_PROBLEMS=64 bash launch/demo.sh
 
 # Marks (setup.cfg lists them): tests/conftest.py adds `process` to whatever is marked dist, slurm, hosts,
-# fault, real or benchmark, or asks for a fixture that starts scripts; a test that starts a process in
+# fault, real, benchmark, or gpu and profile (Triton compiles in processes), or asks for a fixture that starts scripts; a test that starts a process in
 # another way has the mark itself, or fails. `slow` tests start none and take seconds.
 
 # Within a minute, after every change.

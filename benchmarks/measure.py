@@ -5,8 +5,7 @@ The floors are the four products that no design can leave out, 2 * N * V * (3 * 
 student logits, teacher logits, gradient of the student's hidden states, gradient of its head.
 
 Shapes: N rows, C rows of a chunk of the student, D of the teacher, V vocabulary, H hidden size (Hs
-    student, Ht
-teacher).
+student, Ht teacher).
 """
 
 import ctypes
@@ -244,9 +243,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - resident
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # or the call could reuse freed pages that still count as resident
+    # Or the call could reuse freed pages that still count as resident
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     resident = _proc_bytes("/proc/self/status", "VmRSS")
     call()

@@ -199,9 +199,10 @@ def liger_jsd(problem: Problem, is_compiled: bool) -> Tensor:
 def liger_triton(problem: Problem, accum_dtype: torch.dtype | None = None) -> Tensor:
     """liger_fused_linear_jsd; it returns the mean over rows, here multiplied by N. `accum_dtype` is
     the dtype of the head's gradient between chunks, by its default that of the head."""
+    # Optional: extra "bench"
     from liger_kernel.transformers.functional import (
         liger_fused_linear_jsd,
-    )  # optional: extra "bench"
+    )
 
     mean = liger_fused_linear_jsd(
         problem.student_hidden_NH,

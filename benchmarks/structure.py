@@ -40,16 +40,32 @@ ENTRIES = (
     "kd/teachers/live.py:TeacherModule",
 )
 LONG_LINES = 40
+# Fmt: skip
 CALLED_UNNAMED = {
-    "__init__", "__post_init__", "__call__", "__enter__", "__exit__", "__iter__", "__getitem__",
-    "__len__", "forward", "backward",
-}  # fmt: skip
+    "__init__",
+    "__post_init__",
+    "__call__",
+    "__enter__",
+    "__exit__",
+    "__iter__",
+    "__getitem__",
+    "__len__",
+    "forward",
+    "backward",
+}
 BUILT_IN = {name for kind in (dict, list, set, str, bytes, tuple, int, Path) for name in dir(kind)}
 BUILT_IN |= set(dir(io.TextIOWrapper))
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+# Fmt: skip
 NESTED = (
-    ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.IfExp, ast.Lambda, ast.NamedExpr,
-)  # fmt: skip
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+    ast.IfExp,
+    ast.Lambda,
+    ast.NamedExpr,
+)
 
 # ("kd/data/loader.py", "Loader.micro_batches")
 Place = tuple[str, str]

@@ -7,8 +7,8 @@ EXIT_USER_ERROR = 2  # whatever a message said can be put right
 EXIT_INTERRUPTED = 85  # a signal came, a checkpoint was written: start it again with --resume auto
 EXIT_HANG = 86  # the watchdog saw no step
 
-# Of metrics.jsonl, recipe.json and plan.json. Version 1, which states none, says num_tokens in
-# metrics.jsonl for num_supervised_tokens.
+# Of metrics.jsonl, recipe.json, plan.json and audit.json. Version 1 states none, and counts tokens
+# under other names; CHANGELOG.md lists them.
 FORMAT_VERSION = 2
 
 # Share of the GPUs' peak that a plan assumes where none is stated.

@@ -48,7 +48,8 @@ class KeyFacts:
         and tokenizers bring is hashed there itself.
     may_change: between a run and its continuation: it changes no weight of a step that is taken.
     is_compared: runs that differ in it are not comparable, and a report lists the difference.
-    is_axis: a study may vary it, and a report draws results over it.
+    is_axis: results are drawn over it: a report takes no difference in it for one between runs,
+        and what a study varies is such a key.
     """
 
     in_token_key: bool = False
@@ -61,7 +62,7 @@ FIXED = KeyFacts()
 TOKENS = KeyFacts(in_token_key=True)
 FREE = KeyFacts(may_change=True)
 PLACE = KeyFacts(may_change=True, is_compared=False)  # where and how, but not what
-AXIS = KeyFacts(is_compared=False, is_axis=True)
+AXIS = KeyFacts(is_axis=True)
 
 
 class RecipeSection(BaseModel):
@@ -303,7 +304,7 @@ class Recipe(RecipeSection):
         return self
 
     def with_values(self, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe with other values, {"section.key": value}: the one way to change one.
+        """The recipe with other values, {"section.key": value}: the one way to change one in code.
 
         Raises UserError for a key that there is not, and for a value that is not valid.
         """
@@ -354,6 +355,15 @@ def key_facts() -> dict[str, KeyFacts]:
                 raise TypeError(f"{section}.{key} states {len(facts)} KeyFacts in its annotation")
             found[f"{section}.{key}"] = facts[0]
     return found
+
+
+def facts_of(name: str) -> KeyFacts:
+    """Of "section.key", which another version may have written: one that is not known today is as
+    its section, where all keys of that are alike, and else FIXED.
+    """
+    known, (section, _, _) = key_facts(), name.partition(".")
+    siblings = {facts for key, facts in known.items() if key.startswith(f"{section}.")}
+    return known.get(name) or (siblings.pop() if len(siblings) == 1 else FIXED)
 
 
 def check_format_version(path: Path, content: Mapping[str, Any]) -> None:

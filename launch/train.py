@@ -39,9 +39,10 @@ def main() -> None:
         print(recipe.model_dump_json(indent=2))
         print(f"ok: results will be in {recipe.run_dir}", file=sys.stderr)
         return
+    # After --check: it imports torch, transformers and deepspeed
     from kd.training.loop import (
         train,
-    )  # after --check: it imports torch, transformers and deepspeed
+    )
 
     train(recipe, interruption, resume=arguments.resume)
 

@@ -187,9 +187,8 @@ def test_a_global_batch_that_ranks_cannot_share_is_an_error():
 
 
 def test_a_run_can_be_named_by_its_resolved_recipe(tmp_path):
-    recipe = load_recipe(
-        "tiny_scratch_teacher_1", ["run.seed=5"]
-    )  # without a teacher: its section is null
+    # Without a teacher: its section is null
+    recipe = load_recipe("tiny_scratch_teacher_1", ["run.seed=5"])
     resolved = tmp_path / "recipe.json"
     resolved.write_text(recipe.model_dump_json())
     assert load_recipe(str(resolved)) == recipe

@@ -6,7 +6,7 @@ import pytest
 
 from kd.constants import FORMAT_VERSION
 from kd.errors import UserError
-from kd.recipe import Recipe, RecipeSection, key_facts, load_recipe
+from kd.recipe import Recipe, RecipeSection, facts_of, key_facts, load_recipe
 from kd.study.cells import AXES
 
 AXIS_KEYS = {
@@ -38,8 +38,21 @@ def test_a_key_that_states_nothing_is_found(monkeypatch):
 def test_what_may_change_is_neither_an_axis_nor_part_of_the_tokens():
     for name, facts in key_facts().items():
         assert not (facts.may_change and (facts.is_axis or facts.in_token_key)), name
-        assert not (facts.is_axis and facts.is_compared), name
         assert facts.in_token_key <= name.startswith("data."), name
+
+
+@pytest.mark.parametrize(
+    ("name", "may_change"),
+    [
+        ("evaluation.of_another_version", True),
+        ("monitor.of_another_version", True),
+        ("loss.of_another_version", False),
+        ("training.of_another_version", False),
+        ("unknown.key", False),
+    ],
+)
+def test_a_key_of_another_version_is_as_its_section_where_that_is_of_one_kind(name, may_change):
+    assert facts_of(name).may_change == may_change
 
 
 def test_the_axes_of_a_study_are_keys_that_say_so():

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kd.audit.counts import TokenCounts, TraceLengths, count_tokens, measure_lengths
 from kd.audit.findings import Found, find_in_traces
+from kd.constants import FORMAT_VERSION
 from kd.data.account import DataReport
 from kd.data.dataset import Data
 from kd.recipe import Recipe
@@ -25,6 +26,7 @@ class Audit:
     def to_json(self) -> dict[str, Any]:
         data, truncation = self.recipe.data, self.recipe.truncation
         return {
+            "format_version": FORMAT_VERSION,
             "recipe": self.recipe.run.name,
             "truncation": truncation.model_dump(mode="json"),
             "data": data.model_dump(mode="json"),

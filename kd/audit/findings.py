@@ -30,9 +30,8 @@ class Findings(NamedTuple):
     answer_dropped: bool  # the kept text does not state the answer
     answer_not_in_cot: bool  # the whole chain of thought does not state it
     answer_not_boxed: bool
-    answer_not_found: (
-        bool  # by its markers: data.think_close is blank, or decoded tokens are not the text
-    )
+    # By its markers: data.think_close is blank, or decoded tokens are not the text
+    answer_not_found: bool
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,8 @@ def _decode(examples: Examples, tokenizer: PreTrainedTokenizerFast) -> Iterator[
     """(thought and answer, what is kept of them) of every example, without the end token."""
     num_prompt_N, windows = examples.num_tokens_N3[:, 0], examples.windows
     start_N, stop_N = np.maximum(windows.read_start_N, num_prompt_N), windows.stop_N
-    decode_batch = (
-        tokenizer.backend_tokenizer.decode_batch
-    )  # of many sequences at once, on all cores
+    # Of many sequences at once, on all cores
+    decode_batch = tokenizer.backend_tokenizer.decode_batch
     for first in range(0, len(examples), BATCH_SIZE):
         batch = range(first, min(first + BATCH_SIZE, len(examples)))
         ids = examples.table[examples.row_N[batch.start : batch.stop]]["input_ids"]

@@ -24,9 +24,8 @@ def local_launch(recipe: Recipe, script: Path) -> tuple[list[str], dict[str, str
     )
     num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
     if num_gpus:
-        recipe.gradient_accumulation_steps(
-            num_gpus
-        )  # --num_gpus would make the launcher take the first ones
+        # --num_gpus would make the launcher take the first ones
+        recipe.gradient_accumulation_steps(num_gpus)
     else:
         num_ranks = (
             1 if recipe.training.global_batch_size // recipe.training.micro_batch_size % 2 else 2

@@ -260,10 +260,11 @@ def _sbatch_all(submission: Submission) -> list[str]:
     if submission.evaluate is None:
         return [train]
     after = "aftercorr" if len(submission.recipes) > 1 else "afterok"
+    # Cancelled when training fails
     options = (
         f"--dependency={after}:{train}",
         "--kill-on-invalid-dep=yes",
-    )  # cancelled when training fails
+    )
     try:
         return [train, _sbatch(folder / "evaluate.sbatch", *options)]
     except BaseException:

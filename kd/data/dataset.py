@@ -28,9 +28,8 @@ class Example:
     """One truncated sequence of W tokens."""
 
     input_ids: IntArray  # int64 (W,)
-    labels: (
-        IntArray  # int64 (W,), not shifted: the token itself where supervised, else IGNORE_INDEX
-    )
+    # int64 (W,), not shifted: the token itself where supervised, else IGNORE_INDEX
+    labels: IntArray
     row: int  # of the file or hub dataset, counted from 0
     num_tokens_3: IntArray  # of the full sequence, per section
     read_start: int  # of input_ids[0] in the full sequence

@@ -29,11 +29,6 @@ class StepPlan:
 
     micro_batches: tuple[tuple[IntArray, ...], ...]
 
-    @property
-    def num_micro_batches(self) -> int:
-        """Of each rank: DeepSpeed's gradient accumulation in this step."""
-        return len(self.micro_batches[0])
-
 
 def plan_step(
     step: int,

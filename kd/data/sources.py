@@ -21,9 +21,8 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Trace:
-    messages: tuple[
-        Message, ...
-    ]  # all before the last assistant turn: {"role": ..., "content": ...}
+    # All before the last assistant turn: {"role": ..., "content": ...}
+    messages: tuple[Message, ...]
     reasoning: str
     answer: str
 

@@ -36,9 +36,8 @@ class ArithmeticSet:
     """What is drawn: how many problems, the range of operations, what their traces contain.
 
     num_checks: 0 none, 1 the backward check, 2 the forward check after it. random_products replaces
-        the result of each
-    multiplication by a random digit: such traces teach the form, + and -, and leave * to be learned
-    later.
+        the result of each multiplication by a random digit: such traces teach the form, + and -,
+        and leave * to be learned later.
     """
 
     split: Split

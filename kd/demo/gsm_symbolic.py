@@ -24,9 +24,8 @@ from kd.files import write_jsonl
 
 Split = Literal["train", "validation", "report"]
 
-TEMPLATES = sorted(
-    set(tasks_ok)
-)  # the package lists those whose problems are sound, one of them twice
+# The package lists those whose problems are sound, one of them twice
+TEMPLATES = sorted(set(tasks_ok))
 NUM_ROWS: dict[Split, int] = {"train": 2000, "validation": 128, "report": 200}
 DIFFICULTY = 1.0  # the only one there is
 ANSWER_MARKER = "\n#### "  # stands before the number that ends a solution

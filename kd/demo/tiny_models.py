@@ -22,10 +22,11 @@ MAX_TOKENS = 256
 CHAT_TEMPLATE = (
     '{% for message in messages if message["role"] == "user" %}{{ message["content"] }}{% endfor %}'
 )
+# Hidden size, layers, intermediate size
 SIZES = {
     "teacher": (192, 3, 512),
     "student_base": (128, 2, 384),
-}  # hidden size, layers, intermediate size
+}
 NUM_HEADS = 4
 # A step of the task reads tokens at fixed short distances. A small rope base tells such distances
 # apart in most dimensions; with the usual 10000 and 0.02 models this small stay long on a plateau

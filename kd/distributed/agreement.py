@@ -19,11 +19,11 @@ from kd.errors import UserError
 
 REMEDIES = {
     "software": "install the same versions on every host: one environment on a shared file system "
-    "is the simplest; "
-    "a commit that is None on a host without git is told to it by KD_COMMIT in launch/nodes.env",
+    "is the simplest; a commit that is None on a host without git is told to it by KD_COMMIT in "
+    "launch/nodes.env",
     "environment": "write the variable into launch/nodes.env, which launch/hosts.sh and "
-    "launch/slurm bring to every "
-    "host; a host whose device differs has lost its GPUs, or their driver: leave it out",
+    "launch/slurm bring to every host; a host whose device differs has lost its GPUs, or their "
+    "driver: leave it out",
     "recipe": "start every host with the same command, from the same files",
 }
 
@@ -32,9 +32,8 @@ def check_same_everywhere(facts: dict[str, Any], timeout: timedelta) -> None:
     """facts: this rank's "software", "environment" and "recipe", of kd.runs.environment.
 
     Collective: every rank must call this, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set;
-        no process group is
-    needed. Raises the same UserError on every rank when one of them differs from rank 0: it names
-    the rank and its host, each fact with both values, and the remedy.
+    no process group is needed. Raises the same UserError on every rank when one of them differs
+    from rank 0: it names the rank and its host, each fact with both values, and the remedy.
     """
     everyone = gather_facts(facts, timeout)
     verdict = agree(None if everyone is None else describe_differences(everyone), timeout)

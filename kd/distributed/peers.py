@@ -71,9 +71,8 @@ def _describe(peers: list[Peer], message: str) -> str:
             if hosts
             else "a rank ended"
         )
-    reason = re.sub(r"\[/\S*\] ?", "", message.strip().partition("\n")[0]).partition(". This is")[
-        0
-    ]  # no paths of gloo
+    # No paths of gloo
+    reason = re.sub(r"\[/\S*\] ?", "", message.strip().partition("\n")[0]).partition(". This is")[0]
     return (
         f"{who}. Its own message stands above; or there is none: it was killed (out of memory?), "
         f"or its node was lost. Continue with --resume auto. [{reason}]"

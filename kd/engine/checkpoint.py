@@ -56,9 +56,8 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
         save_file(_random_state(), partial / f"rng_rank{rank}.safetensors")
         dist.barrier()
-        names = on_rank_zero(
-            lambda: _files(partial)
-        )  # one listing: ranks may see a shared folder differently
+        # One listing: ranks may see a shared folder differently
+        names = on_rank_zero(lambda: _files(partial))
         mine = {name: _checksum(partial / name, sync=True) for name in names[rank::world_size]}
         parts = gather_objects(mine)
         if rank == 0:

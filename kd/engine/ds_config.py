@@ -61,7 +61,7 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
         raise UserError(
             f"{path}: deepspeed.student needs zero_optimization.stage 2 or 3, found {stage!r}"
         )
-    _check_hpz(config, role, path)
+    _check_hpz_size(config, role, path)
     return config
 
 
@@ -172,7 +172,7 @@ def _check_objects(config: Any, path: Path) -> None:
         raise UserError(f'{path}: bfloat16 is the old name of the section: write "bf16"')
 
 
-def _check_hpz(config: dict[str, Any], role: Role, path: Path) -> None:
+def _check_hpz_size(config: dict[str, Any], role: Role, path: Path) -> None:
     size = hpz_size(config)
     if not isinstance(size, int) or size < 1:
         raise UserError(

@@ -27,7 +27,9 @@ def export_student(
         weights = {
             name.removeprefix(MODEL_PREFIX): tensor
             for name, tensor in state_dict.items()
-            if name.startswith(MODEL_PREFIX)  # the loss names the head once more
+            if name.startswith(
+                MODEL_PREFIX
+            )  # ZeRO-3's consolidation names the loss's head once more
         }
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

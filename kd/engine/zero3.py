@@ -15,20 +15,20 @@ from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_conf
 from kd.engine.engine import Engine
 from kd.errors import UserError
 
+# In configurations
 NUM_EXPERTS = (
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
     "moe_num_experts",
-)  # in configurations
+)
 
 
 @contextlib.contextmanager
 def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
     """Inside, from_pretrained() gives every rank its shard only, when ds_config is stage 3."""
-    handle = HfDeepSpeedConfig(
-        ds_config
-    )  # transformers keeps a weak reference: ours keeps it alive
+    # transformers keeps a weak reference: ours keeps it alive
+    handle = HfDeepSpeedConfig(ds_config)
     try:
         yield
     finally:
@@ -72,6 +72,11 @@ def gathered(*parameters: torch.Tensor | None) -> contextlib.AbstractContextMana
         if partitioned
         else contextlib.nullcontext()
     )
+
+
+def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether ZeRO-3 divides any of them over ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
 def set_leaf_modules(module: nn.Module, classes: list[type[nn.Module]]) -> None:

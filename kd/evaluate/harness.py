@@ -26,11 +26,12 @@ from kd.hub import resolve
 from kd.recipe import Recipe
 
 HARNESS = "lm-eval"
+# 0 or 1 of each response; the first that a task reports counts
 METRICS = (
     "math_verify",
     "exact_match",
     "acc",
-)  # 0 or 1 of each response; the first that a task reports counts
+)
 FILTER = "flexible-extract"  # of GSM8K; its strict one wants the phrase of few-shot examples
 
 

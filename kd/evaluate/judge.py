@@ -4,8 +4,7 @@ Simplifying an expression may take hours or gigabytes, and math-verify's alarm c
 computation inside one bytecode (9**9**9). The process is ended after JUDGE_TIMEOUT_S, the answer
 counts as wrong, and the next one gets a new process.
 
-    with MathJudge() as judge:
-        judge(expected="1/2", answer=r"\\boxed{0.5}")
+    with MathJudge() as judge: judge(expected="1/2", answer=r"\\boxed{0.5}")
 """
 
 import importlib.util
@@ -99,9 +98,8 @@ def answer_requests() -> None:
     from math_verify import parse, verify
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    verify(
-        parse("1"), parse(r"\boxed{\frac12}")
-    )  # imports its parser on first use, which is not the answers' time
+    # Imports its parser on first use, which is not the answers' time
+    verify(parse("1"), parse(r"\boxed{\frac12}"))
     print("ready", flush=True)
     for line in sys.stdin:
         expected, answer = json.loads(line)

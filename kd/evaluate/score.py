@@ -1,9 +1,8 @@
 """From responses to one score: which answer a response gives, whether it is right, the share.
 
-The answer of a response, first that applies:
-    1. the last \\boxed{...} after the thought
-    2. the text after the thought, when there is any
-    3. the last \\boxed{...} anywhere: a thought that was never closed may still hold an answer
+The answer of a response, first that applies: 1. the last \\boxed{...} after the thought 2. the text
+after the thought, when there is any 3. the last \\boxed{...} anywhere: a thought that was never
+closed may still hold an answer
 """
 
 import math

@@ -2,8 +2,8 @@
 
 Samples depend on the seed. With transformers they also depend on the batch, and batches on the set
 of problems; with vLLM on problem and sample alone, as far as its kernels do not depend on what else
-is in a batch. vLLM was not run
-here: its arguments were checked against SamplingParams and TokensPrompt of vLLM 0.33.
+is in a batch. vLLM was not run here: its arguments were checked against SamplingParams and
+TokensPrompt of vLLM 0.33.
 """
 
 import functools
@@ -37,9 +37,8 @@ class Request:
     prompt: str
 
 
-Generate = Callable[
-    [Sequence[Request], int], list[Response]
-]  # (requests of a batch, its index) -> in their order
+# (requests of a batch, its index) -> in their order
+Generate = Callable[[Sequence[Request], int], list[Response]]
 
 
 @dataclass(frozen=True)

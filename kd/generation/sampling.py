@@ -34,9 +34,8 @@ class Response:
 
 
 def sampling_of(evaluation: EvaluationSection, seed: int) -> Sampling:
-    top_p = (
-        evaluation.top_p if evaluation.temperature else 1.0
-    )  # greedy responses do not depend on it
+    # Greedy responses do not depend on it
+    top_p = evaluation.top_p if evaluation.temperature else 1.0
     return Sampling(evaluation.max_new_tokens, evaluation.temperature, top_p, seed)
 
 
@@ -52,8 +51,7 @@ def generate_batch(
     nothing drawn before.
 
     prompts: rendered, tokenised without added special tokens. A response ends at the eos token of
-        the tokenizer or at
-    one of those of the model's generation config.
+        the tokenizer or at one of those of the model's generation config.
     """
     end_ids = _end_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id

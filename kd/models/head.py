@@ -12,11 +12,12 @@ from kd.losses import Head
 # What follows an lm_head, under the names that configurations give it.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
+# Gemma 2, RecurrentGemma, xLSTM
 SOFTCAPS = (
     "final_logit_softcapping",
     "logits_soft_cap",
     "output_logit_soft_cap",
-)  # Gemma 2, RecurrentGemma, xLSTM
+)
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:

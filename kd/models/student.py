@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kd.data.collate import Batch
 from kd.engine.engine import Engine
 from kd.engine.export import export_student
-from kd.engine.zero3 import gathered, set_leaf_modules
+from kd.engine.zero3 import gathered, is_partitioned, set_leaf_modules
 from kd.losses import (
     DenseTargets,
     Targets,
@@ -58,6 +58,7 @@ class HeadLoss(nn.Module):
         head = head_of(self._model[0])  # read here, inside the hooks: the weight is whole now
         settings, rows = self._settings, None
         logits_dtype = getattr(torch, settings.logits_dtype) if settings.logits_dtype else None
+        # Both calls name each argument, so that mypy sees a misspelt one.
         match targets:
             case TopKTargets():
                 result = sparse_distillation_loss(
@@ -170,13 +171,14 @@ class Student:
     def generate(self, input_ids_BL: Tensor, **options: Any) -> Tensor:
         """What model.generate() returns, token ids (B, L + new), from the weights of now.
 
-        The whole model is gathered on each rank. Collective: every rank must call this, with the
-        same options; the number of new tokens may differ.
+        Collective: every rank must call this. Prompts, options and the number of new tokens may
+        differ: where ZeRO-3 gathers each module as it runs, ranks go on until the last has ended.
         """
-        training = self.model.training
+        training, parameters = self.model.training, list(self.model.parameters())
         self.model.eval()
+        options = {"synced_gpus": is_partitioned(parameters), **options}
         try:
-            with gathered(*self.model.parameters()):
+            with gathered(*parameters):
                 return self.model.generate(input_ids=input_ids_BL, **options)  # type: ignore[operator]
         finally:
             self.model.train(training)

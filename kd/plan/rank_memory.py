@@ -39,7 +39,8 @@ def rank_memory(
     recipe: Recipe, student: ZeroEngine, teacher: ZeroEngine | None, num_tokens: int
 ) -> tuple[RankMemory, str, float]:
     """What a rank holds when a step takes most, the moment when it does, and GiB that are gathered
-    at most, perhaps at another one. num_tokens: of a micro-batch."""
+    at most, perhaps at another one. num_tokens: of a micro-batch.
+    """
     moments = _moments(recipe, student, teacher, num_tokens)
     moment = max(moments, key=lambda moment: sum(moment[1:]))
     parts = (

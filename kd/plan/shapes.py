@@ -21,11 +21,12 @@ from kd.models.loading import load_config
 from kd.recipe import RECIPES_DIR, ModelSection, find_input
 
 SHAPES_DIR = RECIPES_DIR / "shapes"
+# In configurations: experts that see a token
 NUM_SEEING = (
     "num_experts_per_tok",
     "moe_k",
     "moe_topk",
-)  # in configurations: experts that see a token
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,8 @@ class ModelShapes:
     vocab_size: int  # rows of the lm_head
     tie_word_embeddings: bool
     max_position_embeddings: int
-    num_active_weights: (
-        int  # of the layers' matrices that one token meets: of experts those that see it
-    )
+    # Of the layers' matrices that one token meets: of experts those that see it
+    num_active_weights: int
     parameter_sizes: tuple[tuple[int, int], ...]
 
     @property

@@ -52,9 +52,8 @@ class Family:
 
     pair: ComparedPair
     cells: tuple[SeedGroup, ...]  # by variant, then by keep_fraction
-    references: dict[
-        str, list[tuple[str, Score]]
-    ]  # task -> role and its score, the same score once
+    # Task -> role and its score, the same score once
+    references: dict[str, list[tuple[str, Score]]]
     differences: tuple[Difference, ...]
 
     @property

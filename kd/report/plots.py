@@ -211,9 +211,8 @@ def kl_by_position(family: Family, variants: Sequence[Variant]) -> Figure:
 
 def _looks(names: Sequence[Any]) -> list[tuple[Any, Look]]:
     looks = zip(COLORS, MARKERS, DASHES, strict=True)
-    shifts = [
-        SHIFT * step for step in (0, 1, -1, 2, -2, 3)
-    ]  # the first line stands where it belongs
+    # The first line stands where it belongs
+    shifts = [SHIFT * step for step in (0, 1, -1, 2, -2, 3)]
     return [
         (name, Look(*look, shift)) for name, look, shift in zip(names, looks, shifts, strict=False)
     ]

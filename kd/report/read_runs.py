@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd.errors import UserError
-from kd.recipe import check_format_version, key_facts
+from kd.recipe import check_format_version, facts_of
 from kd.report.evaluations import Evaluation, own_scores, read_evaluations, role_of
 from kd.report.fields import field, flatten, read_json
 from kd.runs.records import read_metrics
@@ -254,13 +254,8 @@ def _kl_curve(records: list[dict[str, Any]]) -> tuple[tuple[CurvePoint, ...], bo
 
 def _facts(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
     """All that may differ between runs and should not, by name."""
-    known = key_facts()
     sections = {name: values for name, values in recipe.items() if name != "format_version"}
-    facts = {
-        key: value
-        for key, value in flatten("", sections)
-        if key not in known or known[key].is_compared  # a key of another version is compared
-    }
+    facts = {key: value for key, value in flatten("", sections) if _is_compared(key)}
     for name in ("environment", "ds_config"):
         path = folder / f"{name}.json"
         if path.exists():
@@ -272,13 +267,13 @@ def _facts(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
+def _is_compared(key: str) -> bool:
+    facts = facts_of(key)
+    return facts.is_compared and not facts.is_axis
+
+
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    try:
-        records = read_metrics(path)
-    except ValueError as error:
-        raise UserError(
-            f"{path}: a line is not valid JSON ({error}): restore it, or leave the run out"
-        ) from None
+    records = read_metrics(path)
     for record in records:
         for key in (
             "step",

@@ -92,9 +92,8 @@ def _write(
     jinja.filters["image"] = lambda plot: (
         f"data:image/svg+xml;base64,{base64.b64encode(images[plot]).decode()}"
     )
-    references: dict[
-        tuple[str, Path], str
-    ] = {}  # of the Markdown's links, in the order in which they are met
+    # Of the Markdown's links, in the order in which they are met
+    references: dict[tuple[str, Path], str] = {}
     jinja.filters["ref"] = lambda link: references.setdefault(
         (link.title, link.path), f"r{len(references) + 1}"
     )

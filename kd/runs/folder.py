@@ -20,11 +20,12 @@ from kd.engine.checkpoint import remove_partial, step_folders
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.files import write_json
-from kd.recipe import Recipe, check_format_version, key_facts
+from kd.recipe import Recipe, check_format_version, facts_of
 from kd.runs.environment import environment
 from kd.runs.lock import hold
+from kd.runs.records import read_metrics
 
-SUCCESS, INTERRUPTED = "SUCCESS", "INTERRUPTED"
+SUCCESS, INTERRUPTED, METRICS = "SUCCESS", "INTERRUPTED", "metrics.jsonl"
 
 
 def open_run(recipe: Recipe, resume: str | None) -> None:
@@ -74,6 +75,7 @@ def check_same_run(recipe: Recipe) -> None:
     folder = recipe.run_dir
     if not _has_begun(folder):
         return
+    read_metrics(folder / METRICS)
     changed = [
         c for name, new in _facts(recipe).items() for c in _differences(_read(folder / name), new)
     ]
@@ -100,7 +102,7 @@ def record_data(folder: Path, report: str, fingerprint: str) -> None:
 
 
 def _has_begun(folder: Path) -> bool:
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS
     return bool(step_folders(folder / "checkpoints")) or (
         metrics.exists() and metrics.stat().st_size > 0
     )
@@ -123,12 +125,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(section.key, old, new) of what differs and matters."""
-    facts, found = key_facts(), []
+    found = []
     for section in new.keys() - {"format_version"}:
         before, after = old.get(section) or {}, new[section] or {}
         for key in sorted(before.keys() | after.keys()):
             name = f"{section}.{key}"
-            is_free = name in facts and facts[name].may_change
-            if before.get(key) != after.get(key) and not is_free:
+            if before.get(key) != after.get(key) and not facts_of(name).may_change:
                 found.append((name, before.get(key), after.get(key)))
     return sorted(found, key=lambda difference: difference[0])

@@ -5,17 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from kd.constants import FORMAT_VERSION
+from kd.errors import UserError
 from kd.recipe import check_format_version
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line torn by a crash is left out.
+    """The records of a metrics.jsonl, none where there is none; a last line torn by a crash is left
+    out, and records of version 1 are given today's names.
 
-    Records of version 1 are given today's names. Raises ValueError for a line that is not JSON, and
-    UserError for a version that is not known here.
+    Raises UserError for a line that is not JSON, and for a version that is not known here.
     """
+    if not path.exists():
+        return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    records = [json.loads(line) for line in lines if line]
+    try:
+        records = [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise UserError(
+            f"{path}: a line is not valid JSON ({error}): restore it, or leave the run out"
+        ) from None
     for record in records:
         check_format_version(path, record)
     return [_upgraded(record) for record in records]

@@ -99,9 +99,8 @@ def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None 
     """
     base = load_recipe(name, overrides)
     folder = folder or Path(base.run.output_dir) / "studies" / base.run.name
-    points = dict.fromkeys(
-        _points(base, axes)
-    )  # an axis at the recipe's own value is the same cell on every axis
+    # An axis at the recipe's own value is the same cell on every axis
+    points = dict.fromkeys(_points(base, axes))
     if (
         axes.window
         and all(point.window == "head" for point in points)
@@ -153,9 +152,8 @@ def _points(base: Recipe, axes: Axes) -> Iterator[Point]:
         for place in places:
             point = replace(own, seed=seed, **place)
             is_cut = point.keep_fraction < 1 or base.truncation.max_tokens is not None
-            yield (
-                point if is_cut else replace(point, window="head")
-            )  # of a whole trace all windows are one
+            # Of a whole trace all windows are one
+            yield (point if is_cut else replace(point, window="head"))
 
 
 def _recipe_at(base: Recipe, point: Point, folder: Path) -> Recipe:

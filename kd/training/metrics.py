@@ -22,16 +22,14 @@ log = logging.getLogger(__name__)
 class MetricsLog:
     """Rank 0's view of a run: appends records to metrics.jsonl and moves the progress bar.
 
-    Steps are counted from 1, as checkpoints are. A run interrupted after its last checkpoint,
-    `start_step`, repeats
-    steps: their records from before move to metrics.abandoned.jsonl. A full disk does not end a run
-        here, on one rank
-    of many: what could not be written is kept and tried again, and the next checkpoint says what is
-    wrong on all ranks.
+    Steps are counted from 1, as checkpoints are. A run that was interrupted after its last
+    checkpoint, `start_step`, repeats steps: their records from before move to
+    metrics.abandoned.jsonl. A full disk does not end a run here, on one rank of many: what could
+    not be written is kept and tried again, and the next checkpoint says what is wrong on all ranks.
     """
 
     def __init__(self, path: Path, *, start_step: int, total_steps: int) -> None:
-        records = read_metrics(path) if path.exists() else []
+        records = read_metrics(path)
         repeated = [record for record in records if record["step"] > start_step]
         if repeated:
             write_jsonl(path.with_name("metrics.abandoned.jsonl"), repeated)

@@ -42,7 +42,8 @@ FIRST_REPORT = 3
 
 def plan_training(recipe: Recipe, loader: Loader, nodes: Nodes) -> RunPlan | None:
     """The plan of a run on the batches that it will see, or None, and why in the log, for models of
-    which nothing can be planned. nodes: the ranks of each."""
+    which nothing can be planned. nodes: the ranks of each.
+    """
     longest = DataTraces(loader.examples).longest
     num_nodes, gpus_per_node = size_to_plan(nodes)
     sizes = {"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}

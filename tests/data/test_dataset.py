@@ -68,9 +68,8 @@ def test_the_sections_of_a_loss_are_the_labels(
         texts[section] = "".join(
             tiny.convert_ids_to_tokens(example.labels[example.labels != IGNORE_INDEX].tolist())
         )
-    assert texts["prompt"].startswith(
-        tiny.convert_ids_to_tokens(int(example.input_ids[1]))
-    )  # all but the first token
+    # All but the first token
+    assert texts["prompt"].startswith(tiny.convert_ids_to_tokens(int(example.input_ids[1])))
     assert texts["prompt"].endswith("<eos><|assistant|>")
     assert texts["cot"].startswith("<think>\n")
     assert texts["cot"].endswith("\n</think>\n\n")

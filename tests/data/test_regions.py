@@ -69,9 +69,8 @@ def test_every_predicted_token_has_the_cell_of_its_place_in_the_whole_sequence(
     mask: float,
 ) -> None:
     counts = np.random.default_rng(0).integers(1, [20, 80, 30], size=(12, 3))
-    table = [
-        {"input_ids": np.arange(num_tokens.sum())} for num_tokens in counts
-    ]  # the id tells the position
+    # The id tells the position
+    table = [{"input_ids": np.arange(num_tokens.sum())} for num_tokens in counts]
     data = {"loss_sections": loss_sections, "random_mask_fraction": mask}
     made = recipe(truncation={"keep_fraction": 0.6, **truncation}, data=data)
     examples = Examples(made, table, np.arange(12), counts)

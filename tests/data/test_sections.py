@@ -60,12 +60,13 @@ def test_ids_are_those_of_the_whole_text(name: str, request: pytest.FixtureReque
     tokenizer = request.getfixturevalue(name)
     rng = random.Random(0)
     pieces = ["x", " ", "\n", "12", ":", ">", "<", "</", "\\frac{1}{2}", "\t"]
+    # Composed, decomposed, four bytes, other scripts
     pieces += [
         "\u00e9",
         "e\u0301",
         "\U0001f916",
         "\u4e2d\u6587",
-    ]  # composed, decomposed, four bytes, other scripts
+    ]
     for _ in range(200):
         question, reasoning, answer = (
             "".join(rng.choices(pieces, k=rng.randint(1, 12))) + "." for _ in range(3)

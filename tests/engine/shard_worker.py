@@ -161,10 +161,11 @@ def find_damage(recipe: Recipe, layout: Layout) -> str | None:
             for parameter in model.parameters():
                 parameter.ds_tensor.add_(1.0)
 
+    # The latter waits for every rank
     kd.training.build.repartition, kd.training.build._log_size = (
         damage,
         lambda *_: None,
-    )  # the latter waits for every rank
+    )
     try:
         build_teacher(recipe, layout)
     except UserError as error:

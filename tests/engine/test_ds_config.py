@@ -153,9 +153,8 @@ def test_shipped_students_accumulate_in_fp32_and_discard_steps_that_are_not_fini
 ) -> None:
     config = read_ds_config(recipe(student=name), "student")
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
-    assert (
-        is_zero3(config) or config["bf16"]["check_grad_overflow"] is True
-    )  # stage 3 discards them always
+    # Stage 3 discards them always
+    assert is_zero3(config) or config["bf16"]["check_grad_overflow"] is True
 
 
 def test_the_student_gets_the_numbers_of_the_recipe() -> None:

@@ -129,12 +129,20 @@ def test_results_of_the_newest_run_are_read_into_our_form(
     (content,) = evaluate_with_harness(recipe, subject(model_dir), "gsm", [], tmp_path)
     folder = tmp_path / "lm-eval" / "gsm"
     assert json.loads((folder / "m.json").read_text()) == {**content, "ci95": list(content["ci95"])}
+    # Fmt: skip
     expected = {
-        "label": "m", "task": "gsm", "problems": "openai/gsm8k",
-        "judge": "exact_match,flexible-extract", "accuracy": 0.5, "num_problems": 2,
-        "num_samples": 1, "num_correct": 1, "pass_at_k": {"1": 0.5},
-        "unclosed_fraction": 0.5, "unended_fraction": None,
-    }  # fmt: skip
+        "label": "m",
+        "task": "gsm",
+        "problems": "openai/gsm8k",
+        "judge": "exact_match,flexible-extract",
+        "accuracy": 0.5,
+        "num_problems": 2,
+        "num_samples": 1,
+        "num_correct": 1,
+        "pass_at_k": {"1": 0.5},
+        "unclosed_fraction": 0.5,
+        "unended_fraction": None,
+    }
     assert {key: content[key] for key in expected} == expected
     assert content["metrics"]["exact_match,strict-match"] == 0.0
     assert content["backend"].startswith("lm-eval 0.4.13, transformers ")

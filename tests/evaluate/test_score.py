@@ -191,9 +191,8 @@ def test_the_interval_holds_the_true_share_95_times_in_100_though_samples_of_a_p
     draw = random.Random(0)
     hits = 0
     for _ in range(1000):
-        shares = [
-            draw.betavariate(0.6, 0.9) for _ in range(30)
-        ]  # 30 problems, most of them easy or hard: mean 0.4
+        # 30 problems, most of them easy or hard: mean 0.4
+        shares = [draw.betavariate(0.6, 0.9) for _ in range(30)]
         counts = [sum(draw.random() < share for _ in range(16)) for share in shares]
         low, high = accuracy_interval(counts, 16)
         hits += low <= 0.4 <= high

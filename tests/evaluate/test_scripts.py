@@ -83,10 +83,20 @@ def test_generation_samples_as_the_recipe_says_unless_a_flag_says_otherwise(
     temperature: float,
 ) -> None:
     overrides = ("--set", "evaluation.temperature=0.7", "--set", "evaluation.top_p=0.9")
+    # Fmt: skip
     done = script(
-        "generate.py", "--recipe", recipe_path, *overrides, *flags,
-        "--problems", problems_path, "--output", "traces.jsonl", "--limit", 4,
-    )  # fmt: skip
+        "generate.py",
+        "--recipe",
+        recipe_path,
+        *overrides,
+        *flags,
+        "--problems",
+        problems_path,
+        "--output",
+        "traces.jsonl",
+        "--limit",
+        4,
+    )
     assert done.returncode == 0, done.stderr
     settings = json.loads((tmp_path / "traces.jsonl.progress").read_text().splitlines()[0])
     assert (settings["temperature"], settings["top_p"]) == (
@@ -142,9 +152,13 @@ def test_tasks_are_sampled_and_judged_in_a_folder_each(
         monkeypatch, recipe_path, text_model_dir, tmp_path, *arguments, "--backend", "transformers"
     )
     out = tmp_path / "out"
+    # Fmt: skip
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.json*")) == [
-        "aime24/m.json", "aime24/m.responses.jsonl", "gsm8k/m.json", "gsm8k/m.responses.jsonl",
-    ]  # fmt: skip
+        "aime24/m.json",
+        "aime24/m.responses.jsonl",
+        "gsm8k/m.json",
+        "gsm8k/m.responses.jsonl",
+    ]
     results = json.loads((tmp_path / "out" / "aime24" / "m.json").read_text())
     assert (results["task"], results["num_problems"], results["num_samples"]) == ("aime24", 2, 3)
     assert results["problems"] == str(tmp_path / "hub" / "aime24")

@@ -54,9 +54,8 @@ def main() -> None:
     fault, fault_step, time_file = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     sys.argv = ["launch/train.py", *sys.argv[4:]]
     steps: list[int] = []
-    wrap(
-        kd.training.loop, "learning_rate", before=lambda step, *_: steps.append(step + 1)
-    )  # called first in each step
+    # Called first in each step
+    wrap(kd.training.loop, "learning_rate", before=lambda step, *_: steps.append(step + 1))
 
     def once(act: Callable[..., Any]) -> Callable[..., Any]:
         def maybe(*arguments: Any) -> Any:

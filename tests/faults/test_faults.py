@@ -134,11 +134,17 @@ def journey(recipe, launch, fault_table) -> dict[str, Any]:
         if damaged:
             leg.damage(damaged)
         time_file = recipe.parent / f"{leg.fault}.time"
+        # Fmt: skip
         done = launch(
-            "tests/faults/faulty_train.py", leg.fault, str(leg.step), str(time_file), *arguments,
-            "--resume", "auto",
+            "tests/faults/faulty_train.py",
+            leg.fault,
+            str(leg.step),
+            str(time_file),
+            *arguments,
+            "--resume",
+            "auto",
             PYTHONPATH=str(ROOT / "tests"),
-        )  # fmt: skip
+        )
         ended = time.time()
         starts[leg.fault] = done
         assert time_file.exists(), f"{leg.fault} never happened:\n{done.stderr[-4000:]}"

@@ -97,27 +97,38 @@ def test_resume_auto_without_a_checkpoint_starts_fresh_and_says_so(recipe):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(launch, recipe):
+    # Fmt: skip
     done = launch(
-        TRAIN, "--recipe", str(recipe), "--set", "run.name=explodes",
-        "--set", "training.learning_rate=1e30", "--set", "training.warmup_fraction=0.0",
-    )  # fmt: skip
+        TRAIN,
+        "--recipe",
+        str(recipe),
+        "--set",
+        "run.name=explodes",
+        "--set",
+        "training.learning_rate=1e30",
+        "--set",
+        "training.warmup_fraction=0.0",
+    )
     assert_one_block(done, "are not both finite", "Rows of the batch, counted from 1: ")
     assert not (recipe.parent / "runs" / "explodes" / "SUCCESS").exists()
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted_when_allowed(recipe):
+    # Fmt: skip
     done = train(
-        recipe, "run.name=skips", "training.learning_rate=1e30", "training.warmup_fraction=0.0",
+        recipe,
+        "run.name=skips",
+        "training.learning_rate=1e30",
+        "training.warmup_fraction=0.0",
         "training.skip_nonfinite=3",
-    )  # fmt: skip
+    )
     assert_one_block(done, "training.skip_nonfinite = 3 allows no more such steps")
     records = [
         json.loads(line)
         for line in (recipe.parent / "runs/skips/metrics.jsonl").read_text().splitlines()
     ]
-    assert [record["skipped"] for record in records].count(
-        True
-    ) == 4  # three allowed, one that stops
+    # Three allowed, one that stops
+    assert [record["skipped"] for record in records].count(True) == 4
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

@@ -77,11 +77,19 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
     assert [path.name for path in folder.iterdir()] == ["problems.jsonl"]
     train, evaluate = done.stdout.split("\n\n#!", 1)
     escaped = f"{folder}/my runs/tiny_test/slurm/1".replace("%", "%%")
+    # Fmt: skip
     for line in (
-        '--nodes="2"', '--ntasks-per-node="2"', '--gpus-per-node="2"', '--time="1-0"',
-        '--signal="B:USR1@600"', '--array="0-1"', f'--output="{escaped}/train-%A_%a.out"',
-        "--requeue", '--open-mode="append"', '--mem="0"',
-    ):  # fmt: skip
+        '--nodes="2"',
+        '--ntasks-per-node="2"',
+        '--gpus-per-node="2"',
+        '--time="1-0"',
+        '--signal="B:USR1@600"',
+        '--array="0-1"',
+        f'--output="{escaped}/train-%A_%a.out"',
+        "--requeue",
+        '--open-mode="append"',
+        '--mem="0"',
+    ):
         assert f"#SBATCH {line}\n" in train
     for line in (
         '--nodes="1"',
@@ -160,10 +168,11 @@ def test_an_input_that_only_the_repository_has_does_not_reach_a_copy_of_it(recip
         f"there",
     )
     assert submit(recipe, *ON_CPUS, "--set=data.path=README.md", "--dry-run").returncode == 0
+    # Which are copied
     models = (
         "--set=student.model=recipes/assets/tiny/student_base",
         "--dry-run",
-    )  # which are copied
+    )
     assert submit(recipe, *ON_CPUS, *models, cwd=tmp_path).returncode == 0
 
 
@@ -235,9 +244,17 @@ def test_a_container_sees_the_current_directory_and_the_runs(recipe, tmp_path):
         f"--set=run.output_dir={tmp_path}",
         "--dry-run",
     )
+    # Fmt: skip
     assert shell_values(done.stdout, "container") == [
-        "apptainer", "exec", "--nv", "--bind", str(ROOT), "--bind", str(tmp_path), str(image)
-    ]  # fmt: skip
+        "apptainer",
+        "exec",
+        "--nv",
+        "--bind",
+        str(ROOT),
+        "--bind",
+        str(tmp_path),
+        str(image),
+    ]
 
 
 def begin(job: Job, setup: Path, then: str) -> subprocess.CompletedProcess[str]:

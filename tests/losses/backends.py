@@ -4,9 +4,8 @@ import os
 
 import pytest
 
-INTERPRETED = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # set by tests/tiny.py where there is no GPU
+# Set by tests/tiny.py where there is no GPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [
     "torch",
     pytest.param(

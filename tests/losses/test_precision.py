@@ -50,9 +50,8 @@ def test_error_is_at_most_twice_that_of_eager_bfloat16_whatever_the_logits_and_t
         error, eager_error = relative_error(gradient, truth), relative_error(eager_gradient, truth)
         assert error <= 2 * eager_error
         if logits_dtype is None:
-            assert (
-                error < 3e-3
-            )  # half a unit in the last place of the bfloat16 gradient, and no more
+            # Half a unit in the last place of the bfloat16 gradient, and no more
+            assert error < 3e-3
     if logits_dtype is None:
         assert relative_error(actual.result.loss, exact.result.loss) < 1e-4
 

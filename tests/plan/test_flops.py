@@ -83,9 +83,8 @@ def test_a_backward_pass_has_the_flops_that_torch_counts(name: str, checkpointin
     model, input_ids = eager(CONFIGS[name]), torch.arange(LENGTH).view(1, -1)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with set_checkpoint_early_stop(
-        False
-    ):  # as it is under ZeRO-3, whose linear layers save their inputs last
+    # As it is under ZeRO-3, whose linear layers save their inputs last
+    with set_checkpoint_early_stop(False):
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     lengths_N = np.array([LENGTH])
     flops = PairShapes(shapes_of(model), None, checkpointing).step_flops(

@@ -135,7 +135,6 @@ def test_what_can_never_fit_is_said_to():
 
 def test_every_shipped_recipe_has_a_plan():
     for path in RECIPES_DIR.glob("*.toml"):
-        if not load_recipe(path.stem).student.model.startswith(
-            "runs/"
-        ):  # a second stage, whose first is to be run
+        # A second stage, whose first is to be run
+        if not load_recipe(path.stem).student.model.startswith("runs/"):
             assert memory_plan(load_recipe(path.stem)).total_gib > 0

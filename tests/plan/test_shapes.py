@@ -30,9 +30,8 @@ def test_stored_shapes_have_the_parameters_that_the_models_publish(
 ):
     shapes = model_shapes(StudentSection(model=model), role="student")
     assert shapes.num_parameters == num_parameters
-    assert shapes.num_active_weights / 1e9 == pytest.approx(
-        active_billions, rel=0.01
-    )  # "non-embedding"
+    # "non-embedding"
+    assert shapes.num_active_weights / 1e9 == pytest.approx(active_billions, rel=0.01)
     assert (shapes.vocab_size, shapes.hidden_size) == head
 
 

@@ -109,10 +109,11 @@ def test_every_number_of_a_table_is_a_link_or_has_one_beside_it(report):
     numbers = [cell for cell in cells if re.match(r"(<[^>]*>)*\d", cell)]
     unlinked = {re.sub(r"<[^>]*>", "", cell) for cell in numbers if "<a " not in cell}
     assert len(numbers) > 100
+    # Of the table of environments, which links its runs
     assert unlinked - keep_fractions == {
         "2",
         "3.11.7",
-    }  # of the table of environments, which links its runs
+    }
 
 
 def test_pages_and_json_hold_the_same_numbers(report, page):

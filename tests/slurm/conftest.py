@@ -8,9 +8,8 @@ from slurm_cluster import Cluster, missing, running_cluster
 
 def pytest_runtest_setup() -> None:
     if reason := missing():
-        pytest.skip(
-            f"a real SLURM is needed: {reason}"
-        )  # here and not in the fixture: one line for all
+        # Here and not in the fixture: one line for all
+        pytest.skip(f"a real SLURM is needed: {reason}")
 
 
 @pytest.fixture(scope="session")

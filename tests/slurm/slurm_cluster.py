@@ -94,9 +94,8 @@ class Cluster:
         wait_until(
             lambda: self.job(job)["Reason"] == "BeginTime", f"{job} to be in the queue again", 60
         )
-        time.sleep(
-            2
-        )  # slurmd has revoked the job's credentials, and for a second takes new ones for old
+        # Slurmd has revoked the job's credentials, and for a second takes new ones for old
+        time.sleep(2)
         done = self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
         assert done.returncode == 0, done.stderr
 

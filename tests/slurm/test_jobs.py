@@ -57,9 +57,8 @@ def submit(cluster: Cluster, folder: Path, name: str, *arguments: str) -> Submit
         *STEADY,
     ]
     settings += ["evaluation.max_new_tokens=8", "evaluation.judge=exact"]
-    alone = (
-        ("--exclusive",) if "--" in arguments else ("--", "--exclusive")
-    )  # one job after another
+    # One job after another
+    alone = ("--exclusive",) if "--" in arguments else ("--", "--exclusive")
     done = cluster.submit(
         "tiny_test.toml", *(f"--set={text}" for text in settings), *arguments, *alone, cwd=folder
     )
@@ -95,9 +94,8 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
     (job,), run = submitted.ids, submitted.run
     told = "USR1: the ranks are told"
     wait_until(lambda: num_steps(run) > 5 or told in log_of(submitted), "the first steps", 120)
-    cluster.run(
-        "scancel", "--signal=STOP", job
-    )  # a long step, so that the run to compare with can be short
+    # A long step, so that the run to compare with can be short
+    cluster.run("scancel", "--signal=STOP", job)
     wait_until(lambda: told in log_of(submitted), "the signal", 90)
     cluster.run("scancel", "--signal=CONT", job)
     wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the job to be requeued", 150)

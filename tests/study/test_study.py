@@ -172,10 +172,15 @@ def test_a_cell_that_leaves_no_supervised_token_is_reported_as_such(whole):
 def test_scores_of_other_settings_are_made_anew(recipe, whole, interrupted):
     """interrupted: its study is over, and may be scored in another way."""
     folder = interrupted[0]
+    # Fmt: skip
     done = subprocess.run(
         [*command(recipe, folder), "--set", "evaluation.max_new_tokens=3"],
-        cwd=recipe.parent, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+        cwd=recipe.parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for file in (
         folder / DONE[0] / "evaluation" / "export-best.json",
@@ -204,10 +209,15 @@ def test_a_finished_study_is_not_run_again_and_another_recipe_is_refused(recipe,
         if path.parts[len(whole.parts)].startswith("keep")
     }
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
+    # Fmt: skip
     done = subprocess.run(
         [*command(recipe, whole), "--set", "training.max_steps=8"],
-        cwd=recipe.parent, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+        cwd=recipe.parent,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 2
     assert "training.max_steps: 40 there, 8 here" in done.stderr
 

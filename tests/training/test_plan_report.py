@@ -121,9 +121,8 @@ def test_mfu_is_flops_a_second_of_all_ranks_over_their_peak(on_h100: PlanReport,
     for seconds in (100.0, 2 * seconds_at_peak, 2 * seconds_at_peak):
         on_h100.add({"flops": 1e15, "num_input_tokens": 10, "step_ms": 1000 * seconds})
     report = json.loads((tmp_path / "runs" / "tiny_test" / "plan.json").read_text())
-    assert report["measured"]["mfu"] == pytest.approx(
-        0.5
-    )  # the first step warms up and is left out
+    # The first step warms up and is left out
+    assert report["measured"]["mfu"] == pytest.approx(0.5)
     planned = report["planned"]
     assert planned["mfu"] == DEFAULT_MFU
     assert planned["seconds_per_step"] == pytest.approx(

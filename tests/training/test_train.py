@@ -95,9 +95,8 @@ def test_a_run_leaves_what_the_readme_says(whole_run):
     for record in records:
         diagnostics = record["diagnostics"]
         assert diagnostics["num_supervised_tokens"] == record["num_supervised_tokens"]
-        assert diagnostics["forward_kl"] == pytest.approx(
-            record["kd"], rel=1e-4
-        )  # the recipe's divergence, T = 1
+        # The recipe's divergence, T = 1
+        assert diagnostics["forward_kl"] == pytest.approx(record["kd"], rel=1e-4)
         assert {"prompt", "cot"} <= set(diagnostics["by_section"])
         # The first half of each trace is read.
         assert [part is not None for part in diagnostics["by_position"]] == [True] * 4 + [False] * 4
