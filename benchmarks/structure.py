@@ -40,7 +40,6 @@ ENTRIES = (
     "kd/teachers/live.py:TeacherModule",
 )
 LONG_LINES = 40
-# Fmt: skip
 CALLED_UNNAMED = {
     "__init__",
     "__post_init__",
@@ -56,7 +55,6 @@ CALLED_UNNAMED = {
 BUILT_IN = {name for kind in (dict, list, set, str, bytes, tuple, int, Path) for name in dir(kind)}
 BUILT_IN |= set(dir(io.TextIOWrapper))
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-# Fmt: skip
 NESTED = (
     ast.ListComp,
     ast.SetComp,

@@ -14,14 +14,17 @@ what an import prints is not in its output, strings have the same hash in all ch
     Forked([...]), Ranks([...], 2)                               to look at them while they run
 
 Variables that are read at import make another server (IMPORT_VARIABLES). Tests of launchers, of
-signals to them, and of what is imported start real processes.
+signals to them, and of what is imported start real processes. With nested=True, sys.executable of a
+child is a front that asks the same server, so that what it starts with it is forked as well.
 
 `python tests/forked.py SOCKET` is the server. It ends with its stdin, and its children with it.
+`python tests/forked.py --front SOCKET ...` is such a front.
 """
 
 import atexit
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -43,6 +46,16 @@ GRACE_SECONDS, END_SECONDS = 0.5, 30
 MAX_REQUEST_BYTES = 200_000
 
 
+class Request(NamedTuple):
+    """Of a process; all but the files is sent as JSON."""
+
+    arguments: list[str]
+    cwd: str
+    env: dict[str, str]
+    front: str  # the child's sys.executable, or ""
+    files: list[int]  # stdin, stdout, stderr
+
+
 class Forked:
     """One process of a server, with the methods of subprocess.Popen that tests use.
 
@@ -58,6 +71,7 @@ class Forked:
         env: dict[str, str] | None = None,
         stdout: IO[Any] | int | None = None,
         stderr: IO[Any] | int | None = None,
+        nested: bool = False,
     ) -> None:
         """arguments: what would follow `python`: [-u] SCRIPT ..., -m MODULE ... or -c CODE ..."""
         self.args = [str(argument) for argument in arguments]
@@ -66,13 +80,12 @@ class Forked:
         environment = dict(os.environ if env is None else env)
         self.output = _open(stdout)
         self.errors = self.output if stderr == subprocess.STDOUT else _open(stderr)
-        request = json.dumps({"arguments": self.args, "cwd": str(cwd), "env": environment}).encode()
-        assert len(request) < MAX_REQUEST_BYTES, "does not fit into one message"
         self._server = server_of(environment)
         self._status = self._server.connect()
+        front = str(self._server.front) if nested else ""
         with open(os.devnull) as nothing:
             files = [nothing.fileno(), self.output.fileno(), self.errors.fileno()]
-            socket.send_fds(self._status, [request], files)
+            _ask(self._status, Request(self.args, str(cwd), environment, front, files))
         self.pid = int(self._receive())
 
     def poll(self) -> int | None:
@@ -203,11 +216,12 @@ def run(
     env: dict[str, str] | None = None,
     timeout: float = 300,
     stderr: int | None = None,
+    nested: bool = False,
 ) -> Process:
     """As subprocess.run(["python", *arguments], capture_output=True, text=True). A process that
     takes longer is killed, and TimeoutError shows what it wrote.
     """
-    process = Forked(arguments, cwd=cwd, env=env, stderr=stderr)
+    process = Forked(arguments, cwd=cwd, env=env, stderr=stderr, nested=nested)
     try:
         written = process.communicate(timeout)
     finally:
@@ -228,6 +242,21 @@ def run_ranks(
     ranks = Ranks(arguments, num_ranks, cwd=cwd, env=env)
     status = ranks.wait(timeout)
     return Process(ranks.args, status, *ranks.ranks[0].written())
+
+
+def with_launcher(script: Path, *arguments: object) -> list[object]:
+    """Arguments of a nested process whose launcher is forked as well: it runs deepspeed's launcher
+    by a command that kd makes at import, in the server.
+    """
+    code = "import runpy, sys, kd.cluster.local; kd.cluster.local.LAUNCHER[0] = sys.executable;"
+    code += "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return ["-c", code, script, *arguments]
+
+
+def _ask(connection: socket.socket, request: Request) -> None:
+    message = json.dumps(request[:-1]).encode()
+    assert len(message) < MAX_REQUEST_BYTES, "does not fit into one message"
+    socket.send_fds(connection, [message], request.files)
 
 
 def _open(file: IO[Any] | int | None) -> IO[Any]:
@@ -266,6 +295,10 @@ class Server:
         self._folder = tempfile.TemporaryDirectory(prefix="forked")
         self._path = Path(self._folder.name) / "socket"
         self.log = Path(self._folder.name) / "log"
+        self.front = Path(self._folder.name) / "python"
+        command = shlex.join([sys.executable, __file__, "--front", str(self._path)])
+        self.front.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        self.front.chmod(0o755)
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(self._path)],
@@ -308,13 +341,6 @@ def server_of(environment: dict[str, str]) -> Server:
 
 
 # Below: the server.
-
-
-class Request(NamedTuple):
-    arguments: list[str]
-    cwd: str
-    env: dict[str, str]
-    files: list[int]
 
 
 def serve(path: str) -> Request:
@@ -401,7 +427,7 @@ def import_everything() -> None:
 
 def _request_on(connection: socket.socket) -> Request:
     message, files, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 3)
-    return Request(**json.loads(message), files=files)
+    return Request(*json.loads(message), files)
 
 
 def _send(connection: socket.socket, number: int) -> None:
@@ -424,6 +450,8 @@ def become(request: Request) -> None:
     os.environ.update(request.env)
     np.random.seed()  # Python's own generator and torch's are those of a new process already
     _measure_coverage()
+    if request.front:
+        sys.executable = request.front
     first, *arguments = request.arguments
     if first == "-u":  # a line at a time, by the same objects: handlers of logging hold them
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -466,6 +494,25 @@ def _measure_coverage() -> None:
     os._exit = save_and_leave  # type: ignore[assignment]
 
 
-if __name__ == "__main__":
+def front(path: str, arguments: list[str]) -> None:
+    """Stand for a process of the server: with its files, the signals it gets, and its status."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(path)
+        own = str(Path(path).with_name("python"))
+        _ask(connection, Request(arguments, os.getcwd(), dict(os.environ), own, [0, 1, 2]))
+        pid = int(connection.recv(100))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: os.kill(pid, number))
+        status = os.waitstatus_to_exitcode(int(connection.recv(100)))
+    if status < 0:
+        with suppress(OSError):  # KILL has no handler
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+if __name__ == "__main__" and sys.argv[1] == "--front":
+    front(sys.argv[2], sys.argv[3:])
+elif __name__ == "__main__":
     del sys.path[0]  # tests/, which a script elsewhere does not see
     become(serve(sys.argv[1]))

@@ -176,6 +176,22 @@ def has_ended(pid: int) -> bool:
         return True
 
 
+def test_what_a_nested_process_starts_is_forked_too_with_its_files_signals_and_status() -> None:
+    child = "import os, time; print('child', os.getppid(), flush=True); time.sleep(60)"
+    code = f"""
+import os, subprocess, sys, time
+process = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE, text=True)
+print(process.stdout.readline(), os.getppid())
+process.terminate()
+print(process.wait(), subprocess.call([sys.executable, "-c", "import sys; sys.exit(3)"]))
+"""
+    process = Forked(["-c", code], nested=True)
+    output, errors = process.communicate(30)
+    assert process.wait() == 0, errors
+    word, server, same, first, second = output.split()
+    assert (word, server, first, second) == ("child", same, str(-signal.SIGTERM), "3")
+
+
 @pytest.mark.dist
 def test_two_forked_runs_and_one_of_the_deepspeed_launcher_have_the_same_losses_bit_for_bit(
     tmp_path: Path,

@@ -129,7 +129,6 @@ def test_results_of_the_newest_run_are_read_into_our_form(
     (content,) = evaluate_with_harness(recipe, subject(model_dir), "gsm", [], tmp_path)
     folder = tmp_path / "lm-eval" / "gsm"
     assert json.loads((folder / "m.json").read_text()) == {**content, "ci95": list(content["ci95"])}
-    # Fmt: skip
     expected = {
         "label": "m",
         "task": "gsm",

@@ -83,7 +83,6 @@ def test_generation_samples_as_the_recipe_says_unless_a_flag_says_otherwise(
     temperature: float,
 ) -> None:
     overrides = ("--set", "evaluation.temperature=0.7", "--set", "evaluation.top_p=0.9")
-    # Fmt: skip
     done = script(
         "generate.py",
         "--recipe",
@@ -152,7 +151,6 @@ def test_tasks_are_sampled_and_judged_in_a_folder_each(
         monkeypatch, recipe_path, text_model_dir, tmp_path, *arguments, "--backend", "transformers"
     )
     out = tmp_path / "out"
-    # Fmt: skip
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.json*")) == [
         "aime24/m.json",
         "aime24/m.responses.jsonl",

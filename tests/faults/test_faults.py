@@ -134,7 +134,6 @@ def journey(recipe, launch, fault_table) -> dict[str, Any]:
         if damaged:
             leg.damage(damaged)
         time_file = recipe.parent / f"{leg.fault}.time"
-        # Fmt: skip
         done = launch(
             "tests/faults/faulty_train.py",
             leg.fault,

@@ -97,7 +97,6 @@ def test_resume_auto_without_a_checkpoint_starts_fresh_and_says_so(recipe):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(launch, recipe):
-    # Fmt: skip
     done = launch(
         TRAIN,
         "--recipe",
@@ -114,7 +113,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(launch, reci
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted_when_allowed(recipe):
-    # Fmt: skip
     done = train(
         recipe,
         "run.name=skips",

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
-from forked import Forked
+from forked import Forked, with_launcher
 from tiny import ROOT, disk_of_its_own, free_port, write_tiny_recipe
 
 from kd.errors import UserError
@@ -45,11 +46,14 @@ def small_disk(tmp_path):
 
 
 def preflight(
-    recipe: Path, *arguments: str, **environment: str
+    recipe: Path, *arguments: str, has_real_launcher: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """As a user calls it: it starts the ranks itself."""
-    command = [sys.executable, PREFLIGHT, "--recipe", str(recipe), *arguments]
-    env = {**os.environ, "MASTER_PORT": free_port(), **environment}
+    command = [PREFLIGHT, "--recipe", str(recipe), *arguments]
+    env = {**os.environ, "MASTER_PORT": free_port()}
+    if not has_real_launcher:
+        return forked.run(with_launcher(*command), env=env, nested=True)
+    command = [sys.executable, *command]
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
     )
@@ -82,7 +86,7 @@ def line_of(output: str, check: str) -> str:
 
 @pytest.mark.dist
 def test_what_is_well_is_one_line_each_and_leaves_nothing_behind(recipe):
-    done = preflight(recipe)
+    done = preflight(recipe, has_real_launcher=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     found = statuses(done.stdout)
     assert list(found) == CHECKS, done.stdout

@@ -77,7 +77,6 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
     assert [path.name for path in folder.iterdir()] == ["problems.jsonl"]
     train, evaluate = done.stdout.split("\n\n#!", 1)
     escaped = f"{folder}/my runs/tiny_test/slurm/1".replace("%", "%%")
-    # Fmt: skip
     for line in (
         '--nodes="2"',
         '--ntasks-per-node="2"',
@@ -244,7 +243,6 @@ def test_a_container_sees_the_current_directory_and_the_runs(recipe, tmp_path):
         f"--set=run.output_dir={tmp_path}",
         "--dry-run",
     )
-    # Fmt: skip
     assert shell_values(done.stdout, "container") == [
         "apptainer",
         "exec",

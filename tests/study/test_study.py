@@ -3,14 +3,15 @@ left alone.
 """
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
+from typing import IO
 
+import forked
 import psutil
 import pytest
+from forked import Forked, with_launcher
 from tiny import ROOT, wait_until, write_tiny_recipe
 
 from kd.constants import EXIT_INTERRUPTED
@@ -46,7 +47,6 @@ def recipe(tmp_path_factory) -> Path:
 def command(recipe: Path, folder: Path) -> list[str]:
     axes = ["--keep", "0.5,1.0", "--sections", "answer"]
     return [
-        sys.executable,
         str(ROOT / "launch/study.py"),
         "--recipe",
         str(recipe),
@@ -56,10 +56,19 @@ def command(recipe: Path, folder: Path) -> list[str]:
     ]
 
 
-def start(recipe: Path, folder: Path) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command(recipe, folder), cwd=recipe.parent, stdout=pipe, stderr=subprocess.STDOUT, text=True
+def start(
+    recipe: Path, folder: Path, stdout: IO[str] | None = None, *, has_real_launcher: bool = False
+) -> Forked:
+    """Its evaluations are forked as well, and so is its training, but for a launcher that is to
+    be interrupted.
+    """
+    arguments = command(recipe, folder)
+    return Forked(
+        arguments if has_real_launcher else with_launcher(*arguments),
+        cwd=recipe.parent,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        nested=True,
     )
 
 
@@ -95,7 +104,7 @@ def interrupted(recipe) -> tuple[Path, int, str]:
     status, last output.
     """
     folder = recipe.parent / "interrupted"
-    process = start(recipe, folder)
+    process = start(recipe, folder, has_real_launcher=True)
     wait_until(
         lambda: num_steps(folder / DONE[0]) >= 3 or process.poll() is not None, "step 3", 200
     )
@@ -104,7 +113,7 @@ def interrupted(recipe) -> tuple[Path, int, str]:
     status = process.returncode
     assert (folder / DONE[0] / "INTERRUPTED").exists(), output
 
-    process = start(recipe, folder)
+    process = start(recipe, folder, has_real_launcher=True)
     wait_until(
         lambda: num_steps(folder / DONE[1]) >= 3 or process.poll() is not None,
         "step 3 of the second",
@@ -117,14 +126,12 @@ def interrupted(recipe) -> tuple[Path, int, str]:
     ]
     for rank in ranks:
         rank.suspend()  # so that training is not over before the next start
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.communicate(timeout=10)
 
     log = recipe.parent / "last start.log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command(recipe, folder), cwd=recipe.parent, stdout=file, stderr=file
-        )
+        process = start(recipe, folder, file)
         wait_until(
             lambda: "waiting for the ranks" in log.read_text() or process.poll() is not None,
             "the wait",
@@ -172,14 +179,11 @@ def test_a_cell_that_leaves_no_supervised_token_is_reported_as_such(whole):
 def test_scores_of_other_settings_are_made_anew(recipe, whole, interrupted):
     """interrupted: its study is over, and may be scored in another way."""
     folder = interrupted[0]
-    # Fmt: skip
-    done = subprocess.run(
+    done = forked.run(
         [*command(recipe, folder), "--set", "evaluation.max_new_tokens=3"],
         cwd=recipe.parent,
-        capture_output=True,
-        text=True,
         timeout=200,
-        check=False,
+        nested=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for file in (
@@ -209,14 +213,11 @@ def test_a_finished_study_is_not_run_again_and_another_recipe_is_refused(recipe,
         if path.parts[len(whole.parts)].startswith("keep")
     }
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
-    # Fmt: skip
-    done = subprocess.run(
+    done = forked.run(
         [*command(recipe, whole), "--set", "training.max_steps=8"],
         cwd=recipe.parent,
-        capture_output=True,
-        text=True,
         timeout=100,
-        check=False,
+        nested=True,
     )
     assert done.returncode == 2
     assert "training.max_steps: 40 there, 8 here" in done.stderr
