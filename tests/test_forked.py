@@ -223,6 +223,7 @@ def losses(run: Path) -> list[list[object]]:
 def test_coverage_of_a_process_that_leaves_at_once_is_saved(tmp_path: Path) -> None:
     """As kd.cli leaves; where coverage measures subprocesses."""
     import coverage  # noqa: F401
+
     (tmp_path / "rc").write_text(f"[run]\nparallel = true\ndata_file = {tmp_path}/data\n")
     (tmp_path / "leave.py").write_text("import os\nos._exit(5)\n")
     environment = {**os.environ, "COVERAGE_PROCESS_START": str(tmp_path / "rc")}
