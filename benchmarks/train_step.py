@@ -339,7 +339,7 @@ def watch_phases(pair: Pair, clock: Clock) -> None:
     engine.step = clock.timed("optimizer", engine.step)
     modules: dict[str, nn.Module] = {
         "student_forward": backbone(student.model),
-        "loss": engine.module.head_loss,
+        "loss": student.model.get_output_embeddings(),  # the loss runs in its place
     }
     for name, module in modules.items():
         module.register_forward_pre_hook(lambda *_, name=name: clock.start(name), prepend=True)

@@ -27,20 +27,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Before -m selects among them, so that `make quick` is all tests that start no process.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks that -m and xdist then read; `make quick` is all tests that start no process.
 
     Under `-n 2 --dist loadgroup` a file stays on one worker, and so does all that shares a SLURM or
-    two hosts. Those come first: they take longest, and mostly wait.
+    two hosts.
     """
-    for item in items:
-        is_marked = any(item.get_closest_marker(name) for name in PROCESS_MARKS)
-        if is_marked or PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
-            item.add_marker("process")
-        group = next((name for name in SHARED if item.get_closest_marker(name)), item.path.name)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=_place)  # stable: the rest stays as it was
+    is_marked = any(item.get_closest_marker(name) for name in PROCESS_MARKS)
+    if is_marked or PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+        item.add_marker("process")
+    group = next((name for name in SHARED if item.get_closest_marker(name)), item.path.name)
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what takes longest, and mostly waits; the rest stays as it was."""
+    items.sort(key=_place)
 
 
 def _place(item: pytest.Item) -> int:

@@ -24,13 +24,7 @@ def export_student(
     state_dict = consolidated_state_dict(engine)
     if dist.get_rank() == 0:
         assert state_dict is not None
-        weights = {
-            name.removeprefix(MODEL_PREFIX): tensor
-            for name, tensor in state_dict.items()
-            if name.startswith(
-                MODEL_PREFIX
-            )  # ZeRO-3's consolidation names the loss's head once more
-        }
+        weights = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state_dict.items()}
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:

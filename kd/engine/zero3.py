@@ -79,11 +79,6 @@ def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
-def set_leaf_modules(module: nn.Module, classes: list[type[nn.Module]]) -> None:
-    """Make each child of these classes one unit of gathering, all of its weights at once."""
-    set_z3_leaf_modules(module, classes)
-
-
 def set_moe_leaf_modules(model: PreTrainedModel) -> list[str]:
     """Make each mixture-of-experts block one unit of gathering, so that ranks that route
     differently stay in step.

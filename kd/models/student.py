@@ -4,6 +4,8 @@ Legend: B sequences, L tokens, N supervised tokens, M measures of kd.losses.RowD
 size.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kd.data.collate import Batch
 from kd.engine.engine import Engine
 from kd.engine.export import export_student
-from kd.engine.zero3 import gathered, is_partitioned, set_leaf_modules
+from kd.engine.zero3 import gathered, is_partitioned
 from kd.losses import (
     DenseTargets,
     Targets,
@@ -39,23 +41,22 @@ class BatchLoss(NamedTuple):
     rows_MN: Tensor | None
 
 
-class HeadLoss(nn.Module):
-    """The loss, as a module that owns the student's lm_head.
+class HeadLoss:
+    """The loss, as StudentModule runs it in the place of the lm_head's own forward.
 
-    It is a leaf to ZeRO-3, whose hooks around it gather the head once for the whole micro-batch,
-    tied to the embedding or not, and reduce the gradient that the loss returns for it.
+    ZeRO-3's hooks around the lm_head then gather it once for the whole micro-batch, tied to the
+    embedding or not, and reduce the gradient that the loss returns for it. As a module of its own,
+    a leaf to ZeRO-3, a tied head would be reduced before the embedding's part has arrived.
     """
 
     def __init__(self, model: PreTrainedModel, settings: LossSection) -> None:
-        super().__init__()
-        self.lm_head = model.get_output_embeddings()
-        self._model = (model,)  # in a tuple it is no child: this module gathers the head only
+        self._model = model
         self._settings = settings
 
     def forward(
         self, hidden_BLH: Tensor, labels_BL: Tensor, row_index_N: Tensor, targets: Targets | None
     ) -> BatchLoss:
-        head = head_of(self._model[0])  # read here, inside the hooks: the weight is whole now
+        head = head_of(self._model)  # read here, inside the hooks: the weight is whole now
         settings, rows = self._settings, None
         logits_dtype = getattr(torch, settings.logits_dtype) if settings.logits_dtype else None
         # Both calls name each argument, so that mypy sees a misspelt one.
@@ -114,16 +115,12 @@ class HeadLoss(nn.Module):
 
 
 class StudentModule(nn.Module):
-    """What the student's engine wraps: backbone, then loss. The model itself stays as it is."""
+    """What the student's engine wraps: backbone, then loss. The model itself stays as it was."""
 
     def __init__(self, model: PreTrainedModel, settings: LossSection) -> None:
         super().__init__()
         self.model = model
         self.head_loss = HeadLoss(model, settings)
-        set_leaf_modules(self, [HeadLoss])
-        # Checkpoints name each weight once, as the model does.
-        self.register_state_dict_post_hook(_leave_out_head_loss)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_put_in_head_loss)  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -135,7 +132,24 @@ class StudentModule(nn.Module):
         # No attention mask: batches are padded on the right, and under causal attention no token
         # sees what follows.
         hidden_BLH = backbone(self.model)(**model_inputs, use_cache=False).last_hidden_state
-        return self.head_loss(hidden_BLH, labels_BL, row_index_N, targets)
+        lm_head = self.model.get_output_embeddings()
+        with _running_as(lm_head, self.head_loss.forward):
+            result: BatchLoss = lm_head(hidden_BLH, labels_BL, row_index_N, targets)
+        return result
+
+
+@contextlib.contextmanager
+def _running_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the module runs this function in the place of its forward, between the same hooks."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 class Student:
@@ -182,18 +196,3 @@ class Student:
                 return self.model.generate(input_ids=input_ids_BL, **options)  # type: ignore[operator]
         finally:
             self.model.train(training)
-
-
-def _leave_out_head_loss(
-    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
-) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}head_loss.")]:
-        del state[name]
-
-
-def _put_in_head_loss(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    assert isinstance(module, StudentModule)
-    lm_head = module.head_loss.lm_head
-    name = next(name for name, child in module.named_modules() if child is lm_head)
-    for key in lm_head.state_dict():
-        state[f"{prefix}head_loss.lm_head.{key}"] = state[f"{prefix}{name}.{key}"]

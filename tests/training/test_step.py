@@ -214,6 +214,15 @@ def test_a_student_in_its_module_is_the_model_that_it_was(student):
     assert torch.equal(student.generate(ids, **options), expected)
 
 
+def test_a_loss_that_fails_leaves_the_model_as_it_was(student, batches):
+    with (
+        pytest.raises(ValueError, match="labels"),
+        FakeTeacher(dense).targets(batches[0]) as targets,
+    ):
+        student.engine.module(batches[0].model_inputs, batches[1].labels, None, targets)
+    assert "forward" not in vars(student.model.lm_head)
+
+
 def test_the_state_of_the_module_names_each_weight_once_and_loads_back(student):
     module = student.engine.module
     state = module.state_dict()
@@ -222,7 +231,6 @@ def test_the_state_of_the_module_names_each_weight_once_and_loads_back(student):
     changed = {name: tensor + 1.0 for name, tensor in state.items()}
     module.load_state_dict(changed, strict=True)
     assert torch.equal(student.model.lm_head.weight, changed["model.lm_head.weight"])
-    assert module.head_loss.lm_head is student.model.lm_head
 
 
 def test_trainable_parameters_are_those_with_a_gradient(student):
