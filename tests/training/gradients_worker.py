@@ -82,7 +82,10 @@ def _recipe(models: Path, head: str, accumulation: int, checkpointing: bool) -> 
                 "micro_batch_size": 2,
                 "max_grad_norm": 1e9,
             },
-            "deepspeed": {"student": "zero3_cpu.json", "teacher": "zero3_cpu.json"},
+            "deepspeed": {
+                "student": str(models / "small_buckets.json"),
+                "teacher": "zero3_cpu.json",
+            },
         }
     )
 

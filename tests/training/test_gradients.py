@@ -6,7 +6,7 @@ import json
 from itertools import product
 
 import pytest
-from tiny import save_tiny_model
+from tiny import ROOT, save_tiny_model
 
 from kd.data.truncate import SECTIONS
 
@@ -37,6 +37,10 @@ def results(launch, tmp_path_factory):
     )
     save_tiny_model(folder / "tied", seed=1)
     save_tiny_model(folder / "untied", seed=2, tie_word_embeddings=False)
+    # As in a real model, the embedding does not fit into a bucket of reduction; other weights do.
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
+    ds_config["zero_optimization"]["reduce_bucket_size"] = 4000
+    (folder / "small_buckets.json").write_text(json.dumps(ds_config))
     output = folder / "results.json"
     done = launch("tests/training/gradients_worker.py", str(folder), str(output))
     assert done.returncode == 0, done.stderr[-4000:]
