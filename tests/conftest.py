@@ -14,7 +14,6 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 # What implies the mark `process`. A test that starts one otherwise has the mark itself, or fails.
 PROCESS_MARKS = ("benchmark", "dist", "fault", "gpu", "hosts", "profile", "real", "slurm")
 PROCESS_FIXTURES = {"launch", "script"}
-SHARED = ("slurm", "hosts")
 STARTS = {"forked.Forked", "subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"}
 running: list[pytest.Item] = []
 
@@ -28,25 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Marks that -m and xdist then read; `make quick` is all tests that start no process.
-
-    Under `-n 2 --dist loadgroup` a file stays on one worker, and so does all that shares a SLURM or
-    two hosts.
-    """
+    """Before -m selects among them, so that `make quick` is all tests that start no process."""
     is_marked = any(item.get_closest_marker(name) for name in PROCESS_MARKS)
     if is_marked or PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
         item.add_marker("process")
-    group = next((name for name in SHARED if item.get_closest_marker(name)), item.path.name)
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First what takes longest, and mostly waits; the rest stays as it was."""
-    items.sort(key=_place)
-
-
-def _place(item: pytest.Item) -> int:
-    return next((i for i, name in enumerate((*SHARED, "dist")) if item.get_closest_marker(name)), 3)
 
 
 @pytest.hookimpl(wrapper=True)
