@@ -12,6 +12,7 @@ current directory.
 """
 
 import difflib
+import functools
 import json
 import os
 import tomllib
@@ -75,10 +76,10 @@ class RunSection(RecipeSection):
     )
     output_dir: Annotated[str, PLACE] = "runs"
     seed: Annotated[int, AXIS] = 0
-    watchdog_minutes: Annotated[Annotated[float, Field(gt=0.0)], PLACE] = Field(
+    watchdog_minutes: Annotated[float, Field(gt=0.0), PLACE] = Field(
         30.0, description="without a step for so long, every rank prints its stack and the run ends"
     )
-    collective_timeout_minutes: Annotated[Annotated[float, Field(gt=0.0)], PLACE] = Field(
+    collective_timeout_minutes: Annotated[float, Field(gt=0.0), PLACE] = Field(
         120.0,
         description="longer than any rank waits for another, also while one tokenises or reads a "
         "checkpoint",
@@ -127,7 +128,7 @@ class DataSection(RecipeSection):
     num_train: Annotated[Positive | None, FIXED] = Field(
         None, description="rows after filters; all when absent"
     )
-    num_validation: Annotated[Annotated[int, Field(ge=0)], FIXED] = 0
+    num_validation: Annotated[int, Field(ge=0), FIXED] = 0
     split_seed: Annotated[int, FIXED] = 42
     system_prompt: Annotated[str | None, TOKENS] = Field(
         None, description="replaces the rows' own system message; none is sent when absent"
@@ -146,12 +147,12 @@ class DataSection(RecipeSection):
     end_token: Annotated[str | None, FIXED] = Field(
         None, description="ends the answer; the student tokenizer's eos when absent"
     )
-    loss_sections: Annotated[Annotated[tuple[SectionName, ...], Field(min_length=1)], AXIS] = (
+    loss_sections: Annotated[tuple[SectionName, ...], Field(min_length=1), AXIS] = (
         "prompt",
         "cot",
         "answer",
     )
-    random_mask_fraction: Annotated[Annotated[float, Field(ge=0.0, lt=1.0)], FIXED] = 0.0
+    random_mask_fraction: Annotated[float, Field(ge=0.0, lt=1.0), FIXED] = 0.0
     on_bad_row: Annotated[Literal["drop", "error"], FIXED] = Field(
         "drop", description="rows without markers, two thoughts, no answer"
     )
@@ -169,9 +170,8 @@ class DataSection(RecipeSection):
 
 class TruncationSection(RecipeSection):
     keep_fraction: Annotated[
-        Annotated[
-            float, Field(gt=0.0, le=1.0, description="of all tokens, prompt included, rounded down")
-        ],
+        float,
+        Field(gt=0.0, le=1.0, description="of all tokens, prompt included, rounded down"),
         AXIS,
     ] = 1.0
     max_tokens: Annotated[Positive | None, AXIS] = Field(
@@ -192,12 +192,12 @@ class LossSection(RecipeSection):
         Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"],
         FIXED,
     ] = "forward_kl"
-    beta: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], FIXED] = 0.5
-    alpha: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], FIXED] = 0.1
+    beta: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = 0.5
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = 0.1
     mix_weight: Annotated[Fraction, FIXED] = 0.5
-    temperature: Annotated[Annotated[float, Field(gt=0.0)], FIXED] = 1.0
-    kd_weight: Annotated[Annotated[float, Field(ge=0.0)], FIXED] = 0.5
-    ce_weight: Annotated[Annotated[float, Field(ge=0.0)], FIXED] = 0.5
+    temperature: Annotated[float, Field(gt=0.0), FIXED] = 1.0
+    kd_weight: Annotated[float, Field(ge=0.0), FIXED] = 0.5
+    ce_weight: Annotated[float, Field(ge=0.0), FIXED] = 0.5
     chunk_size: Annotated[Positive | None, FIXED] = None
     logits_dtype: Annotated[Literal["float32", "bfloat16"] | None, FIXED] = None
     backend: Annotated[Literal["auto", "triton", "torch", "reference"], FIXED] = "auto"
@@ -222,14 +222,14 @@ class TrainingSection(RecipeSection):
     micro_batch_size: Annotated[Positive, FREE] = Field(
         1, description="sequences per rank and forward pass"
     )
-    learning_rate: Annotated[Annotated[float, Field(gt=0.0)], FIXED] = 1e-5
+    learning_rate: Annotated[float, Field(gt=0.0), FIXED] = 1e-5
     schedule: Annotated[Literal["one_cycle", "cosine", "constant"], FIXED] = "cosine"
     warmup_fraction: Annotated[Fraction, FIXED] = 0.1
-    weight_decay: Annotated[Annotated[float, Field(ge=0.0)], FIXED] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0), FIXED] = 0.0
     adam_betas: Annotated[tuple[Beta, Beta], FIXED] = (0.9, 0.999)
-    adam_eps: Annotated[Annotated[float, Field(gt=0.0)], FIXED] = 1e-8
-    max_grad_norm: Annotated[Annotated[float, Field(gt=0.0)], FIXED] = 1.0
-    skip_nonfinite: Annotated[Annotated[int, Field(ge=0)], FREE] = Field(
+    adam_eps: Annotated[float, Field(gt=0.0), FIXED] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0.0), FIXED] = 1.0
+    skip_nonfinite: Annotated[int, Field(ge=0), FREE] = Field(
         0,
         description="optimizer steps with a loss or gradient that is not finite to skip before "
         "stopping",
@@ -251,10 +251,8 @@ class EvaluationSection(RecipeSection):
     )
     judge: Annotated[Literal["math", "exact"], PLACE] = "math"
     max_new_tokens: Annotated[Positive, PLACE] = 32768
-    temperature: Annotated[Annotated[float, Field(ge=0.0)], PLACE] = Field(
-        0.6, description="0 is greedy"
-    )
-    top_p: Annotated[Annotated[float, Field(gt=0.0, le=1.0)], PLACE] = 0.95
+    temperature: Annotated[float, Field(ge=0.0), PLACE] = Field(0.6, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0), PLACE] = 0.95
     batch_size: Annotated[Positive, PLACE] = 16
 
 
@@ -357,6 +355,7 @@ def key_facts() -> dict[str, KeyFacts]:
     return found
 
 
+@functools.cache
 def facts_of(name: str) -> KeyFacts:
     """Of "section.key", which another version may have written: one that is not known today is as
     its section, where all keys of that are alike, and else FIXED.
