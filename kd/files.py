@@ -1,10 +1,145 @@
-"""Files that are whole or absent: written aside, synced to the disk, then renamed."""
+"""Text, JSON and TOML, read one way: whole, bounded, and with the file and the line in every error.
+
+Files are written whole or not at all: aside, synced to the disk, then renamed.
+"""
 
 import json
 import os
-from collections.abc import Iterable
+import stat
+import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from kd.errors import UserError
+
+# Far above what people write by hand and what a run writes; below what exhausts a host.
+MAX_BYTES = 2**30
+MAX_DEPTH = 100  # of nested objects and lists
+
+
+def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
+    """A text in UTF-8, with or without a byte order mark.
+
+    Raises UserError that names the file, and the line where that is the cause: for what is not
+    there or not a regular file (a named pipe would wait for ever), is larger than max_bytes, or is
+    not UTF-8.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file: name one that holds text")
+        if status.st_size > max_bytes:
+            raise UserError(
+                f"{path}: {status.st_size} bytes, and at most {max_bytes} are read: is it the "
+                "right file?"
+            )
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: line {line}: byte 0x{content[error.start]:02x} is not UTF-8: save the file "
+            "as UTF-8"
+        ) from None
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
+    """The value in a JSON file. Raises UserError as read_text and parse_json (strict) do."""
+    return parse_json(read_text(path, max_bytes=max_bytes), str(path), strict=True)
+
+
+def read_toml(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The tables of a TOML file. Raises UserError that names the file and the line."""
+    text = read_text(path, max_bytes=max_bytes)
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        # tomllib points at the end of the offending line, but does not quote it: "duplicate key"
+        # needs the key.
+        lineno = getattr(error, "lineno", None) or int(
+            str(error).rpartition("line ")[2].split(",")[0] or 0
+        )
+        line = text.splitlines()[lineno - 1].strip() if 0 < lineno <= len(text.splitlines()) else ""
+        duplicate = "Cannot overwrite" in str(error) or "Cannot declare" in str(error)
+        problem = "duplicate key" if duplicate else "not valid TOML"
+        raise UserError(f"{path}: {problem} in {line[:200]!r}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply: at most {MAX_DEPTH} levels") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    _check_depth(content, str(path))
+    return content
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of each line that is not blank, one line in memory at a time.
+
+    Raises UserError that names the file and the line. NaN and a repeated key are let pass, as in
+    parse_json; a byte order mark is not part of the first line.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, or not a regular one")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if content.strip():
+                yield number, parse_json(content, f"{path}: line {number}")
+
+
+def parse_json(text: str | bytes, where: str, *, strict: bool = False) -> Any:
+    """The value of a JSON text. strict refuses what parsers disagree on: NaN, infinity and a key
+    that is there twice.
+
+    Raises UserError that begins with `where`: not UTF-8, not JSON, a number of thousands of digits,
+    or objects and lists nested more than MAX_DEPTH deep.
+    """
+    options: dict[str, Any] = {}
+    if strict:
+        options = {"object_pairs_hook": _unique, "parse_constant": _no_constant}
+    try:
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(decoded, **options)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(
+            f"{where}: byte 0x{byte:02x} is not UTF-8: save the file as UTF-8"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply: at most {MAX_DEPTH} levels") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if decoded.count("[") + decoded.count("{") > MAX_DEPTH:
+        _check_depth(value, where)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _check_depth(value: Any, where: str) -> None:
+    containers = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        parts = (item.values() if isinstance(item, dict) else item for item in containers)
+        containers = [part for some in parts for part in some if isinstance(part, dict | list)]
+    if containers:
+        raise UserError(f"{where}: nested too deeply: at most {MAX_DEPTH} levels")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,7 +13,6 @@ current directory.
 
 import difflib
 import functools
-import json
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kd.constants import FORMAT_VERSION
 from kd.errors import UserError
+from kd.files import read_json, read_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 # A checkout has recipes/ and ds_configs/ beside kd; a wheel carries both inside of it (setup.cfg).
@@ -439,7 +439,7 @@ def is_hub_id(value: str) -> bool:
 
 def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file, content) of a recipe's base, when it names one, and of the recipe itself."""
-    member = _read_resolved(path) if path.suffix == ".json" else _read_toml(path)
+    member = _read_resolved(path) if path.suffix == ".json" else read_toml(path)
     base = member.pop("base", None)
     if base is not None:
         base_path = RECIPES_DIR / "bases" / f"{base}.toml"
@@ -448,15 +448,12 @@ def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(
                 f"{path}: base = {base!r} is not in recipes/bases/.{_nearest(str(base), known)}"
             )
-        yield str(base_path), _read_toml(base_path)
+        yield str(base_path), read_toml(base_path)
     yield str(path), member
 
 
 def _read_resolved(path: Path) -> dict[str, Any]:
-    try:
-        sections = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    sections = read_json(path)
     if not isinstance(sections, dict):
         raise UserError(f"{path}: holds {sections!r}; name the recipe.json of a run")
     check_format_version(path, sections)
@@ -467,22 +464,6 @@ def _read_resolved(path: Path) -> dict[str, Any]:
     }
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        # tomllib points at the end of the offending line, but does not quote it: "duplicate key"
-        # needs the key.
-        lineno = getattr(error, "lineno", None) or int(
-            str(error).rpartition("line ")[2].split(",")[0] or 0
-        )
-        line = text.splitlines()[lineno - 1].strip() if 0 < lineno <= len(text.splitlines()) else ""
-        duplicate = "Cannot overwrite" in str(error) or "Cannot declare" in str(error)
-        problem = "duplicate key" if duplicate else "not valid TOML"
-        raise UserError(f"{path}: {problem} in {line!r}: {error}") from None
-
-
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     section, dot, field = key.strip().partition(".")
@@ -490,7 +471,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise UserError(f"--set {text}: write section.key=value, as in --set training.max_steps=10")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value  # a bare word is a string: --set run.name=trial
     return {section: {field: parsed}}
 
