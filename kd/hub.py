@@ -52,10 +52,14 @@ def hub_errors(field: str, value: str) -> Iterator[None]:
         remedy = next(
             text for name, text in _REMEDIES.items() if any(_is_named(e, name) for e in chain)
         )
-        first_line = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{field} = {value!r}: {remedy}\n({type(error).__name__}: {first_line})"
+            f"{field} = {value!r}: {remedy}\n({type(error).__name__}: {first_line(error)})"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of the message of a library, whose advice is for programmers."""
+    return str(error).strip().partition("\n")[0][:300]
 
 
 def download_model(field: str, model: ModelSection, weights: bool) -> None:

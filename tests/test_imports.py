@@ -27,7 +27,7 @@ ALLOWED = {
     "models": {"data", "distributed", "engine", "losses"},
     "teachers": {"data", "engine", "losses", "models"},
     "generation": {"models"},
-    "runs": {"distributed", "engine"},
+    "runs": {"distributed", "engine", "models"},
     "demo": {"cli", "runs"},
     "plan": {"data", "distributed", "engine", "losses", "models"},
     "evaluate": {"data", "generation", "runs"},

@@ -2,7 +2,6 @@
 read.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ from kd.distributed.device import device_type
 from kd.engine.ds_config import is_bf16, is_zero3
 from kd.engine.zero3 import partitioned_loading
 from kd.errors import UserError
-from kd.hub import hub_errors, resolve
+from kd.hub import first_line, hub_errors, resolve
 from kd.models.pretrained import load_pretrained
 from kd.recipe import ModelSection
 
@@ -67,8 +66,19 @@ def load_partitioned(
 
     Rank 0 alone reads the files, and its host holds one whole checkpoint meanwhile.
     """
-    with partitioned_loading(ds_config) if is_zero3(ds_config) else contextlib.nullcontext():
-        model = load_whole(section, ds_config, role=role)
+    if not is_zero3(ds_config):
+        return load_whole(section, ds_config, role=role)
+    try:
+        with partitioned_loading(ds_config):
+            model = load_whole(section, ds_config, role=role)
+    except (AttributeError, IndexError, NotImplementedError, TypeError, RuntimeError) as error:
+        # The whole model was loaded a moment ago, for the probe: partitioning is the cause
+        model_type = load_config(section, role=role).model_type
+        raise UserError(
+            f"{role}.model = {section.model!r}: {model_type} cannot be loaded under ZeRO-3: "
+            f"transformers fails where weights are partitioned. Choose another architecture\n"
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
     log.info("%s %s with attention %s", role, section.model, model.config._attn_implementation)
     return model
 

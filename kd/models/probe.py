@@ -9,9 +9,10 @@ logits. Both show on a few tokens.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kd.errors import UserError
@@ -28,13 +29,29 @@ HEAD_TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4}
 CAUSAL_TOLERANCE = 0.3
 
 
-@torch.no_grad()
-def reference_states(model: PreTrainedModel, *, role: str) -> torch.Tensor:
-    """Last hidden states (1, 16, H) of a fixed probe, from the whole model.
-
-    Raises UserError for a head that is not known here, and for a model whose tokens see what
-    follows them.
+class Probed(NamedTuple):
+    """What a model makes of the probe: last hidden states (1, 16, H), and their product with the
+    lm_head (1, 16, V).
     """
+
+    hidden_BLH: Tensor
+    logits_BLV: Tensor
+
+
+def run_probe(model: PreTrainedModel, input_ids: Tensor) -> Probed:
+    """Under ZeRO-3 inside the forward() of what its engine wraps, so that its hooks gather."""
+    hidden_BLH = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    return Probed(hidden_BLH, model.get_output_embeddings()(hidden_BLH))
+
+
+@torch.no_grad()
+def reference_of(model: PreTrainedModel, *, role: str) -> Probed:
+    """The probe's outputs of the whole model.
+
+    Raises UserError for a weight that is not finite, for a head that is not known here, and for a
+    model whose tokens see what follows them.
+    """
+    _check_finite(model, role)
     input_ids, run = _probe(model, "cpu"), backbone(model.eval())
     with _runs_on_cpu(model):
         outputs: Any = run(input_ids=input_ids, use_cache=False)
@@ -44,55 +61,62 @@ def reference_states(model: PreTrainedModel, *, role: str) -> torch.Tensor:
         prefix = run(
             input_ids=input_ids[:, : NUM_PROBE_TOKENS // 2], use_cache=False
         ).last_hidden_state
-    if (
-        not _relative_error(prefix, outputs.last_hidden_state[:, : prefix.shape[1]])
-        <= CAUSAL_TOLERANCE
-    ):
+        reference = run_probe(model, input_ids)
+    whole = reference.hidden_BLH[:, : prefix.shape[1]]
+    if not _relative_error(prefix, whole) <= CAUSAL_TOLERANCE:
         raise UserError(
             f"{role}.model: a token of {type(model).__name__} sees the tokens after it: only "
             "causal models are trained"
         )
-    return outputs.last_hidden_state
+    return reference
 
 
 @torch.no_grad()
 def verify_weights(
     model: PreTrainedModel,
-    reference: torch.Tensor | None,
+    run: Callable[[Tensor], Probed],
+    reference: Probed | None,
     *,
     role: str,
     device: torch.device,
-    hidden_states: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> float:
-    """Run the probe through the partitioned model; where a reference is given, compare and return
-    the relative L2 error (0.0 elsewhere). Raises UserError when the states differ: the weights did
-    not arrive.
+    """Run the probe through the model's engine; where a reference is given, compare and return the
+    larger relative L2 error, of states and of logits (0.0 elsewhere). Raises UserError when they
+    differ: the weights did not arrive.
 
     Collective: every rank must call this.
-    hidden_states: how to run the model where its engine is to see it, ids (B, L) to states (B, L,
-        H).
+    run: the engine around the model, ids (B, L) to what run_probe() returns in it.
     """
-    training, input_ids = model.training, _probe(model, device)
+    training = model.training
     model.eval()
-    if hidden_states is None:
-        hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
-    else:
-        hidden = hidden_states(input_ids)
+    probed = run(_probe(model, device))
     model.train(training)
     if reference is None:
         return 0.0
-    error = _relative_error(hidden.cpu(), reference)
-    if not error <= TOLERANCE[hidden.dtype]:
-        raise UserError(
-            f"{role}.model: hidden states after loading differ from the checkpoint's (relative "
-            f"error {error:.2g}): its weights did not arrive. Try the versions of constraints.txt"
-        )
-    return error
+    largest = 0.0
+    for what, ours, theirs in zip(("hidden states", "logits"), probed, reference, strict=True):
+        error = _relative_error(ours.cpu(), theirs)
+        if not error <= TOLERANCE[ours.dtype]:
+            raise UserError(
+                f"{role}.model: {what} after loading differ from the checkpoint's (relative "
+                f"error {error:.2g}): its weights did not arrive. Try the versions of "
+                "constraints.txt"
+            )
+        largest = max(largest, error)
+    return largest
 
 
-def _check_head(
-    model: PreTrainedModel, hidden: torch.Tensor | None, logits: torch.Tensor, role: str
-) -> None:
+def _check_finite(model: PreTrainedModel, role: str) -> None:
+    for name, parameter in model.named_parameters():
+        low, high = torch.aminmax(parameter) if parameter.numel() else (parameter, parameter)
+        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise UserError(
+                f"{role}.model: {name} has values that are not finite (NaN or infinity): the "
+                "checkpoint is damaged, or was saved by a run that had diverged"
+            )
+
+
+def _check_head(model: PreTrainedModel, hidden: Tensor | None, logits: Tensor, role: str) -> None:
     lm_head, error = model.get_output_embeddings(), math.inf
     if (
         hidden is not None
@@ -122,12 +146,12 @@ def _runs_on_cpu(model: PreTrainedModel) -> Iterator[None]:
     model.set_attn_implementation(attention)
 
 
-def _probe(model: PreTrainedModel, device: torch.device | str) -> torch.Tensor:
+def _probe(model: PreTrainedModel, device: torch.device | str) -> Tensor:
     # Spread over the vocabulary, so that no rank's shard of the embedding goes unread.
     vocab_size = model.config.get_text_config().vocab_size
     return (torch.arange(NUM_PROBE_TOKENS, device=device) * 104729 % vocab_size)[None]
 
 
-def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.double(), expected.double()
     return float((actual - expected).norm() / expected.norm())

@@ -25,6 +25,7 @@ from kd.losses import (
     sparse_distillation_loss,
 )
 from kd.models.head import backbone, head_of
+from kd.models.probe import Probed, run_probe
 from kd.recipe import LossSection
 
 
@@ -125,10 +126,13 @@ class StudentModule(nn.Module):
     def forward(
         self,
         model_inputs: dict[str, Tensor],
-        labels_BL: Tensor,
-        row_index_N: Tensor,
+        labels_BL: Tensor | None,
+        row_index_N: Tensor | None,
         targets: Targets | None,
-    ) -> BatchLoss:
+    ) -> BatchLoss | Probed:
+        """Without labels, what kd.models.probe compares in the place of a loss."""
+        if labels_BL is None:
+            return run_probe(self.model, **model_inputs)
         # No attention mask: batches are padded on the right, and under causal attention no token
         # sees what follows.
         hidden_BLH = backbone(self.model)(**model_inputs, use_cache=False).last_hidden_state
@@ -164,6 +168,10 @@ class Student:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Each holds this rank's shard only, where ZeRO-3 partitions it."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def probe(self, input_ids_BL: Tensor) -> Probed:
+        """For verify_weights. Collective: every rank must call this."""
+        return self.engine({"input_ids": input_ids_BL}, None, None, None)
 
     def loss(self, batch: Batch, targets: Targets | None) -> BatchLoss:
         """The loss of a batch on this rank.

@@ -16,6 +16,10 @@ def check_recipe(recipe: Recipe) -> None:
         find(field, value)
     for role in ("student", "teacher") if recipe.teacher else ("student",):
         read_ds_config(recipe, role)
+    # Last: it imports torch and transformers
+    from kd.models.model_folder import check_models
+
+    check_models(recipe)
 
 
 def inputs(recipe: Recipe) -> dict[str, str]:

@@ -12,6 +12,7 @@ from kd.engine.engine import Engine
 from kd.engine.zero3 import gathered
 from kd.losses import DenseTargets
 from kd.models.head import backbone, head_of
+from kd.models.probe import Probed, run_probe
 
 
 class TeacherModule(nn.Module):
@@ -23,7 +24,9 @@ class TeacherModule(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
 
-    def forward(self, **model_inputs: Tensor) -> Tensor:
+    def forward(self, *, is_probe: bool = False, **model_inputs: Tensor) -> Tensor | Probed:
+        if is_probe:
+            return run_probe(self.model, **model_inputs)
         return backbone(self.model)(**model_inputs, use_cache=False).last_hidden_state
 
 
@@ -40,6 +43,10 @@ class LiveTeacher:
         head = head_of(self.model)
         with gathered(head.weight_VH, head.bias_V):
             yield DenseTargets(hidden_BLH, head)
+
+    def probe(self, input_ids_BL: Tensor) -> Probed:
+        """For verify_weights. Collective: every rank must call this."""
+        return self.engine(is_probe=True, input_ids=input_ids_BL)
 
     @torch.no_grad()
     def hidden_states(self, **model_inputs: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ arrived.
 import logging
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from kd.distributed.layout import Layout
@@ -21,7 +20,7 @@ from kd.engine.zero3 import (
     shard_bytes,
 )
 from kd.models.loading import load_partitioned, load_whole, random_model
-from kd.models.probe import reference_states, verify_weights
+from kd.models.probe import Probed, reference_of, verify_weights
 from kd.models.student import Student, StudentModule
 from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
@@ -38,7 +37,7 @@ def build_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher | None:
     if recipe.teacher is None:
         return None
     ds_config = teacher_ds_config(recipe)
-    reference = _reference_states(recipe.teacher, ds_config, role="teacher")
+    reference = _reference_of(recipe.teacher, ds_config, role="teacher")
     model = load_partitioned(recipe.teacher, ds_config, role="teacher")
     if recipe.teacher.shard == "node":
         group = group_of_node(layout.nodes, recipe.run.collective_timeout_minutes)
@@ -46,13 +45,7 @@ def build_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher | None:
     check_shapes(recipe.teacher, model, role="teacher")
     set_moe_leaf_modules(model)
     teacher = LiveTeacher(model, initialize(TeacherModule(model), ds_config))
-    verify_weights(
-        model,
-        reference,
-        role="teacher",
-        device=layout.device,
-        hidden_states=lambda input_ids: teacher.hidden_states(input_ids=input_ids),
-    )
+    verify_weights(model, teacher.probe, reference, role="teacher", device=layout.device)
     _log_size("teacher", model)
     return teacher
 
@@ -65,30 +58,26 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
     section = recipe.student
     if section.init == "random":
         model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
-        reference = reference_states(model, role="student")
+        reference = reference_of(model, role="student")
     else:
-        reference = _reference_states(section, ds_config, role="student")
+        reference = _reference_of(section, ds_config, role="student")
         model = load_partitioned(section, ds_config, role="student")
     check_shapes(section, model, role="student")
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     set_moe_leaf_modules(model)
-    engine = initialize(StudentModule(model, recipe.loss), ds_config)
-    verify_weights(model, reference, role="student", device=layout.device)
+    student = Student(model, initialize(StudentModule(model, recipe.loss), ds_config))
+    verify_weights(model, student.probe, reference, role="student", device=layout.device)
     _log_size("student", model)
     model.train()
-    return Student(model, engine)
+    return student
 
 
-def _reference_states(
-    section: ModelSection, ds_config: dict[str, Any], *, role: str
-) -> torch.Tensor:
+def _reference_of(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> Probed:
     """From a whole copy on rank 0, for every rank to compare with: a node without rank 0 has shards
     of its own.
     """
-    return on_rank_zero(
-        lambda: reference_states(load_whole(section, ds_config, role=role), role=role)
-    )
+    return on_rank_zero(lambda: reference_of(load_whole(section, ds_config, role=role), role=role))
 
 
 def _log_size(role: str, model: PreTrainedModel) -> None:

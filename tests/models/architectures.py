@@ -31,6 +31,8 @@ SIZES = {
     "attention_dropout": 0.0,
     "residual_dropout": 0.0,
     "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
 }
 LATENT_ATTENTION = {
     "num_key_value_heads": 4,

@@ -12,7 +12,7 @@ from kd.engine.zero3 import set_moe_leaf_modules
 from kd.errors import UserError
 from kd.losses import DenseTargets
 from kd.models.head import backbone, head_of
-from kd.models.probe import reference_states
+from kd.models.probe import reference_of
 from kd.models.student import StudentModule
 from kd.recipe import LossSection
 
@@ -113,7 +113,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_models_own_logits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_probe_accepts_every_known_head(architecture: str, dtype: torch.dtype) -> None:
     model = build(architecture, tied=False, seed=0).to(dtype)
-    assert reference_states(model, role="student").shape == (1, 16, 32)
+    assert reference_of(model, role="student").hidden_BLH.shape == (1, 16, 32)
 
 
 def test_padding_does_not_change_the_sums(architecture: str) -> None:
@@ -135,7 +135,7 @@ def test_the_probe_would_see_a_scale_or_softcap_left_out(
         "kd.models.probe.head_of", lambda model: head_of(model)._replace(softcap=None, scale=1.0)
     )
     with pytest.raises(UserError, match=r"teach kd/models/head\.py"):
-        reference_states(build(architecture, tied=True, seed=0).to(dtype), role="student")
+        reference_of(build(architecture, tied=True, seed=0).to(dtype), role="student")
 
 
 def test_every_mixture_of_experts_is_gathered_block_by_block(architecture: str) -> None:

@@ -3,6 +3,7 @@ arrive.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from architectures import build
 from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel, Qwen3ForCausalLM
 
 from kd.errors import UserError
-from kd.models.probe import reference_states, verify_weights
+from kd.models.probe import reference_of, run_probe, verify_weights
 
 CPU = torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -30,7 +31,7 @@ def test_an_unknown_head_is_refused_by_name() -> None:
     with pytest.raises(
         UserError, match=r"^teacher\.model: ShiftedHead does something between lm_head and logits"
     ):
-        reference_states(model, role="teacher")
+        reference_of(model, role="teacher")
 
 
 @pytest.mark.parametrize("head", ["behind a transform", "absent"])
@@ -44,27 +45,29 @@ def test_a_head_that_does_not_read_the_last_hidden_states_is_refused(head: str) 
     with pytest.raises(
         UserError, match="BertLMHeadModel does something between lm_head and logits"
     ):
-        reference_states(model, role="student")
+        reference_of(model, role="student")
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
     model = build("gemma3_text", tied=True, seed=0, use_bidirectional_attention=True)
     with pytest.raises(UserError, match="a token of Gemma3ForCausalLM sees the tokens after it"):
-        reference_states(model, role="student")
+        reference_of(model, role="student")
 
 
-def test_logits_that_are_not_numbers_are_refused() -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_not_finite_is_named(name: str, value: float) -> None:
     model = build("llama", tied=False, seed=0)
-    model.lm_head.weight.data[3, 3] = torch.nan
-    with pytest.raises(UserError, match="relative error nan"):
-        reference_states(model, role="student")
+    model.get_parameter(name).data[3, 3] = value
+    with pytest.raises(UserError, match=rf"^student\.model: {name} has values that are not finite"):
+        reference_of(model, role="student")
 
 
 def test_flash_attention_is_put_aside_while_the_reference_runs_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, chosen = build("llama", tied=False, seed=0), []
-    expected = reference_states(copy.deepcopy(model), role="student")
+    expected = reference_of(copy.deepcopy(model), role="student")
 
     def choose(name: str) -> None:
         chosen.append(name)
@@ -72,7 +75,7 @@ def test_flash_attention_is_put_aside_while_the_reference_runs_on_the_cpu(
 
     choose("flash_attention_2")
     monkeypatch.setattr(model, "set_attn_implementation", choose)
-    torch.testing.assert_close(reference_states(model, role="student"), expected)
+    torch.testing.assert_close(reference_of(model, role="student"), expected)
     assert chosen == ["flash_attention_2", "eager", "flash_attention_2"]
 
 
@@ -80,36 +83,42 @@ def test_flash_attention_is_put_aside_while_the_reference_runs_on_the_cpu(
 @pytest.mark.parametrize("layer", [0, 4, 7])
 def test_one_random_layer_of_eight_is_found(dtype: torch.dtype, layer: int) -> None:
     model, other = _deep_model(seed=0, dtype=dtype), _deep_model(seed=1, dtype=dtype)
-    reference = reference_states(model, role="student")
-    assert verify_weights(model, reference, role="student", device=CPU) == 0.0
+    reference = reference_of(model, role="student")
+    assert (
+        verify_weights(model, partial(run_probe, model), reference, role="student", device=CPU)
+        == 0.0
+    )
     model.model.layers[layer] = other.model.layers[layer]
     with pytest.raises(
         UserError, match=r"^student\.model: hidden states after loading differ .* did not arrive"
     ):
-        verify_weights(model, reference, role="student", device=CPU)
+        verify_weights(model, partial(run_probe, model), reference, role="student", device=CPU)
 
 
 @DTYPES
 def test_another_attention_kernel_is_not_taken_for_lost_weights(dtype: torch.dtype) -> None:
     model = _deep_model(seed=0, dtype=dtype)
-    reference = reference_states(model, role="teacher")
+    reference = reference_of(model, role="teacher")
     model.set_attn_implementation("eager")
-    verify_weights(model, reference, role="teacher", device=CPU)
+    verify_weights(model, partial(run_probe, model), reference, role="teacher", device=CPU)
 
 
 def test_weights_that_are_not_numbers_are_found() -> None:
     model = _deep_model(seed=0, dtype=torch.float32)
-    reference = reference_states(model, role="teacher")
+    reference = reference_of(model, role="teacher")
     model.model.norm.weight.data[3] = torch.nan
     with pytest.raises(UserError, match="relative error nan"):
-        verify_weights(model, reference, role="teacher", device=CPU)
+        verify_weights(model, partial(run_probe, model), reference, role="teacher", device=CPU)
 
 
 def test_a_model_keeps_its_mode_and_a_rank_without_a_reference_only_takes_part() -> None:
     model = _deep_model(seed=0, dtype=torch.float32)
     for training in (True, False):
         model.train(training)
-        assert verify_weights(model, None, role="student", device=CPU) == 0.0
+        assert (
+            verify_weights(model, partial(run_probe, model), None, role="student", device=CPU)
+            == 0.0
+        )
         assert model.training == training
 
 
