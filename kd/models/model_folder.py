@@ -5,23 +5,34 @@ transformers itself says what it would load, on the meta device: so names that i
 way (experts, say) are compared as they will be.
 """
 
+import contextlib
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
 
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
 from kd.files import read_json
 from kd.hub import first_line, hub_errors, resolve
 from kd.recipe import ModelSection, Recipe, StudentSection
+
+if TYPE_CHECKING:
+    from kd.data.dataset import Data  # imports datasets; --check does without
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +59,30 @@ def check_models(recipe: Recipe) -> int:
     if num_embedded:
         tokenizer = load_tokenizers(recipe)
         pad, end = tokenizer.pad_token, tokenizer.eos_token
-        check_token_id(f"the pad token {pad!r}", tokenizer.pad_token_id, num_embedded)
-        check_token_id(f"the end token {end!r}", tokenizer.eos_token_id, num_embedded)
+        _check_token_id(f"the pad token {pad!r}", tokenizer.pad_token_id, num_embedded)
+        _check_token_id(f"the end token {end!r}", tokenizer.eos_token_id, num_embedded)
     return num_embedded
 
 
-def check_token_id(what: str, token_id: int, num_embedded: int) -> None:
-    """Raise UserError for an id without an embedding; num_embedded as check_models returns it."""
-    if num_embedded and token_id >= num_embedded:
+def check_data_ids(data: "Data", tokenizer: PreTrainedTokenizerFast, num_embedded: int) -> None:
+    """Raise UserError for a token of the data that the models do not embed: num_embedded, as
+    check_models returns it. Tokens are read only where the tokenizer has such ids.
+    """
+    if not num_embedded or max(tokenizer.get_vocab().values()) < num_embedded:
+        return
+    from pyarrow import compute
+
+    for examples in (data.train, data.validation):
+        if examples is not None:
+            for batch in examples.table.with_format("arrow").iter(batch_size=1000):
+                largest = compute.max(compute.list_flatten(batch["input_ids"])).as_py()
+                if largest is not None:
+                    token = tokenizer.convert_ids_to_tokens(largest)
+                    _check_token_id(f"the token {token!r} of the data", largest, num_embedded)
+
+
+def _check_token_id(what: str, token_id: int, num_embedded: int) -> None:
+    if token_id >= num_embedded:
         raise UserError(
             f"{what} has id {token_id}, and the models embed {num_embedded} tokens, 0 to "
             f"{num_embedded - 1}: save the model after model.resize_token_embeddings(), or the "
@@ -210,13 +237,14 @@ def _described(
     """The model on the meta device, when its files hold what its configuration asks for."""
     where = f"{field} = {section.model!r}"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, with the others
-            trust_remote_code=section.trust_remote_code,
-        )
+        with _without_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with the others
+                trust_remote_code=section.trust_remote_code,
+            )
     except Exception as error:  # a pickle that torch refuses, a shape that no layer has
         names = ", ".join(sorted({file.name for file in files})[:2])
         raise _cannot_load(field, section, f"config.json or {names}", error) from error
@@ -242,6 +270,17 @@ def _described(
         log.warning("%s: not loaded: %s", where, _some(info["unexpected_keys"]))
     _check_tied(where, model, files)
     return model
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _some(names: Iterable[str]) -> str:

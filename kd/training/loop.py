@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from kd.constants import FORMAT_VERSION
 from kd.data.collate import Batch
@@ -39,10 +39,12 @@ from kd.engine.checkpoint import (
     set_aside_after,
 )
 from kd.engine.ds_config import check_hpz, student_ds_config
+from kd.engine.export import set_generation_config
 from kd.errors import Interrupted, UserError
 from kd.files import write_json
 from kd.logs import configure_logging
 from kd.losses import resolve_backend
+from kd.models.model_folder import check_data_ids, check_models
 from kd.models.student import Student
 from kd.recipe import Recipe
 from kd.runs.environment import facts_of_rank
@@ -78,10 +80,12 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         ds_config = student_ds_config(recipe, layout.data_parallel_size, layout.device.type)
         check_hpz(recipe, ds_config, layout.nodes)
         _check_loss_backend(recipe, layout.device)
+        num_embedded = on_rank_zero(lambda: check_models(recipe))
         on_rank_zero(lambda: open_run(recipe, resume))
         checkpoint = _choose_checkpoint(recipe.run_dir, resume)
 
         tokenizer, data = _load_data(recipe, layout)
+        on_rank_zero(lambda: check_data_ids(data, tokenizer, num_embedded))
         fingerprint = data_fingerprint(data)
         on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), fingerprint))
         loader = Loader(
@@ -93,6 +97,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         )
         teacher = build_teacher(recipe, layout)
         student = build_student(recipe, ds_config, layout)
+        set_generation_config(student.model, tokenizer)
         torch.manual_seed(recipe.run.seed + layout.rank)  # for dropout; a checkpoint restores it
         progress = Progress()
         if checkpoint:
@@ -123,7 +128,7 @@ class TrainingRun:
         layout: Layout,
         student: Student,
         teacher: LiveTeacher | None,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerFast,
         loader: Loader,
         validation: Examples | None,
         interruption: Interruption,
@@ -262,7 +267,7 @@ class TrainingRun:
         barrier()
 
 
-def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerBase, Data]:
+def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerFast, Data]:
     tokenizer = load_tokenizers(recipe)
     # One rank of each node first: it tokenises, unless that was done before; the others find its
     # cache.

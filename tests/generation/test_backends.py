@@ -13,7 +13,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kd.errors import UserError
 from kd.generation import backends
-from kd.generation.backends import Generate, Request, choose_backend, make_subject
+from kd.generation.backends import (
+    Generate,
+    Request,
+    choose_backend,
+    make_subject,
+    version_of,
+)
 from kd.generation.sampling import Response, Sampling
 from kd.recipe import ModelSection
 
@@ -45,7 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast) -
             return [SimpleNamespace(outputs=[outputs[index % 2]]) for index in range(len(prompts))]
 
     module = ModuleType("vllm")
-    vars(module).update(LLM=LLM, SamplingParams=dict, TokensPrompt=dict)
+    vars(module).update(LLM=LLM, SamplingParams=dict, TokensPrompt=dict, __version__="0.33.0+cpu")
     monkeypatch.setitem(sys.modules, "vllm", module)
     return asked
 
@@ -145,3 +151,10 @@ def test_vllm_that_is_not_installed_is_an_error_that_names_the_extra(
         UserError, match=r'--backend vllm: vLLM is not installed: pip install -e ".\[vllm\]"'
     ):
         choose_backend("vllm")
+
+
+def test_the_version_is_the_modules_own_whatever_its_distribution_is_called(
+    asked: dict[str, Any],
+) -> None:
+    assert version_of("vllm") == "vllm 0.33.0+cpu"
+    assert version_of("transformers").startswith("transformers 5.")

@@ -18,7 +18,7 @@ def test_two_ranks_learn_from_every_architecture_what_one_process_would(
     launch: Launch, tmp_path: Path
 ) -> None:
     output = tmp_path / "losses.json"
-    done = launch("tests/training/architectures_worker.py", str(tmp_path), str(output))
+    done = launch("tests/models/architectures_worker.py", str(tmp_path), str(output))
     assert done.returncode == 0, done.stdout + done.stderr
     losses = json.loads(output.read_text())
     assert "xlstm cannot be loaded under ZeRO-3" in losses.pop(REFUSED)
