@@ -3,6 +3,7 @@
 Files are written whole or not at all: aside, synced to the disk, then renamed.
 """
 
+import errno
 import json
 import os
 import stat
@@ -152,7 +153,12 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never half of it. Makes a missing folder."""
+    """Readers see the old file or the new one, never half of it. Makes a missing folder.
+
+    Raises FileExistsError for what is there and no regular file: /dev/null would be replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:

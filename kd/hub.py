@@ -38,6 +38,24 @@ def find_file(field: str, value: str) -> Path:
     return path
 
 
+def find_model(field: str, section: ModelSection) -> Path | None:
+    """A model's folder: the local one, or the snapshot in the hub's cache, None where there is
+    none. No network is asked. Raises UserError for a name that can be neither.
+    """
+    path = Path(resolve(field, section.model))
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{field} = {section.model!r}: a file; name the folder of a model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        name, revision = section.model, section.revision
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache: loading it fetches it, or says why not
+        return None
+
+
 @contextmanager
 def hub_errors(field: str, value: str) -> Iterator[None]:
     """Translate what loading `value` may raise to a UserError with field and remedy."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,15 @@ def test_an_error_while_writing_leaves_what_was_there(
     assert (path.read_text() if path.exists() else None) == old
     write_text(path, "new\n")  # what the failure left aside is in nobody's way
     assert [file.read_text() for file in tmp_path.iterdir()] == ["new\n"]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(FileExistsError):
+            write_text(path, "text")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
 def test_a_value_that_is_not_json_writes_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -28,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
 from kd.files import read_json
-from kd.hub import first_line, hub_errors, resolve
+from kd.hub import find_model, first_line, hub_errors, resolve
 from kd.recipe import ModelSection, Recipe, StudentSection
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def _check_token_id(what: str, token_id: int, num_embedded: int) -> None:
 @functools.cache
 def _num_embedded(field: str, section: ModelSection) -> int:
     """Rows of the embedding, or of the lm_head where it has fewer; 0 where nothing is there yet."""
-    folder = _folder(field, section)
+    folder = find_model(field, section)
     if folder is None:
         return 0
     _check_config(field, section, folder)
@@ -109,21 +108,6 @@ def _num_embedded(field: str, section: ModelSection) -> int:
         model = _described(field, section, folder, files)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return min(part.weight.shape[0] for part in (embedding, head) if part is not None)
-
-
-def _folder(field: str, section: ModelSection) -> Path | None:
-    """A local folder, or the snapshot of a hub model in the local cache, None where it is not."""
-    path = Path(resolve(field, section.model))
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"{field} = {section.model!r}: a file; name the folder of a model")
-    try:
-        return Path(
-            snapshot_download(section.model, revision=section.revision, local_files_only=True)
-        )
-    except (OSError, ValueError):  # not in the cache: loading it fetches it, or says why not
-        return None
 
 
 def _is_local(section: ModelSection, folder: Path) -> bool:

@@ -3,7 +3,7 @@ submission ask.
 """
 
 from kd.engine.ds_config import read_ds_config
-from kd.hub import find_file, resolve
+from kd.hub import find_file, find_model, resolve
 from kd.recipe import Recipe
 
 
@@ -16,10 +16,11 @@ def check_recipe(recipe: Recipe) -> None:
         find(field, value)
     for role in ("student", "teacher") if recipe.teacher else ("student",):
         read_ds_config(recipe, role)
-    # Last: it imports torch and transformers
-    from kd.models.model_folder import check_models
+    models = {"student.model": recipe.student, "teacher.model": recipe.teacher}
+    if any(section and find_model(field, section) for field, section in models.items()):
+        from kd.models.model_folder import check_models  # imports torch and transformers
 
-    check_models(recipe)
+        check_models(recipe)
 
 
 def inputs(recipe: Recipe) -> dict[str, str]:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -12,7 +13,7 @@ from kd.engine.engine import Engine
 from kd.engine.zero3 import gathered
 from kd.losses import DenseTargets
 from kd.models.head import backbone, head_of
-from kd.models.probe import Probed, run_probe
+from kd.models.probe import Probed
 
 
 class TeacherModule(nn.Module):
@@ -24,9 +25,7 @@ class TeacherModule(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
 
-    def forward(self, *, is_probe: bool = False, **model_inputs: Tensor) -> Tensor | Probed:
-        if is_probe:
-            return run_probe(self.model, **model_inputs)
+    def forward(self, **model_inputs: Tensor) -> Tensor:
         return backbone(self.model)(**model_inputs, use_cache=False).last_hidden_state
 
 
@@ -45,8 +44,13 @@ class LiveTeacher:
             yield DenseTargets(hidden_BLH, head)
 
     def probe(self, input_ids_BL: Tensor) -> Probed:
-        """For verify_weights. Collective: every rank must call this."""
-        return self.engine(is_probe=True, input_ids=input_ids_BL)
+        """For verify_weights. Collective: every rank must call this.
+
+        The head is gathered apart, as for targets(): the engine fetches ahead what once followed.
+        """
+        hidden_BLH, head = self.hidden_states(input_ids=input_ids_BL), head_of(self.model)
+        with gathered(head.weight_VH, head.bias_V):
+            return Probed(hidden_BLH, F.linear(hidden_BLH, head.weight_VH, head.bias_V))
 
     @torch.no_grad()
     def hidden_states(self, **model_inputs: Tensor) -> Tensor:
