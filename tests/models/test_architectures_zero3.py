@@ -3,11 +3,12 @@ code that builds and trains both.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from architectures import ARCHITECTURES
-from conftest import Launch
 
 pytestmark = pytest.mark.dist
 
@@ -15,7 +16,7 @@ REFUSED = "xlstm"  # transformers' own start of its weights reads the shape of a
 
 
 def test_two_ranks_learn_from_every_architecture_what_one_process_would(
-    launch: Launch, tmp_path: Path
+    launch: Callable[..., Any], tmp_path: Path
 ) -> None:
     output = tmp_path / "losses.json"
     done = launch("tests/models/architectures_worker.py", str(tmp_path), str(output))
