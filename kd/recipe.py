@@ -222,6 +222,16 @@ class TrainingSection(RecipeSection):
     micro_batch_size: Annotated[Positive, FREE] = Field(
         1, description="sequences per rank and forward pass"
     )
+    max_tokens_per_micro_batch: Annotated[Positive | None, FREE] = Field(
+        None,
+        description="replaces micro_batch_size when set: a micro-batch holds as many sequences as "
+        "so many tokens allow, dealt so that ranks have about equal work",
+    )
+    sequence_layout: Annotated[Literal["auto", "padded", "packed"], FREE] = Field(
+        "auto",
+        description="packed: sequences one behind the other, which attention keeps apart; auto: "
+        "packed where attention is flash attention",
+    )
     learning_rate: Annotated[float, Field(gt=0.0), FIXED] = 1e-5
     schedule: Annotated[Literal["one_cycle", "cosine", "constant"], FIXED] = "cosine"
     warmup_fraction: Annotated[Fraction, FIXED] = 0.1
@@ -293,12 +303,6 @@ class Recipe(RecipeSection):
             raise ValueError(
                 "loss.kd_weight = 0 never uses the [teacher]; remove it or give it weight"
             )
-        training = self.training
-        if training.global_batch_size % training.micro_batch_size:
-            raise ValueError(
-                f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
-                f"training.micro_batch_size = {training.micro_batch_size}"
-            )
         return self
 
     def with_values(self, values: Mapping[str, Any]) -> "Recipe":
@@ -325,22 +329,14 @@ class Recipe(RecipeSection):
     def run_dir(self) -> Path:
         return Path(self.run.output_dir) / self.run.name
 
-    def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step: global / (micro * world_size). Raises when it
-        does not divide.
+    def max_micro_batches(self, world_size: int) -> int:
+        """Of a rank in one optimizer step, for DeepSpeed's gradient_accumulation_steps. With a
+        budget of tokens steps differ, and this says whether there may be more than one: 2, or 1.
         """
         training = self.training
-        num_micro_batches = training.global_batch_size // training.micro_batch_size
-        if num_micro_batches % world_size:
-            sizes = range(1, num_micro_batches + 1)
-            *others, largest = [str(size) for size in sizes if num_micro_batches % size == 0]
-            possible = f"{', '.join(others)} or {largest}" if others else largest
-            raise UserError(
-                f"training.global_batch_size = {training.global_batch_size} in micro-batches of "
-                f"training.micro_batch_size = {training.micro_batch_size} cannot be divided over "
-                f"{world_size} ranks: run on {possible} ranks, or change the micro-batch"
-            )
-        return num_micro_batches // world_size
+        if training.max_tokens_per_micro_batch is not None:
+            return min(-(-training.global_batch_size // world_size), 2)
+        return -(-training.global_batch_size // (world_size * training.micro_batch_size))
 
 
 def key_facts() -> dict[str, KeyFacts]:

@@ -77,7 +77,7 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
         kept = recipe.with_values({"truncation.keep_fraction": keep_fraction})
         plan = plan_run(
             kept,
-            *traces.read(kept),
+            *traces.read(kept, arguments.nodes * arguments.gpus_per_node),
             traces.longest,
             num_nodes=arguments.nodes,
             gpus_per_node=arguments.gpus_per_node,

@@ -23,13 +23,9 @@ def local_launch(recipe: Recipe, script: Path) -> tuple[list[str], dict[str, str
         ["--master_port", os.environ.get("MASTER_PORT") or str(free_port())],
     )
     num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
-    if num_gpus:
-        # --num_gpus would make the launcher take the first ones
-        recipe.gradient_accumulation_steps(num_gpus)
-    else:
-        num_ranks = (
-            1 if recipe.training.global_batch_size // recipe.training.micro_batch_size % 2 else 2
-        )
+    if not num_gpus:  # else --num_gpus would make the launcher take the first ones
+        training = recipe.training
+        num_ranks = min(2, -(-training.global_batch_size // training.micro_batch_size))
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
         # PASSIVE: ranks that wait leave their cores to the others.
         defaults = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}

@@ -176,7 +176,6 @@ def _check_fits(recipe: Recipe, request: JobRequest) -> str:
     from kd.plan import memory_plan  # imports torch
     from kd.plan.gpus import named_gpu
 
-    recipe.gradient_accumulation_steps(request.num_tasks)
     try:
         plan = memory_plan(recipe, request.num_nodes, request.tasks_per_node)
     except UserError as error:

@@ -1,9 +1,9 @@
-"""Examples -> one Batch of CPU tensors: padded to the right, labels shifted, supervised positions
-listed and placed.
+"""Examples -> one Batch of CPU tensors: padded to the right or packed, labels shifted, supervised
+positions listed and placed.
 
 There is no attention mask. Attention is causal and padding stands to the right, so that no real
 token ever sees a pad, and what pads compute is never supervised; without a mask, attention keeps
-its fast path.
+its fast path. Packed sequences are kept apart by their positions.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch import Tensor
 from kd.constants import IGNORE_INDEX
 from kd.data.dataset import Example
 from kd.data.regions import regions_of
+from kd.data.step_plan import SequenceLayout
 
 
 class Place(NamedTuple):
@@ -29,9 +30,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of B sequences, padded to L tokens; all tensors int64.
+    """A micro-batch of B sequences, padded to L tokens, or packed into one row of L; all tensors
+    int64.
 
-    model_inputs are the keyword arguments of both backbones: input_ids (B, L).
+    model_inputs are the keyword arguments of both backbones: input_ids (B, L), and position_ids (1,
+    L) when packed.
     labels are already shifted: labels[b, t] is the token that hidden state t predicts, or
     IGNORE_INDEX.
     row_index lists the supervised positions as flat indices into B * L, in rising order;
@@ -72,27 +75,46 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Pad examples to the longest.
+def collate(
+    examples: Sequence[Example], pad_token_id: int, layout: SequenceLayout = "padded"
+) -> Batch:
+    """Pad examples to the longest, or pack them into one row, one behind the other.
 
     No examples give a batch of padding without a supervised position, so that a rank with nothing
     to do still runs the model and takes part in every collective.
     """
-    longest = max((len(example.input_ids) for example in examples), default=1)
+    lengths = [len(example.input_ids) for example in examples]
+    longest = max(lengths, default=1)
+    starts = [i * longest for i in range(len(examples))]
     shape = (max(len(examples), 1), longest)
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    if layout == "packed":
+        starts = [0, *np.cumsum(lengths[:-1]).tolist()] if examples else []
+        shape = (1, max(sum(lengths), 1))
+    # Flat: a sequence's place is where it starts
+    input_ids = np.full(shape[0] * shape[1], pad_token_id, dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
     regions = [np.empty(0, dtype=np.int64)]
-    for i, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[i, :length] = torch.from_numpy(example.input_ids)
-        labels[i, : length - 1] = torch.from_numpy(example.labels[1:])
+    for start, example in zip(starts, examples, strict=True):
+        stop = start + len(example.input_ids)
+        input_ids[start:stop] = example.input_ids
+        labels[start : stop - 1] = example.labels[1:]
         predicted = 1 + np.flatnonzero(example.labels[1:] != IGNORE_INDEX)
         regions.append(regions_of(example.read_start + predicted, example.num_tokens_3))
+    model_inputs = {"input_ids": torch.from_numpy(input_ids).view(shape)}
+    if layout == "packed":
+        model_inputs |= _where_sequences_begin(lengths or [1])
     return Batch(
-        model_inputs={"input_ids": input_ids},
-        labels=labels,
-        row_index=(labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
+        model_inputs,
+        labels=torch.from_numpy(labels).view(shape),
+        row_index=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
         region_index=torch.from_numpy(np.concatenate(regions)),
         places=tuple(Place(e.row, e.read_start, len(e.input_ids)) for e in examples),
     )
+
+
+def _where_sequences_begin(lengths: Sequence[int]) -> dict[str, Tensor]:
+    """What keeps packed sequences apart: positions that restart. Each attention makes its own mask
+    from them, where it needs one.
+    """
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return {"position_ids": torch.from_numpy(positions)[None]}

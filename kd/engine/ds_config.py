@@ -70,6 +70,7 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
     from the recipe.
     """
     training, monitor = recipe.training, recipe.monitor
+    num_micro_batches = recipe.max_micro_batches(world_size)
     config = read_ds_config(recipe, "student")
     parameters: dict[str, Any] = {
         "lr": training.learning_rate,
@@ -84,9 +85,10 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
         if device_type == "cuda":
             parameters["fused"] = True
     config |= {
-        "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps(world_size),
+        # The loop sets the boundary itself; DeepSpeed wants numbers that multiply.
+        "train_batch_size": num_micro_batches * world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": training.max_grad_norm,
         "optimizer": {"type": "AdamW", "params": parameters},
         "steps_per_print": 2**31,
@@ -111,9 +113,8 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
 
 def teacher_ds_config(recipe: Recipe) -> dict[str, Any]:
     """The teacher's complete configuration: no optimizer; DeepSpeed partitions and gathers."""
-    micro_batch_size = recipe.training.micro_batch_size
     return read_ds_config(recipe, "teacher") | {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**31,
     }
 

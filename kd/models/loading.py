@@ -20,13 +20,14 @@ from transformers.utils import (
     is_flash_attn_4_available,
 )
 
+from kd.data.step_plan import SequenceLayout
 from kd.distributed.device import device_type
-from kd.engine.ds_config import is_bf16, is_zero3
+from kd.engine.ds_config import Role, is_bf16, is_zero3, read_ds_config
 from kd.engine.zero3 import partitioned_loading
 from kd.errors import UserError
 from kd.hub import first_line, hub_errors, resolve
 from kd.models.pretrained import load_pretrained
-from kd.recipe import ModelSection
+from kd.recipe import ModelSection, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,29 @@ def choose_attention(
             f'"flash", and bf16 in the file of deepspeed.{role}; "auto" takes what there is'
         )
     return section.attention
+
+
+def choose_layout(recipe: Recipe) -> SequenceLayout:
+    """How sequences lie in a micro-batch: what the recipe says, and for "auto" packed where both
+    models attend by flash attention, which keeps packed sequences apart without a mask.
+    """
+    if recipe.training.sequence_layout != "auto":
+        return recipe.training.sequence_layout
+    sections: dict[Role, ModelSection | None]
+    sections = {"student": recipe.student, "teacher": recipe.teacher}
+    attention = {
+        role: choose_attention(
+            section, load_config(section, role=role), read_ds_config(recipe, role), role=role
+        )
+        for role, section in sections.items()
+        if section is not None
+    }
+    layout: SequenceLayout = (
+        "packed" if all(a.startswith("flash") for a in attention.values()) else "padded"
+    )
+    named = ", ".join(f"{role} {name}" for role, name in attention.items())
+    log.info("training.sequence_layout = auto: %s, for the attention is %s", layout, named)
+    return layout
 
 
 def _dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -3,11 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kd.plan.flops import PairShapes, StepFlops
+from kd.plan.flops import StepFlops, pair_of
 from kd.plan.gpus import Gpu
 from kd.plan.lengths import Lengths
 from kd.plan.memory import MemoryPlan, memory_plan
-from kd.plan.shapes import model_shapes
 from kd.recipe import Recipe
 
 
@@ -88,12 +87,4 @@ def plan_run(
         ),
         float(lengths.read_N.mean()) * training.global_batch_size,
         num_steps,
-    )
-
-
-def pair_of(recipe: Recipe) -> PairShapes:
-    """The shapes of the recipe's models. Raises UserError when they are not to be had."""
-    teacher = model_shapes(recipe.teacher, role="teacher") if recipe.teacher else None
-    return PairShapes(
-        model_shapes(recipe.student, role="student"), teacher, recipe.student.gradient_checkpointing
     )

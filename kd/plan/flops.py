@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kd.data.step_plan import Work
 from kd.data.truncate import IntArray
-from kd.plan.shapes import ModelShapes
+from kd.plan.shapes import ModelShapes, model_shapes
+from kd.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,23 @@ class PairShapes:
             recomputed=student if self.checkpointing else 0.0,
         )
 
+    @property
+    def work(self) -> Work:
+        """Of one sequence, all of it supervised: forward of both models, backward, and the loss."""
+        passes = [(self.student, 4 if self.checkpointing else 3)]
+        passes += [(self.teacher, 1)] if self.teacher else []
+        linear = sum(times * 2 * shapes.num_active_weights for shapes, times in passes)
+        quadratic = sum(times * _attention_flops(shapes) for shapes, times in passes)
+        return Work(linear + loss_flops(self.student, self.teacher, 1.0), quadratic)
+
+
+def pair_of(recipe: Recipe) -> PairShapes:
+    """The shapes of the recipe's models. Raises UserError when they are not to be had."""
+    teacher = model_shapes(recipe.teacher, role="teacher") if recipe.teacher else None
+    return PairShapes(
+        model_shapes(recipe.student, role="student"), teacher, recipe.student.gradient_checkpointing
+    )
+
 
 def forward_flops(shapes: ModelShapes, padded_N: IntArray) -> float:
     """Of a backbone, without its lm_head, for sequences of these lengths, padding included:
@@ -63,10 +82,15 @@ def forward_flops(shapes: ModelShapes, padded_N: IntArray) -> float:
     that are together `width` wide, 2 * 2 * width * L * L in each layer.
     """
     lengths_N = padded_N.astype(np.float64)  # squares of an epoch do not fit in int64
-    attention = 4 * shapes.num_layers * shapes.num_heads * shapes.head_dim
     return float(
-        2 * shapes.num_active_weights * lengths_N.sum() + attention * np.square(lengths_N).sum()
+        2 * shapes.num_active_weights * lengths_N.sum()
+        + _attention_flops(shapes) * np.square(lengths_N).sum()
     )
+
+
+def _attention_flops(shapes: ModelShapes) -> int:
+    """Times L * L."""
+    return 4 * shapes.num_layers * shapes.num_heads * shapes.head_dim
 
 
 def loss_flops(student: ModelShapes, teacher: ModelShapes | None, num_supervised: float) -> float:

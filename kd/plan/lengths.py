@@ -10,9 +10,11 @@ import numpy as np
 
 from kd.data.dataset import Examples, load_data
 from kd.data.loader import Loader
+from kd.data.step_plan import BatchShape, SequenceLayout, Work
 from kd.data.tokenizers import load_tokenizers
 from kd.data.truncate import IntArray, count_supervised, plan_windows
 from kd.errors import UserError
+from kd.plan.flops import pair_of
 from kd.plan.shapes import model_shapes
 from kd.recipe import Recipe
 
@@ -43,20 +45,14 @@ class DataTraces:
         rows = f"{len(self.examples)} training rows"
         return f"of the data: {rows}, {mean:.0f} tokens on average, at most {self.longest}"
 
-    def read(self, recipe: Recipe) -> tuple[Lengths, int]:
+    def read(self, recipe: Recipe, num_ranks: int) -> tuple[Lengths, int]:
         """The sequences of the first epoch under the recipe's truncation, and the optimizer steps
         of an epoch.
         """
-        examples, training = replace(self.examples, recipe=recipe), recipe.training
+        examples = replace(self.examples, recipe=recipe)
         examples = examples.select(examples.num_supervised_tokens > 0)
-        loader = Loader(
-            examples,
-            training.global_batch_size,
-            training.micro_batch_size,
-            recipe.run.seed,
-            pad_token_id=0,
-        )
-        return epoch_lengths(loader), loader.steps_per_epoch
+        loader = Loader(examples, batch_shape(recipe), recipe.run.seed, pad_token_id=0)
+        return epoch_lengths(loader, num_ranks), loader.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class StatedTraces:
     def __str__(self) -> str:
         return self.words
 
-    def read(self, recipe: Recipe) -> tuple[Lengths, int | None]:
+    def read(self, recipe: Recipe, num_ranks: int) -> tuple[Lengths, int | None]:
         """That sequence under the recipe's truncation, and the optimizer steps of an epoch where
         they are known.
         """
@@ -87,6 +83,22 @@ class StatedTraces:
         )
         steps_per_epoch = self.num_rows // batch_size if self.num_rows else None
         return Lengths(windows.num_read_N, windows.num_read_N, supervised_N), steps_per_epoch
+
+
+def batch_shape(recipe: Recipe, layout: SequenceLayout = "padded") -> BatchShape:
+    """How the recipe's global batch is cut up. layout: what "auto" is taken for."""
+    training = recipe.training
+    try:
+        work = pair_of(recipe).work
+    except UserError:  # of a model whose shapes are not known, tokens say enough
+        work = Work()
+    return BatchShape(
+        training.global_batch_size,
+        training.micro_batch_size,
+        training.max_tokens_per_micro_batch,
+        layout if training.sequence_layout == "auto" else training.sequence_layout,
+        work,
+    )
 
 
 def find_traces(recipe: Recipe) -> DataTraces | StatedTraces:
@@ -136,20 +148,23 @@ def state_traces(
     return StatedTraces(mean or longest, longest, num_rows, f"not of the data: {', '.join(parts)}")
 
 
-def epoch_lengths(loader: Loader) -> Lengths:
+def epoch_lengths(loader: Loader, num_ranks: int) -> Lengths:
     """Of the first epoch; its last, partial global batch is dropped, as in training."""
-    steps = (step_lengths(loader, step) for step in range(loader.steps_per_epoch))
+    steps = (step_lengths(loader, step, num_ranks) for step in range(loader.steps_per_epoch))
     return Lengths(*map(np.concatenate, zip(*steps, strict=True)))
 
 
-def step_lengths(loader: Loader, step: int) -> Lengths:
+def step_lengths(loader: Loader, step: int, num_ranks: int) -> Lengths:
     """Of one optimizer step over all ranks: those of `Loader.micro_batches`, without reading a
     token.
     """
-    (micro_batches,) = loader.plan_step(step, data_parallel_size=1).micro_batches
+    plan = loader.plan_step(step, num_ranks)
+    micro_batches = [micro for rank in plan.micro_batches for micro in rank if len(micro)]
     examples, chosen_N = loader.examples, np.concatenate(micro_batches)
     length_N = examples.num_input_tokens
-    padded = [np.full(len(micro), length_N[micro].max()) for micro in micro_batches]
-    return Lengths(
-        length_N[chosen_N], np.concatenate(padded), examples.num_supervised_tokens[chosen_N]
-    )
+    if loader.shape.layout == "packed":
+        padded_N = length_N[chosen_N]
+    else:
+        padded = [np.full(len(micro), length_N[micro].max()) for micro in micro_batches]
+        padded_N = np.concatenate(padded)
+    return Lengths(length_N[chosen_N], padded_N, examples.num_supervised_tokens[chosen_N])

@@ -73,11 +73,10 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
     """The memory of a run. Sequences are as long as the recipe lets pass: what its truncation
     leaves of max_full_tokens, or, where it states none, of all positions that the student has.
 
-    Raises UserError for a recipe whose files are missing or whose global batch cannot be divided
-    over the ranks.
+    Raises UserError for a recipe whose files are missing.
     """
     world_size = num_nodes * gpus_per_node
-    accumulation = recipe.gradient_accumulation_steps(world_size)
+    accumulation = recipe.max_micro_batches(world_size)
     student = ZeroEngine(
         model_shapes(recipe.student, role="student"), read_ds_config(recipe, "student"), world_size
     )
@@ -90,7 +89,10 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         recipe.truncation,
         recipe.truncation.max_full_tokens or student.shapes.max_position_embeddings,
     )
-    batch_tokens = num_tokens * recipe.training.micro_batch_size
+    budget = recipe.training.max_tokens_per_micro_batch
+    batch_tokens = (
+        max(budget, num_tokens) if budget else num_tokens * recipe.training.micro_batch_size
+    )
     gib_per_rank, moment, gather_peak_gib = rank_memory(recipe, student, teacher, batch_tokens)
     saved = functools.partial(saved_activations, student.shapes, batch_tokens, student.width)
     engines = [student, teacher] if teacher else [student]

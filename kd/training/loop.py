@@ -44,8 +44,10 @@ from kd.errors import Interrupted, UserError
 from kd.files import write_json
 from kd.logs import configure_logging
 from kd.losses import resolve_backend
+from kd.models.loading import choose_layout
 from kd.models.model_folder import check_data_ids, check_models
 from kd.models.student import Student
+from kd.plan.lengths import batch_shape
 from kd.recipe import Recipe
 from kd.runs.environment import facts_of_rank
 from kd.runs.folder import INTERRUPTED, SUCCESS, open_run, record_data
@@ -88,13 +90,8 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         on_rank_zero(lambda: check_data_ids(data, tokenizer, num_embedded))
         fingerprint = data_fingerprint(data)
         on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), fingerprint))
-        loader = Loader(
-            data.train,
-            recipe.training.global_batch_size,
-            recipe.training.micro_batch_size,
-            recipe.run.seed,
-            tokenizer.pad_token_id,
-        )
+        shape = batch_shape(recipe, choose_layout(recipe))
+        loader = Loader(data.train, shape, recipe.run.seed, tokenizer.pad_token_id)
         teacher = build_teacher(recipe, layout)
         student = build_student(recipe, ds_config, layout)
         set_generation_config(student.model, tokenizer)
@@ -190,7 +187,7 @@ class TrainingRun:
             return None
         batches = validation_batches(
             self.validation,
-            self.recipe.training.micro_batch_size,
+            self.loader.shape,
             self.layout,
             self.tokenizer.pad_token_id,
         )

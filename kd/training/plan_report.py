@@ -27,7 +27,8 @@ from kd.engine.engine import Engine
 from kd.engine.zero3 import shard_bytes
 from kd.errors import UserError
 from kd.files import write_json
-from kd.plan.cost import RunPlan, pair_of, plan_run
+from kd.plan.cost import RunPlan, plan_run
+from kd.plan.flops import pair_of
 from kd.plan.gpus import Gpu, find_gpu
 from kd.plan.lengths import DataTraces, epoch_lengths, step_lengths
 from kd.plan.rank_memory import GIB
@@ -48,7 +49,8 @@ def plan_training(recipe: Recipe, loader: Loader, nodes: Nodes) -> RunPlan | Non
     num_nodes, gpus_per_node = size_to_plan(nodes)
     sizes = {"num_nodes": num_nodes, "gpus_per_node": gpus_per_node}
     try:
-        return plan_run(recipe, epoch_lengths(loader), loader.steps_per_epoch, longest, **sizes)
+        lengths = epoch_lengths(loader, num_nodes * gpus_per_node)
+        return plan_run(recipe, lengths, loader.steps_per_epoch, longest, **sizes)
     except Exception as error:
         # A model whose shapes were not tried must not end a run that could be trained.
         log.warning(
@@ -82,9 +84,9 @@ class PlanReport:
         """Of the optimizer step that begins after `step` others, over all ranks: teacher, student
         and loss.
         """
-        lengths = step_lengths(self._loader, step)
+        lengths = step_lengths(self._loader, step, self._plan.world_size)
         return self._pair.step_flops(
-            lengths.padded_N, lengths.supervised_N, self._loader.global_batch_size
+            lengths.padded_N, lengths.supervised_N, self._loader.shape.global_batch_size
         ).model
 
     def add(self, record: dict[str, Any]) -> None:

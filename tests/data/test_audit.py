@@ -28,6 +28,7 @@ from kd.constants import IGNORE_INDEX
 from kd.data.dataset import Data, Examples, load_data
 from kd.data.loader import Loader
 from kd.data.regions import NUM_POSITIONS
+from kd.data.step_plan import BatchShape
 from kd.data.truncate import SECTIONS
 from kd.recipe import Recipe
 
@@ -70,7 +71,7 @@ def test_tokens_are_those_of_the_loaders_batches_and_of_the_data_report(
     audited, data = audit(
         recipe(**{name: dict(values) for name, values in sections.items()}), tokenizer
     )
-    loader = Loader(data.train, global_batch_size=4, micro_batch_size=2, seed=0, pad_token_id=0)
+    loader = Loader(data.train, BatchShape(4, 2), seed=0, pad_token_id=0)
     batches = [
         batch
         for step in range(loader.steps_per_epoch)

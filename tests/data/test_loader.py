@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from kd.data.collate import Batch
 from kd.data.dataset import Examples, load_data
 from kd.data.loader import Loader, validation_batches
+from kd.data.step_plan import BatchShape
 from kd.errors import UserError
 from kd.recipe import Recipe
 
@@ -22,9 +23,7 @@ def examples(recipe: Callable[..., Recipe], tiny: PreTrainedTokenizerFast) -> Ex
 
 
 def make_loader(examples: Examples, seed: int = 0, micro_batch_size: int = 2) -> Loader:
-    return Loader(
-        examples, global_batch_size=8, micro_batch_size=micro_batch_size, seed=seed, pad_token_id=0
-    )
+    return Loader(examples, BatchShape(8, micro_batch_size), seed=seed, pad_token_id=0)
 
 
 def ids(batches: list[Batch]) -> list[int]:
@@ -106,7 +105,7 @@ def test_validation_visits_all_once_in_as_many_batches_on_each_rank(
 ) -> None:
     held_out = examples.select(np.arange(num_examples))
     shares = [
-        list(validation_batches(held_out, 2, layout_of(rank, world_size), pad_token_id=0))
+        list(validation_batches(held_out, BatchShape(8, 2), layout_of(rank, world_size), 0))
         for rank in range(world_size)
     ]
     assert len({len(share) for share in shares}) == 1

@@ -168,8 +168,8 @@ def test_the_student_gets_the_numbers_of_the_recipe() -> None:
         "max_grad_norm": 0.7,
     }
     config = student_ds_config(recipe(training=training), world_size=2, device_type="cpu")
-    assert config["train_batch_size"] == 24
-    assert config["train_micro_batch_size_per_gpu"] == 3
+    assert config["train_batch_size"] == 2 * 4  # micro-batches: the loop counts tokens itself
+    assert config["train_micro_batch_size_per_gpu"] == 1
     assert config["gradient_accumulation_steps"] == 4
     assert config["gradient_clipping"] == 0.7
     parameters = {
@@ -181,11 +181,6 @@ def test_the_student_gets_the_numbers_of_the_recipe() -> None:
     }
     assert config["optimizer"] == {"type": "AdamW", "params": parameters}
     assert config["zero_optimization"] == read_ds_config(recipe(), "student")["zero_optimization"]
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
-    with pytest.raises(UserError, match="cannot be divided over 3 ranks"):
-        student_ds_config(recipe(), world_size=3, device_type="cpu")
 
 
 def test_on_a_gpu_adam_is_pytorchs_fused_one() -> None:

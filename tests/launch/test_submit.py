@@ -111,7 +111,6 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
     [
         (("--gpus-per-node=0",), "say how many ranks with --tasks-per-node"),
         (("--gpus-per-node=2", "--tasks-per-node=2"), "say how many ranks with --tasks-per-node"),
-        (("--gpus-per-node=3",), "cannot be divided over 3 ranks: run on 1, 2 or 4 ranks"),
         ((*ON_CPUS, "--nodes=0"), "--nodes 0: at least 1 is needed"),
         (
             (*ON_CPUS, "--time=11"),

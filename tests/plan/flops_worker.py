@@ -18,7 +18,7 @@ from kd.data.tokenizers import load_tokenizers
 from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.plan.cost import pair_of
-from kd.plan.lengths import step_lengths
+from kd.plan.lengths import batch_shape, step_lengths
 from kd.recipe import Recipe, load_recipe
 from kd.training.build import build_student, build_teacher
 from kd.training.step import train_step
@@ -45,19 +45,19 @@ def main() -> None:
 
 def measure(recipe: Recipe) -> dict[str, list[float]]:
     layout = init_distributed()
-    tokenizer, training = load_tokenizers(recipe), recipe.training
+    tokenizer = load_tokenizers(recipe)
     examples = load_data(recipe, tokenizer).train
-    loader = Loader(
-        examples, training.global_batch_size, training.micro_batch_size, 0, tokenizer.pad_token_id
-    )
+    loader = Loader(examples, batch_shape(recipe), 0, tokenizer.pad_token_id)
     teacher = build_teacher(recipe, layout)
     student = build_student(recipe, student_ds_config(recipe, 1, layout.device.type), layout)
     pair, result = pair_of(recipe), {"counted": [], "planned": []}
     for step in range(NUM_STEPS):
         with FlopCounterMode(display=False) as counter:
             train_step(student, teacher, loader.micro_batches(step, layout), 1e-3, layout)
-        lengths = step_lengths(loader, step)
-        flops = pair.step_flops(lengths.padded_N, lengths.supervised_N, training.global_batch_size)
+        lengths = step_lengths(loader, step, 1)
+        flops = pair.step_flops(
+            lengths.padded_N, lengths.supervised_N, recipe.training.global_batch_size
+        )
         result["counted"].append(counter.get_total_flops())
         result["planned"].append(flops.model + flops.recomputed)
     return result

@@ -12,6 +12,7 @@ from tiny import write_tiny_recipe
 from kd.constants import DEFAULT_MFU
 from kd.data.dataset import load_data
 from kd.data.loader import Loader
+from kd.data.step_plan import BatchShape
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
 from kd.plan.cost import pair_of
@@ -85,7 +86,8 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def loader(recipe: Recipe) -> Loader:
-    return Loader(load_data(recipe, load_tokenizers(recipe)).train, 8, 2, seed=0, pad_token_id=0)
+    train = load_data(recipe, load_tokenizers(recipe)).train
+    return Loader(train, BatchShape(8, 2), seed=0, pad_token_id=0)
 
 
 @pytest.mark.parametrize(

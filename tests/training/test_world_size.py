@@ -43,7 +43,8 @@ def copy_until_step_10(run: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     ("student", "teacher", "num_ranks", "tolerance"),
     [
-        ("zero3_cpu", "zero3_cpu", 4, 1e-6),  # fp32: the order of sums over ranks
+        # fp32: the order of sums over ranks; of the four micro-batches of two, one rank gets two
+        ("zero3_cpu", "zero3_cpu", 3, 1e-6),
         ("zero3_bf16", "zero3_teacher", 1, 1e-3),  # bf16 keeps three digits of a weight
         ("zero2_bf16", "zero3_teacher", 1, 1e-3),
     ],
@@ -52,10 +53,6 @@ def test_the_loss_goes_on_within_rounding(launch, recipe, student, teacher, num_
     whole = launch(*arguments(recipe, student, student, teacher))
     assert whole.returncode == 0, whole.stderr[-4000:]
     folder = copy_until_step_10(recipe.parent / "runs" / student, f"{student}_on_{num_ranks}")
-    if student == "zero3_cpu":
-        refused = launch(*arguments(recipe, folder.name, student, teacher), num_ranks=3)
-        assert refused.returncode == 2
-        assert refused.stderr.count("cannot be divided over 3 ranks: run on 1, 2 or 4 ranks") == 1
     done = launch(*arguments(recipe, folder.name, student, teacher), num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"step_10 was written by 2 ranks, and is converted for {num_ranks}" in done.stderr
