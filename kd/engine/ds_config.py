@@ -57,9 +57,9 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
         raise UserError(
             f"{path}: deepspeed.teacher needs zero_optimization.stage = 3, found {stage!r}"
         )
-    if role == "student" and stage not in (2, 3):
+    if role == "student" and stage not in (1, 2, 3):
         raise UserError(
-            f"{path}: deepspeed.student needs zero_optimization.stage 2 or 3, found {stage!r}"
+            f"{path}: deepspeed.student needs zero_optimization.stage 1, 2 or 3, found {stage!r}"
         )
     _check_hpz_size(config, role, path)
     return config

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kd.errors import UserError
@@ -38,6 +38,15 @@ class Probed(NamedTuple):
     logits_BLV: Tensor
 
 
+class Reference(NamedTuple):
+    """What a whole model tells: keeps_packed_apart says whether sequences that are packed one
+    behind the other, with positions that restart, have the states that each has alone.
+    """
+
+    probed: Probed
+    keeps_packed_apart: bool
+
+
 def run_probe(model: PreTrainedModel, input_ids: Tensor) -> Probed:
     """Under ZeRO-3 inside the forward() of what its engine wraps, so that its hooks gather."""
     hidden_BLH = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -45,8 +54,8 @@ def run_probe(model: PreTrainedModel, input_ids: Tensor) -> Probed:
 
 
 @torch.no_grad()
-def reference_of(model: PreTrainedModel, *, role: str) -> Probed:
-    """The probe's outputs of the whole model.
+def reference_of(model: PreTrainedModel, *, role: str) -> Reference:
+    """What the whole model makes of the probe.
 
     Raises UserError for a weight that is not finite, for a head that is not known here, and for a
     model whose tokens see what follows them.
@@ -61,14 +70,15 @@ def reference_of(model: PreTrainedModel, *, role: str) -> Probed:
         prefix = run(
             input_ids=input_ids[:, : NUM_PROBE_TOKENS // 2], use_cache=False
         ).last_hidden_state
-        reference = run_probe(model, input_ids)
-    whole = reference.hidden_BLH[:, : prefix.shape[1]]
+        probed = run_probe(model, input_ids)
+        keeps_packed_apart = _keeps_packed_apart(run, input_ids)
+    whole = probed.hidden_BLH[:, : prefix.shape[1]]
     if not _relative_error(prefix, whole) <= CAUSAL_TOLERANCE:
         raise UserError(
             f"{role}.model: a token of {type(model).__name__} sees the tokens after it: only "
             "causal models are trained"
         )
-    return reference
+    return Reference(probed, keeps_packed_apart)
 
 
 @torch.no_grad()
@@ -104,6 +114,21 @@ def verify_weights(
             )
         largest = max(largest, error)
     return largest
+
+
+def _keeps_packed_apart(run: nn.Module, input_ids: Tensor) -> bool:
+    """The second half alone, against itself packed behind the first: a state (Mamba), a bias by
+    distance (ALiBi) or a mask made without positions carries the first into it.
+    """
+    half = NUM_PROBE_TOKENS // 2
+    position_ids = torch.arange(half, device=input_ids.device).repeat(2)[None]
+    try:
+        packed = run(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    except TypeError:  # takes no positions
+        return False
+    alone = run(input_ids=input_ids[:, half:], use_cache=False).last_hidden_state
+    error = _relative_error(packed.last_hidden_state[:, half:], alone)
+    return error <= TOLERANCE[alone.dtype]
 
 
 def _check_finite(model: PreTrainedModel, role: str) -> None:

@@ -20,7 +20,7 @@ from kd.engine.zero3 import (
     shard_bytes,
 )
 from kd.models.loading import load_partitioned, load_whole, random_model
-from kd.models.probe import Probed, reference_of, verify_weights
+from kd.models.probe import Reference, reference_of, verify_weights
 from kd.models.student import Student, StudentModule
 from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
@@ -45,7 +45,7 @@ def build_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher | None:
     check_shapes(recipe.teacher, model, role="teacher")
     set_moe_leaf_modules(model)
     teacher = LiveTeacher(model, initialize(TeacherModule(model), ds_config))
-    verify_weights(model, teacher.probe, reference, role="teacher", device=layout.device)
+    verify_weights(model, teacher.probe, reference.probed, role="teacher", device=layout.device)
     _log_size("teacher", model)
     return teacher
 
@@ -67,13 +67,13 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     set_moe_leaf_modules(model)
     student = Student(model, initialize(StudentModule(model, recipe.loss), ds_config))
-    verify_weights(model, student.probe, reference, role="student", device=layout.device)
+    verify_weights(model, student.probe, reference.probed, role="student", device=layout.device)
     _log_size("student", model)
     model.train()
     return student
 
 
-def _reference_of(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> Probed:
+def _reference_of(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> Reference:
     """From a whole copy on rank 0, for every rank to compare with: a node without rank 0 has shards
     of its own.
     """

@@ -41,6 +41,8 @@ CASES = {
         "zero3_bf16": "zero3_teacher",
         "zero2_bf16": "zero3_teacher",
         "zero2_fp32": "zero3_cpu",
+        "zero1_bf16": "zero3_teacher",
+        "zero1_fp32": "zero3_cpu",
     }.items()
     for head in ("tied", "untied")
 } | {
