@@ -96,9 +96,10 @@ class ModelSection(RecipeSection):
 
 
 class TeacherSection(ModelSection):
-    shard: Annotated[Literal["world", "node"], FREE] = Field(
+    shard: Annotated[Literal["gpu", "node", "world"], FREE] = Field(
         "world",
-        description="node: each node holds a whole teacher, and its gathers never cross nodes",
+        description="what a whole teacher is divided over: gpu, each GPU has all of it and gathers "
+        "nothing; node, gathers never cross nodes; world, all ranks",
     )
 
 

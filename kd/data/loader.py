@@ -15,6 +15,15 @@ from kd.distributed.layout import Layout
 from kd.errors import UserError
 
 
+def check_fills_a_batch(examples: Examples, global_batch_size: int) -> None:
+    """Raise UserError unless there are examples for one optimizer step."""
+    if len(examples) < global_batch_size:
+        raise UserError(
+            f"training.global_batch_size = {global_batch_size} needs as many training examples, "
+            f"and there are {len(examples)}: lower it, or widen data and truncation"
+        )
+
+
 @dataclass(frozen=True)
 class Loader:
     examples: Examples
@@ -23,12 +32,7 @@ class Loader:
     pad_token_id: int
 
     def __post_init__(self) -> None:
-        if len(self.examples) < self.shape.global_batch_size:
-            raise UserError(
-                f"training.global_batch_size = {self.shape.global_batch_size} needs as many "
-                f"training examples, and there are {len(self.examples)}: lower it, or widen data "
-                "and truncation"
-            )
+        check_fills_a_batch(self.examples, self.shape.global_batch_size)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,6 +1,7 @@
 """The only module that knows how ZeRO-3 stores parameters: loading, gathering, consolidation."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -79,26 +80,64 @@ def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
-def set_moe_leaf_modules(model: PreTrainedModel) -> list[str]:
-    """Make each mixture-of-experts block one unit of gathering, so that ranks that route
-    differently stay in step.
+def set_leaf_modules(model: PreTrainedModel) -> list[str]:
+    """Make each decoder layer one unit of gathering, and in a model without known ones each
+    mixture-of-experts block: hooks run once a layer and not around each of its modules, and ranks
+    that route differently stay in step.
 
-    Returns the class names of the blocks, an empty list for a dense model. Raises UserError for a
-    model with experts whose blocks are not recognised: it would hang.
+    Returns the class names of these modules, an empty list for a model without either. Raises
+    UserError for a model with experts in none of them: it would hang.
     """
-    blocks = {type(module) for module in model.modules() if _is_moe_block(module)}
-    if not blocks:
-        config = model.config.get_text_config()
-        counts = (getattr(config, name, None) for name in NUM_EXPERTS)
-        if not any(count and count > 1 for count in counts):
-            return []
+    leaves = {type(layer) for layer in decoder_layers(model)} or {
+        type(module) for module in model.modules() if _is_moe_block(module)
+    }
+    # A leaf's gradients are reduced when it has run backward: too early for a parameter that
+    # another module uses too.
+    shared = _shared_parameters(model)
+    for module in model.modules():
+        if type(module) in leaves and not shared.isdisjoint(module.parameters()):
+            leaves.discard(type(module))
+    if leaves:
+        set_z3_leaf_modules(model, sorted(leaves, key=lambda kind: kind.__name__))
+    config = model.config.get_text_config()
+    counts = (getattr(config, name, None) for name in NUM_EXPERTS)
+    has_experts = any(count and count > 1 for count in counts)
+    if has_experts and not leaves:
         raise UserError(
             f"{type(model).__name__} has experts, but none of its modules is recognised as a "
             "mixture-of-experts block: under ZeRO-3 it would hang. Use a dense model, or add the "
             "block's class name to kd/engine/zero3.py"
         )
-    set_z3_leaf_modules(model, sorted(blocks, key=lambda block: block.__name__))
-    return sorted(block.__name__ for block in blocks)
+    return sorted(kind.__name__ for kind in leaves)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Those that transformers names as not to be split between devices, in their list."""
+    names = set(model._no_split_modules or ())
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return [layer for some in lists for layer in some if type(layer).__name__ in names]
+
+
+def _shared_parameters(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Held by several modules, as a tied lm_head's."""
+    counts = Counter(
+        parameter for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
+    return {parameter for parameter, count in counts.items() if count > 1}
+
+
+def fetching_layers(ds_config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """ds_config with a prefetch bucket that holds a decoder layer of this model: with a smaller one
+    the next layer is never fetched whole while this one runs.
+    """
+    largest = max(
+        (num_parameters(layer.parameters()) for layer in decoder_layers(model)), default=0
+    )
+    zero = ds_config["zero_optimization"]
+    if zero.get("stage") != 3:
+        return ds_config
+    bucket = max(largest, zero.get("stage3_prefetch_bucket_size", 0))
+    return {**ds_config, "zero_optimization": {**zero, "stage3_prefetch_bucket_size": bucket}}
 
 
 def _is_moe_block(module: nn.Module) -> bool:

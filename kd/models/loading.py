@@ -20,14 +20,13 @@ from transformers.utils import (
     is_flash_attn_4_available,
 )
 
-from kd.data.step_plan import SequenceLayout
 from kd.distributed.device import device_type
-from kd.engine.ds_config import Role, is_bf16, is_zero3, read_ds_config
+from kd.engine.ds_config import is_bf16, is_zero3
 from kd.engine.zero3 import partitioned_loading
 from kd.errors import UserError
 from kd.hub import first_line, hub_errors, resolve
 from kd.models.pretrained import load_pretrained
-from kd.recipe import ModelSection, Recipe
+from kd.recipe import ModelSection
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +52,20 @@ def load_config(section: ModelSection, *, role: str) -> PretrainedConfig:
         )
 
 
-def load_whole(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> PreTrainedModel:
-    """The model, whole, on this rank's CPU: bf16 when ds_config says so, else fp32."""
+def load_whole(
+    section: ModelSection,
+    ds_config: dict[str, Any],
+    *,
+    role: str,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """The model, whole: bf16 when ds_config says so, else fp32. device: where its weights are read
+    to, one by one, so that the host never holds them all; None: this rank's CPU.
+    """
     attention = choose_attention(section, load_config(section, role=role), ds_config, role=role)
-    return load_pretrained(f"{role}.model", section, dtype=_dtype(ds_config), attention=attention)
+    return load_pretrained(
+        f"{role}.model", section, dtype=_dtype(ds_config), attention=attention, device=device
+    )
 
 
 def load_partitioned(
@@ -125,29 +134,6 @@ def choose_attention(
             f'"flash", and bf16 in the file of deepspeed.{role}; "auto" takes what there is'
         )
     return section.attention
-
-
-def choose_layout(recipe: Recipe) -> SequenceLayout:
-    """How sequences lie in a micro-batch: what the recipe says, and for "auto" packed where both
-    models attend by flash attention, which keeps packed sequences apart without a mask.
-    """
-    if recipe.training.sequence_layout != "auto":
-        return recipe.training.sequence_layout
-    sections: dict[Role, ModelSection | None]
-    sections = {"student": recipe.student, "teacher": recipe.teacher}
-    attention = {
-        role: choose_attention(
-            section, load_config(section, role=role), read_ds_config(recipe, role), role=role
-        )
-        for role, section in sections.items()
-        if section is not None
-    }
-    layout: SequenceLayout = (
-        "packed" if all(a.startswith("flash") for a in attention.values()) else "padded"
-    )
-    named = ", ".join(f"{role} {name}" for role, name in attention.items())
-    log.info("training.sequence_layout = auto: %s, for the attention is %s", layout, named)
-    return layout
 
 
 def _dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -18,8 +18,9 @@ def load_pretrained(
     *,
     dtype: torch.dtype | Literal["auto"],
     attention: str | None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The causal language model that section.model names, on the CPU.
+    """The causal language model that section.model names, on the device, or None: the CPU.
 
     Raises UserError naming `field` when there is none, or when its checkpoint lacks a weight:
     transformers would fill it with random numbers and only warn.
@@ -33,6 +34,7 @@ def load_pretrained(
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
+            device_map=None if device is None or device.type == "cpu" else {"": device},
         )
     model, info = loaded
     if info["missing_keys"]:

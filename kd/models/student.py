@@ -159,10 +159,13 @@ def _running_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 class Student:
     """The model that learns, and its engine."""
 
-    def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
+    def __init__(
+        self, model: PreTrainedModel, engine: Engine, *, keeps_packed_apart: bool = True
+    ) -> None:
         """engine: around a StudentModule of the model."""
         self.model = model
         self.engine = engine
+        self.keeps_packed_apart = keeps_packed_apart
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""A teacher that computes its hidden states, in a ZeRO-3 engine of its own."""
+"""Teachers that compute their hidden states: whole on each device, or in a ZeRO-3 engine."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,15 +11,13 @@ from transformers import PreTrainedModel
 from kd.data.collate import Batch
 from kd.engine.engine import Engine
 from kd.engine.zero3 import gathered
-from kd.losses import DenseTargets
+from kd.losses import DenseTargets, Head
 from kd.models.head import backbone, head_of
 from kd.models.probe import Probed
 
 
 class TeacherModule(nn.Module):
-    """What the teacher's engine wraps: its forward() is the backbone only, so that the head is
-    gathered apart.
-    """
+    """What runs, and what the teacher's engine wraps: the backbone only; the head stands apart."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -30,29 +28,52 @@ class TeacherModule(nn.Module):
 
 
 class LiveTeacher:
-    """A Teacher whose engine wraps a TeacherModule: weights partitioned, no optimizer."""
+    """A Teacher whose weights are on this device: whole, a plain module, or its shard of them, in
+    an engine.
 
-    def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
+    Its head is frozen and read in every micro-batch: of a partitioned one a whole copy is kept,
+    made when the head is first wanted.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        run: TeacherModule | Engine,
+        *,
+        keeps_packed_apart: bool = True,
+    ) -> None:
+        """run: a TeacherModule of the model, or an engine around one."""
         self.model = model
-        self.engine = engine
+        self.keeps_packed_apart = keeps_packed_apart
+        self._run = run
+        self._head: Head | None = None
+
+    @property
+    def head(self) -> Head:
+        """Whole. Collective the first time: every rank must ask for it."""
+        if self._head is None:
+            head = head_of(self.model)
+            with gathered(head.weight_VH, head.bias_V):
+                is_whole = not hasattr(head.weight_VH, "ds_id")
+                self._head = head if is_whole else _copy_of(head)
+        return self._head
 
     @contextlib.contextmanager
     def targets(self, batch: Batch) -> Iterator[DenseTargets]:
-        hidden_BLH = self.hidden_states(**batch.model_inputs)
-        head = head_of(self.model)
-        with gathered(head.weight_VH, head.bias_V):
-            yield DenseTargets(hidden_BLH, head)
+        yield DenseTargets(self.hidden_states(**batch.model_inputs), self.head)
 
+    @torch.no_grad()
     def probe(self, input_ids_BL: Tensor) -> Probed:
-        """For verify_weights. Collective: every rank must call this.
-
-        The head is gathered apart, as for targets(): the engine fetches ahead what once followed.
-        """
-        hidden_BLH, head = self.hidden_states(input_ids=input_ids_BL), head_of(self.model)
-        with gathered(head.weight_VH, head.bias_V):
-            return Probed(hidden_BLH, F.linear(hidden_BLH, head.weight_VH, head.bias_V))
+        """For verify_weights. Collective: every rank must call this."""
+        hidden_BLH = self.hidden_states(input_ids=input_ids_BL)
+        return Probed(hidden_BLH, F.linear(hidden_BLH, self.head.weight_VH, self.head.bias_V))
 
     @torch.no_grad()
     def hidden_states(self, **model_inputs: Tensor) -> Tensor:
         """Last hidden states (B, L, H). Collective: every rank must call this."""
-        return self.engine(**model_inputs)  # not its module: its hooks know what to prefetch
+        return self._run(**model_inputs)  # of an engine not its module: its hooks prefetch
+
+
+def _copy_of(head: Head) -> Head:
+    bias_V = None if head.bias_V is None else head.bias_V.detach().clone()
+    return head._replace(weight_VH=head.weight_VH.detach().clone(), bias_V=bias_V)

@@ -7,18 +7,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from kd.data.step_plan import SequenceLayout
 from kd.distributed.layout import Layout
 from kd.distributed.nodes import group_of_node
 from kd.distributed.process_group import gather_objects, on_rank_zero
 from kd.engine.ds_config import teacher_ds_config
-from kd.engine.engine import initialize
+from kd.engine.engine import Engine, initialize
 from kd.engine.zero3 import (
+    fetching_layers,
     num_parameters,
     num_shards,
     repartition,
-    set_moe_leaf_modules,
+    set_leaf_modules,
     shard_bytes,
 )
+from kd.errors import UserError
 from kd.models.loading import load_partitioned, load_whole, random_model
 from kd.models.probe import Reference, reference_of, verify_weights
 from kd.models.student import Student, StudentModule
@@ -30,21 +33,29 @@ log = logging.getLogger(__name__)
 
 
 def build_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher | None:
-    """The recipe's teacher in its own ZeRO-3 engine, its weights proven to have arrived.
+    """The recipe's teacher, whole on each device or in its own ZeRO-3 engine, its weights proven to
+    have arrived.
 
     Collective: every rank must call this.
     """
-    if recipe.teacher is None:
+    section = recipe.teacher
+    if section is None:
         return None
     ds_config = teacher_ds_config(recipe)
-    reference = _reference_of(recipe.teacher, ds_config, role="teacher")
-    model = load_partitioned(recipe.teacher, ds_config, role="teacher")
-    if recipe.teacher.shard == "node":
-        group = group_of_node(layout.nodes, recipe.run.collective_timeout_minutes)
-        repartition(model, group, ds_config)
-    check_shapes(recipe.teacher, model, role="teacher")
-    set_moe_leaf_modules(model)
-    teacher = LiveTeacher(model, initialize(TeacherModule(model), ds_config))
+    reference = _reference_of(section, ds_config, role="teacher")
+    run: TeacherModule | Engine
+    if section.shard == "gpu":
+        model = load_whole(section, ds_config, role="teacher", device=layout.device)
+        run = TeacherModule(model)
+    else:
+        model = load_partitioned(section, ds_config, role="teacher")
+        if section.shard == "node":
+            group = group_of_node(layout.nodes, recipe.run.collective_timeout_minutes)
+            repartition(model, group, ds_config)
+        set_leaf_modules(model)
+        run = initialize(TeacherModule(model), fetching_layers(ds_config, model))
+    check_shapes(section, model, role="teacher")
+    teacher = LiveTeacher(model, run, keeps_packed_apart=reference.keeps_packed_apart)
     verify_weights(model, teacher.probe, reference.probed, role="teacher", device=layout.device)
     _log_size("teacher", model)
     return teacher
@@ -65,12 +76,41 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
     check_shapes(section, model, role="student")
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    set_moe_leaf_modules(model)
-    student = Student(model, initialize(StudentModule(model, recipe.loss), ds_config))
+    set_leaf_modules(model)
+    engine = initialize(StudentModule(model, recipe.loss), fetching_layers(ds_config, model))
+    student = Student(model, engine, keeps_packed_apart=reference.keeps_packed_apart)
     verify_weights(model, student.probe, reference.probed, role="student", device=layout.device)
     _log_size("student", model)
     model.train()
     return student
+
+
+def choose_layout(recipe: Recipe, student: Student, teacher: LiveTeacher | None) -> SequenceLayout:
+    """How sequences lie in a micro-batch: what the recipe says, and for "auto" packed where both
+    models attend by flash attention, which needs no mask to keep packed sequences apart.
+
+    Raises UserError where they are to be packed and a model would mix them.
+    """
+    models: dict[str, Student | LiveTeacher] = {"student": student}
+    if teacher is not None:
+        models["teacher"] = teacher
+    mixing = [role for role, model in models.items() if not model.keeps_packed_apart]
+    wanted = recipe.training.sequence_layout
+    if wanted == "packed" and mixing:
+        kinds = " and ".join(f"{role}, {type(models[role].model).__name__}" for role in mixing)
+        raise UserError(
+            f'training.sequence_layout = "packed": the {kinds}, carries one sequence into the '
+            'next: use "padded"'
+        )
+    if wanted != "auto":
+        return wanted
+    attention = {role: m.model.config._attn_implementation for role, m in models.items()}
+    is_varlen = all(name.startswith("flash") for name in attention.values())
+    layout: SequenceLayout = "packed" if is_varlen and not mixing else "padded"
+    named = " and ".join(f"{role} attends by {name}" for role, name in attention.items())
+    why = f"the {' and the '.join(mixing)} would mix sequences" if mixing else f"the {named}"
+    log.info("training.sequence_layout: auto is %s, for %s", layout, why)
+    return layout
 
 
 def _reference_of(section: ModelSection, ds_config: dict[str, Any], *, role: str) -> Reference:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from kd.constants import FORMAT_VERSION
 from kd.data.collate import Batch
 from kd.data.dataset import Data, Examples, load_data
-from kd.data.loader import Loader, validation_batches
+from kd.data.loader import Loader, check_fills_a_batch, validation_batches
 from kd.data.tokenizers import load_tokenizers
 from kd.distributed.agreement import check_same_everywhere
 from kd.distributed.interruption import Interruption
@@ -44,7 +44,6 @@ from kd.errors import Interrupted, UserError
 from kd.files import write_json
 from kd.logs import configure_logging
 from kd.losses import resolve_backend
-from kd.models.loading import choose_layout
 from kd.models.model_folder import check_data_ids, check_models
 from kd.models.student import Student
 from kd.plan.lengths import batch_shape
@@ -52,7 +51,7 @@ from kd.recipe import Recipe
 from kd.runs.environment import facts_of_rank
 from kd.runs.folder import INTERRUPTED, SUCCESS, open_run, record_data
 from kd.teachers.live import LiveTeacher
-from kd.training.build import build_student, build_teacher
+from kd.training.build import build_student, build_teacher, choose_layout
 from kd.training.decisions import Progress, run_steps
 from kd.training.metrics import MetricsLog, peak_memory_gib, send_to_monitor
 from kd.training.plan_report import PlanReport, plan_training
@@ -88,12 +87,13 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
 
         tokenizer, data = _load_data(recipe, layout)
         on_rank_zero(lambda: check_data_ids(data, tokenizer, num_embedded))
+        check_fills_a_batch(data.train, recipe.training.global_batch_size)
         fingerprint = data_fingerprint(data)
         on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), fingerprint))
-        shape = batch_shape(recipe, choose_layout(recipe))
-        loader = Loader(data.train, shape, recipe.run.seed, tokenizer.pad_token_id)
         teacher = build_teacher(recipe, layout)
         student = build_student(recipe, ds_config, layout)
+        shape = batch_shape(recipe, choose_layout(recipe, student, teacher))
+        loader = Loader(data.train, shape, recipe.run.seed, tokenizer.pad_token_id)
         set_generation_config(student.model, tokenizer)
         torch.manual_seed(recipe.run.seed + layout.rank)  # for dropout; a checkpoint restores it
         progress = Progress()

@@ -2,13 +2,17 @@
 logits.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, NEVER_TIED, SCALED_OR_CAPPED, build
+from transformers import PreTrainedModel
+from transformers.models.auto import CONFIG_MAPPING
 
 from kd.data.collate import Batch, Place
-from kd.engine.zero3 import set_moe_leaf_modules
+from kd.engine.zero3 import decoder_layers, set_leaf_modules
 from kd.errors import UserError
 from kd.losses import DenseTargets
 from kd.models.head import backbone, head_of
@@ -113,7 +117,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_models_own_logits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_probe_accepts_every_known_head(architecture: str, dtype: torch.dtype) -> None:
     model = build(architecture, tied=False, seed=0).to(dtype)
-    assert reference_of(model, role="student").hidden_BLH.shape == (1, 16, 32)
+    assert reference_of(model, role="student").probed.hidden_BLH.shape == (1, 16, 32)
 
 
 def test_padding_does_not_change_the_sums(architecture: str) -> None:
@@ -124,6 +128,69 @@ def test_padding_does_not_change_the_sums(architecture: str) -> None:
     )
     torch.testing.assert_close(long[:3], short[:3], rtol=2e-5, atol=0.0)
     torch.testing.assert_close(long[3], short[3], rtol=1e-4, atol=1e-5)
+
+
+# A state or a convolution that runs on, a bias by distance, or a mask made without positions
+MIXES_PACKED = {
+    "afmoe",
+    "bloom",
+    "falcon",
+    "falcon_h1",
+    "gpt_oss",
+    "granitemoehybrid",
+    "inkling_text",
+    "jamba",
+    "mpt",
+    "opt",
+    "qwen3_next",
+    "recurrent_gemma",
+    "xlstm",
+}
+WINDOWS = {
+    "sliding_window": 5,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    "attention_chunk_size": 5,
+}
+
+
+def test_packed_sequences_have_the_states_and_gradients_of_separate_ones(architecture: str) -> None:
+    """Sequences longer than the windows, in float64 where experts are not in the way."""
+    known = CONFIG_MAPPING[architecture]()
+    windows = {name: value for name, value in WINDOWS.items() if hasattr(known, name)}
+    model = build(architecture, tied=False, seed=0, **windows).eval()
+    assert reference_of(model, role="student").keeps_packed_apart == (
+        architecture not in MIXES_PACKED
+    )
+    if architecture in MIXES_PACKED:
+        return
+    if not any(name.endswith("experts") for name, _ in model.named_modules()):
+        model.double()
+    random = torch.Generator().manual_seed(0)
+    lengths = (11, 7, 9)
+    rows = [torch.randint(1, 160, (1, length), generator=random) for length in lengths]
+    run, weights = backbone(model), torch.randn(1, sum(lengths), 32, generator=random)
+    separate = torch.cat(
+        [run(input_ids=row, use_cache=False).last_hidden_state for row in rows], dim=1
+    )
+    gradients = torch.autograd.grad((separate * weights).sum(), list(used(model)))
+    packed = run(
+        input_ids=torch.cat(rows, dim=1),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        use_cache=False,
+    ).last_hidden_state
+    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
+    actual = torch.autograd.grad((packed * weights).sum(), list(used(model)))
+    total = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    for ours, theirs in zip(actual, gradients, strict=True):
+        assert (ours - theirs).norm() < 5e-6 * total
+
+
+def used(model: PreTrainedModel) -> Iterator[torch.nn.Parameter]:
+    """The parameters of the backbone that hold a gradient, experts that see no token too."""
+    head = model.get_output_embeddings()
+    own = set(head.parameters())
+    return (p for p in model.parameters() if p.requires_grad and p not in own)
 
 
 @pytest.mark.parametrize("architecture", SCALED_OR_CAPPED)
@@ -138,20 +205,39 @@ def test_the_probe_would_see_a_scale_or_softcap_left_out(
         reference_of(build(architecture, tied=True, seed=0).to(dtype), role="student")
 
 
-def test_every_mixture_of_experts_is_gathered_block_by_block(architecture: str) -> None:
+def test_every_layer_and_with_it_its_experts_is_gathered_at_once(architecture: str) -> None:
     model = build(architecture, tied=False, seed=0)
-    blocks = set_moe_leaf_modules(model)
-    experts = [name for name, _ in model.named_modules() if name.endswith("experts")]
+    kinds = set_leaf_modules(model)
     leaves = [name for name, module in model.named_modules() if getattr(module, "_z3_leaf", False)]
-    assert bool(blocks) == bool(experts)
-    for name in experts:
-        assert sum(name.startswith(f"{leaf}.") for leaf in leaves) == 1, name
+    assert (
+        len(leaves)
+        == model.config.get_text_config().num_hidden_layers
+        == len(decoder_layers(model))
+    )
+    assert {type(model.get_submodule(name)).__name__ for name in leaves} == set(kinds)
+    for name, _ in model.named_modules():
+        if name.endswith("experts"):
+            assert sum(name.startswith(f"{leaf}.") for leaf in leaves) == 1, name
+
+
+def test_without_known_layers_each_block_of_experts_is_gathered_at_once() -> None:
+    model = build("qwen3_moe", tied=False, seed=0)
+    model._no_split_modules = None
+    assert set_leaf_modules(model) == ["Qwen3MoeSparseMoeBlock"]
+
+
+def test_a_layer_that_shares_a_parameter_is_not_gathered_at_once() -> None:
+    model = build("llama", tied=False, seed=0)
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    assert set_leaf_modules(model) == []
 
 
 def test_experts_without_a_known_block_are_refused() -> None:
     model = build("llama", tied=False, seed=0)
     model.config.num_experts = 8
+    model._no_split_modules = None
     with pytest.raises(
         UserError, match="LlamaForCausalLM has experts, but none of its modules is recognised"
     ):
-        set_moe_leaf_modules(model)
+        set_leaf_modules(model)

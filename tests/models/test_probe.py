@@ -83,7 +83,7 @@ def test_flash_attention_is_put_aside_while_the_reference_runs_on_the_cpu(
 @pytest.mark.parametrize("layer", [0, 4, 7])
 def test_one_random_layer_of_eight_is_found(dtype: torch.dtype, layer: int) -> None:
     model, other = _deep_model(seed=0, dtype=dtype), _deep_model(seed=1, dtype=dtype)
-    reference = reference_of(model, role="student")
+    reference = reference_of(model, role="student").probed
     assert (
         verify_weights(model, partial(run_probe, model), reference, role="student", device=CPU)
         == 0.0
@@ -98,14 +98,14 @@ def test_one_random_layer_of_eight_is_found(dtype: torch.dtype, layer: int) -> N
 @DTYPES
 def test_another_attention_kernel_is_not_taken_for_lost_weights(dtype: torch.dtype) -> None:
     model = _deep_model(seed=0, dtype=dtype)
-    reference = reference_of(model, role="teacher")
+    reference = reference_of(model, role="teacher").probed
     model.set_attn_implementation("eager")
     verify_weights(model, partial(run_probe, model), reference, role="teacher", device=CPU)
 
 
 def test_weights_that_are_not_numbers_are_found() -> None:
     model = _deep_model(seed=0, dtype=torch.float32)
-    reference = reference_of(model, role="teacher")
+    reference = reference_of(model, role="teacher").probed
     model.model.norm.weight.data[3] = torch.nan
     with pytest.raises(UserError, match="relative error nan"):
         verify_weights(model, partial(run_probe, model), reference, role="teacher", device=CPU)
