@@ -83,7 +83,7 @@ def test_auto_is_refused_where_it_stands(file: Path, content: object, problem: s
     ("content", "problem"),
     [
         ({}, "needs zero_optimization.stage.* found 0"),
-        ({"zero_optimization": {"stage": 1}}, "needs zero_optimization.stage.* found 1"),
+        ({"zero_optimization": {"stage": 0}}, "needs zero_optimization.stage.* found 0"),
         (STAGE_3 | {"fp16": {"enabled": True}}, "fp16 needs loss scaling, .* use bf16"),
         ('{"zero_optimization": {"stage": 3},}', "not valid JSON: .* line 1"),
         ("", "not valid JSON"),

@@ -138,7 +138,7 @@ def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(recipe,
         "--set",
         "run.name=odd",
         "--set",
-        "training.global_batch_size=600",
+        "deepspeed.student=zero9.json",
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     commands = {
@@ -149,7 +149,7 @@ def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(recipe,
         commands[launcher], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode != 0
-    assert done.stderr.count("training.global_batch_size = 600 needs as many") == 1
+    assert done.stderr.count("deepspeed.student = 'zero9.json': no such file") == 1
     assert not (recipe.parent / "runs" / "odd").exists()
 
 
