@@ -7,18 +7,23 @@ A Qwen2 of 28 layers and tiny width on two ranks of the CPU: its arithmetic is n
 is left is Python, hooks and launches, which no GPU takes over. Thread CPU time of the main thread
 over kd.training.step.train_step, per micro-batch; layouts take turns in each round, and the median
 of the rounds counts. "plain" is the same step around modules without an engine: torch's AdamW and
-no communication, with the same checkpointing. Writes DIR/host_time.json and host_time.md.
+no communication, with the same checkpointing.
+
+What makes the host wait for a GPU is counted too: reads of scalars and copies to the CPU, and what
+synchronises streams and events, by the package that asked. Writes DIR/host_time.json and
+host_time.md.
 """
 
 import argparse
-import json
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +46,9 @@ LAYOUTS = {
 }
 NUM_RANKS, NUM_MICRO_BATCHES, NUM_TOKENS = 2, 8, 16
 HEADER = """\
-| layout | teacher | student | checkpointing | ms per micro-batch | times plain |
-|---|---|---|---|---|---|
+| layout | teacher | student | checkpointing | ms per micro-batch | times plain \
+| waits of kd and transformers a micro-batch, a step | of deepspeed |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -60,13 +66,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), arguments.layers)
-        output = Path(folder) / "milliseconds.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(NUM_RANKS), __file__, "--worker", folder]
         command += ["--rounds", str(arguments.rounds), "--layouts", arguments.layouts]
         subprocess.run(command, check=True, cwd=ROOT, env=cpu_environment())
-        milliseconds: dict[str, list[float]] = read_json(output)
-    rows = [row_of(name, milliseconds) for name in milliseconds]
+        measured: dict[str, Any] = read_json(Path(folder) / "measured.json")
+    milliseconds = measured["milliseconds"]
+    rows = [
+        row_of(name, milliseconds) | {"waits": measured["waits"][name]} for name in milliseconds
+    ]
     command_line = f"python benchmarks/host_time.py {shlex.join(sys.argv[1:])}".strip()
     facts = {
         "command": command_line,
@@ -124,10 +132,18 @@ def row_of(name: str, milliseconds: dict[str, list[float]]) -> dict[str, Any]:
 def markdown(row: dict[str, Any]) -> str:
     teacher = {"gpu": "whole", "world": "ZeRO-3", None: "module"}[row["teacher_shard"]]
     student = f"ZeRO-{row['zero_stage']}" if row["zero_stage"] else "module"
+    waits = row["waits"]
+    own, others = (
+        ", ".join(
+            f"{sum(waits[package][when] for package in packages):.3g}"
+            for when in ("per_micro_batch", "per_step")
+        )
+        for packages in (("kd", "transformers"), ("deepspeed",))
+    )
     return (
         f"| {row['layout']} | {teacher} | {student} | "
         f"{'yes' if row['gradient_checkpointing'] else 'no'} | {row['ms_per_micro_batch']:.1f} | "
-        f"{row['ratio_to_plain']:.2f} |\n"
+        f"{row['ratio_to_plain']:.2f} | {own} | {others} |\n"
     )
 
 
@@ -178,8 +194,9 @@ def work(arguments: argparse.Namespace) -> None:
             spent = (time.thread_time() - started) * 1000 / NUM_MICRO_BATCHES
             if number >= 0:
                 milliseconds[name].append(spent)
+    waits = {name: waits_of(side, batches, layout) for name, side in sides.items()}
     if layout.rank == 0:
-        (folder / "milliseconds.json").write_text(json.dumps(milliseconds))
+        write_json(folder / "measured.json", {"milliseconds": milliseconds, "waits": waits})
 
 
 def recipe_of(folder: Path, shard: str, stage: int, checkpointing: bool) -> Recipe:
@@ -225,6 +242,73 @@ def plain_sides(recipe: Recipe) -> Sides:
     return Sides(
         Student(model, PlainEngine(module, optimizer)), LiveTeacher(teacher, TeacherModule(teacher))
     )
+
+
+WAITING = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+class Waits:
+    """Counts what makes the host wait for a GPU, by the package that asked: on a CPU too, where
+    nothing is waited for. {"kd": Counter of call sites, "transformers": ..., "deepspeed": ...}
+    """
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Counter[str]] = {}
+
+    def __enter__(self) -> "Waits":
+        import torch
+        from deepspeed.accelerator import get_accelerator
+
+        accelerator = get_accelerator()
+        targets = [(torch.Tensor, name) for name in WAITING]
+        targets += [(type(accelerator), "synchronize")]
+        for event_or_stream in (torch.cpu.Stream, torch.cuda.Stream, torch.cuda.Event):
+            targets += [(event_or_stream, "synchronize")]
+        self._undo = []
+        for owner, name in targets:
+            if hasattr(owner, name):
+                self._undo.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, self._counting(getattr(owner, name), name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, method in self._undo:
+            setattr(owner, name, method)
+
+    def _counting(self, method: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            for frame in reversed(traceback.extract_stack(limit=12)[:-1]):
+                package = next((p for p in PACKAGES if f"/{p}/" in frame.filename), None)
+                if package:
+                    file = frame.filename.rpartition(f"/{package}/")[2]
+                    site = f"{package}/{file}:{frame.lineno} {name}"
+                    self.sites.setdefault(package, Counter())[site] += 1
+                    break
+            return method(*args, **kwargs)
+
+        return counted
+
+
+PACKAGES = ("kd", "transformers", "deepspeed")
+
+
+def waits_of(side: Sides, batches: list[Any], layout: Any) -> dict[str, Any]:
+    """Per micro-batch and per step, from steps of all of the batches and of half of them."""
+    from kd.training.step import train_step
+
+    counts = []
+    for part in (batches, batches[: len(batches) // 2]):
+        with Waits() as waits:
+            train_step(side.student, side.teacher, part, 1e-4, layout)
+        counts.append(waits.sites)
+    more, less = counts
+    result: dict[str, Any] = {}
+    for package in PACKAGES:
+        whole, half = (sum(found.get(package, Counter()).values()) for found in (more, less))
+        each = (whole - half) / (len(batches) - len(batches) // 2)
+        result[package] = {"per_micro_batch": each, "per_step": whole - each * len(batches)}
+        result[package]["sites"] = dict(more.get(package, Counter()))
+    return result
 
 
 class PlainEngine:

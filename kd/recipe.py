@@ -246,7 +246,12 @@ class TrainingSection(RecipeSection):
         "stopping",
     )
     checkpoint_every: Annotated[Positive, FREE] = Field(
-        500, description="steps between checkpoints, each validated just before"
+        500, description="steps between checkpoints"
+    )
+    validate_every: Annotated[Positive | None, FREE] = Field(
+        None,
+        description="steps between validations; checkpoint_every when absent. The best step is one "
+        "that is both validated and saved",
     )
     keep_last: Annotated[Positive, FREE] = Field(
         2, description="checkpoints kept besides the best one"

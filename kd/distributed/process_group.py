@@ -133,11 +133,21 @@ def all_reduce_sum(sums: Mapping[str, Tensor | float], device: torch.device) -> 
     }
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
     dist.all_reduce(flat)
-    parts = flat.cpu().split([tensor.numel() for tensor in tensors.values()])
+    values = iter(flat.tolist())  # the one wait for the device
     return {
-        name: part.reshape(tensor.shape).tolist()
-        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+        name: [next(values) for _ in range(tensor.numel())] if tensor.dim() else next(values)
+        for name, tensor in tensors.items()
     }
+
+
+def sum_over_ranks(value: float, device: torch.device) -> Tensor:
+    """The sum in float64, a scalar on the device: the host does not wait for it.
+
+    Collective: every rank must call this.
+    """
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total
 
 
 def any_rank(value: bool, device: torch.device) -> bool:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from kd.distributed.device import device_type
 from kd.distributed.process_group import gather_objects, on_rank_zero
 from kd.engine.engine import Engine
+from kd.engine.hashed_files import hashed_files
 from kd.engine.universal import universal_checkpoint
 from kd.errors import UserError
 from kd.files import write_json
@@ -53,15 +54,17 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
             remove_partial(folder)
             partial.mkdir(parents=True)
         dist.barrier()
-        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-        save_file(_random_state(), partial / f"rng_rank{rank}.safetensors")
-        dist.barrier()
-        # One listing: ranks may see a shared folder differently
-        names = on_rank_zero(lambda: _files(partial))
-        mine = {name: _checksum(partial / name, sync=True) for name in names[rank::world_size]}
-        parts = gather_objects(mine)
+        with hashed_files(engine) as checksums:
+            engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+        random_state = partial / f"rng_rank{rank}.safetensors"
+        save_file(_random_state(), random_state)
+        checksums[random_state] = _checksum(random_state, sync=True)
+        mine = {str(path.relative_to(partial)): entry for path, entry in checksums.items()}
+        files = {name: entry for part in gather_objects(mine) for name, entry in part.items()}
         if rank == 0:
-            files = {name: entry for part in parts for name, entry in sorted(part.items())}
+            for name in set(_files(partial)) - files.keys():  # written beside the engine
+                files[name] = _checksum(partial / name, sync=True)
+            files = dict(sorted(files.items()))
             write_json(
                 partial / MANIFEST,
                 {"step": step, "world_size": world_size, "state": state, "files": files},

@@ -27,6 +27,10 @@ RECIPE_KEYS = {
 }
 
 
+# DeepSpeed's throughput timer makes the host wait for the device in every forward and step.
+QUIET = {"steps_per_print": 2**31, "timers": {"throughput": {"enabled": False}}}
+
+
 def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
     """The JSON that recipe.deepspeed names for a role, checked. Raises UserError naming the file
     and the key.
@@ -91,7 +95,7 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": training.max_grad_norm,
         "optimizer": {"type": "AdamW", "params": parameters},
-        "steps_per_print": 2**31,
+        **QUIET,
     }
     folder = {
         "enabled": True,
@@ -115,7 +119,7 @@ def teacher_ds_config(recipe: Recipe) -> dict[str, Any]:
     """The teacher's complete configuration: no optimizer; DeepSpeed partitions and gathers."""
     return read_ds_config(recipe, "teacher") | {
         "train_micro_batch_size_per_gpu": 1,
-        "steps_per_print": 2**31,
+        **QUIET,
     }
 
 

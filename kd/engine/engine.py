@@ -13,6 +13,7 @@ class Engine(Protocol):
     module: nn.Module
     optimizer: Any  # of DeepSpeed, another class for each stage
     monitor: Any
+    checkpoint_engine: Any
     skipped_steps: int
     _config: Any
 

@@ -3,11 +3,13 @@ it.
 """
 
 import math
+from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kd.losses import Head
+from kd.models.packing import known_packing
 
 # What follows an lm_head, under the names that configurations give it.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
@@ -25,6 +27,14 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     if model.base_model is model:  # Llama 4 names a base model that its text-only class has not
         return getattr(model, "model", model)
     return model.base_model
+
+
+def hidden_states(model: PreTrainedModel, model_inputs: Mapping[str, Tensor]) -> Tensor:
+    """Last hidden states (B, L, H) of what a Batch's model_inputs hold, without a wait."""
+    with known_packing("position_ids" in model_inputs):
+        outputs = backbone(model)(**model_inputs, use_cache=False)
+    states: Tensor = outputs.last_hidden_state
+    return states
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -24,7 +24,7 @@ from kd.losses import (
     distillation_loss,
     sparse_distillation_loss,
 )
-from kd.models.head import backbone, head_of
+from kd.models.head import head_of, hidden_states
 from kd.models.probe import Probed, run_probe
 from kd.recipe import LossSection
 
@@ -135,7 +135,7 @@ class StudentModule(nn.Module):
             return run_probe(self.model, **model_inputs)
         # No attention mask: batches are padded on the right, and under causal attention no token
         # sees what follows.
-        hidden_BLH = backbone(self.model)(**model_inputs, use_cache=False).last_hidden_state
+        hidden_BLH = hidden_states(self.model, model_inputs)
         lm_head = self.model.get_output_embeddings()
         with _running_as(lm_head, self.head_loss.forward):
             result: BatchLoss = lm_head(hidden_BLH, labels_BL, row_index_N, targets)

@@ -12,7 +12,7 @@ from kd.data.collate import Batch
 from kd.engine.engine import Engine
 from kd.engine.zero3 import gathered
 from kd.losses import DenseTargets, Head
-from kd.models.head import backbone, head_of
+from kd.models.head import head_of, hidden_states
 from kd.models.probe import Probed
 
 
@@ -24,7 +24,7 @@ class TeacherModule(nn.Module):
         self.model = model.eval().requires_grad_(False)
 
     def forward(self, **model_inputs: Tensor) -> Tensor:
-        return backbone(self.model)(**model_inputs, use_cache=False).last_hidden_state
+        return hidden_states(self.model, model_inputs)
 
 
 class LiveTeacher:

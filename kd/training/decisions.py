@@ -22,7 +22,9 @@ class Progress(NamedTuple):
         return self._replace(step=self.step + 1, num_skipped=self.num_skipped + result.skipped)
 
     def with_validation(self, validation: Validation | None) -> "Progress":
-        """The step is the best one if its validation loss is lower than all before."""
+        """The step, which is to be saved, is the best one if its validation loss is lower than
+        those of all that were saved before.
+        """
         if validation is None or not math.isfinite(validation.loss):
             return self
         if self.best_loss is not None and self.best_loss <= validation.loss:
@@ -50,22 +52,26 @@ def run_steps(
 ) -> Progress:
     """Take the steps after `progress` up to total_steps; returns what was reached.
 
-    A step after which the run stops is recorded, but neither validated nor saved. An interruption
-    at the last step only saves, as the last step does anyway.
+    A step after which the run stops is recorded, but neither validated nor saved. The best step is
+    chosen among those that are both. An interruption at the last step only saves, as the last step
+    does anyway.
     """
     while progress.step < total_steps:
         result = run.take_step(progress.step)
         progress = progress.after(result)
         ends = progress.step == total_steps
         stops = progress.num_skipped > training.skip_nonfinite
-        validates = not stops and (progress.step % training.checkpoint_every == 0 or ends)
+        saves = not stops and (progress.step % training.checkpoint_every == 0 or ends)
+        every = training.validate_every or training.checkpoint_every
+        validates = not stops and (progress.step % every == 0 or ends)
         validation = run.validate() if validates else None
-        progress = progress.with_validation(validation)
+        if saves:
+            progress = progress.with_validation(validation)
         run.record(validation)
         if stops:
             run.stop(progress, result)
         interrupted = run.is_interrupted()
-        if validates or interrupted:
+        if saves or interrupted:
             run.save(progress)
         if interrupted and not ends:
             run.leave(progress)

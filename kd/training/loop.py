@@ -53,7 +53,7 @@ from kd.runs.folder import INTERRUPTED, SUCCESS, open_run, record_data
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_student, build_teacher, choose_layout
 from kd.training.decisions import Progress, run_steps
-from kd.training.metrics import MetricsLog, peak_memory_gib, send_to_monitor
+from kd.training.metrics import MetricsLog, WallTime, peak_memory_gib, send_to_monitor
 from kd.training.plan_report import PlanReport, plan_training
 from kd.training.schedule import learning_rate
 from kd.training.step import StepResult, Validation, train_step, validate
@@ -141,6 +141,7 @@ class TrainingRun:
         self.checkpoints = folder / "checkpoints"
         self.metrics: MetricsLog | None = None
         self.report: PlanReport | None = None
+        self.wall_time = WallTime()
         self._batches: list[Batch] = []  # of the step at work
         self._record: dict[str, Any] = {}  # of the step just taken
         if layout.rank == 0:
@@ -160,6 +161,7 @@ class TrainingRun:
         rate = learning_rate(step, self.total_steps, self.recipe.training)
         result = train_step(self.student, self.teacher, self._batches, rate, self.layout)
         seconds = time.perf_counter() - started
+        self.wall_time.add("steps", seconds)
         self._record = {
             "format_version": FORMAT_VERSION,
             "step": step + 1,
@@ -191,7 +193,8 @@ class TrainingRun:
             self.layout,
             self.tokenizer.pad_token_id,
         )
-        return validate(self.student, self.teacher, batches, self.layout)
+        with self.wall_time.spent_on("validation"):
+            return validate(self.student, self.teacher, batches, self.layout)
 
     def record(self, validation: Validation | None) -> None:
         """Rank 0 writes the line of the step just taken, and sends it to the monitors."""
@@ -221,7 +224,9 @@ class TrainingRun:
         return any_rank(self.interruption.is_requested(), self.layout.device)
 
     def save(self, progress: Progress) -> None:
-        save_checkpoint(self.student.engine, self.checkpoints, progress.step, progress._asdict())
+        with self.wall_time.spent_on("checkpoints"):
+            state = progress._asdict()
+            save_checkpoint(self.student.engine, self.checkpoints, progress.step, state)
         best = (progress.best_step, progress.best_loss)
         log.info("step %d saved; best: step %s, val_loss %s", progress.step, *best)
         if self.layout.rank == 0:
@@ -239,9 +244,10 @@ class TrainingRun:
     def finish(self, progress: Progress) -> None:
         """Write the plan, export the last and the best student, and mark the run as a success."""
         if self.report:
-            self.report.write()
+            self.report.write(self.wall_time.shares())
         if self.metrics:
             self.metrics.close()
+        log.info("wall time since this start: %s", self.wall_time)
         exports = self.recipe.run_dir / "export"
         self.student.export(self.tokenizer, exports / "last")
         best = self.checkpoints / f"step_{progress.best_step}"

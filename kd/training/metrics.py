@@ -6,6 +6,8 @@ import logging
 import math
 import resource
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,31 @@ class MetricsLog:
             log.warning(
                 "%s: %s; its last lines are kept and tried again", self._file.name, error.strerror
             )
+
+
+class WallTime:
+    """Where the time of a run goes since it started, in seconds: a step's own, and around it."""
+
+    def __init__(self) -> None:
+        self._seconds = {"steps": 0.0, "validation": 0.0, "checkpoints": 0.0}
+
+    def add(self, what: str, seconds: float) -> None:
+        self._seconds[what] += seconds
+
+    @contextlib.contextmanager
+    def spent_on(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.add(what, time.perf_counter() - started)
+
+    def shares(self) -> dict[str, float]:
+        """{"steps_share", "validation_share", "checkpoints_share"} of their sum."""
+        total = sum(self._seconds.values()) or 1.0
+        return {f"{what}_share": seconds / total for what, seconds in self._seconds.items()}
+
+    def __str__(self) -> str:
+        shares = zip(self._seconds, self.shares().values(), strict=True)
+        return ", ".join(f"{share:.1%} {what}" for what, share in shares)
 
 
 def _finite(value: Any) -> Any:

@@ -10,11 +10,14 @@ known:
                               the batches as they were
   num_input_tokens_per_step   read over all ranks, not counting padding
   seconds_per_step, mfu       planned at a stated MFU, where the GPU is known
+  steps_share, validation_share, checkpoints_share
+                              of wall time since this start, once the run has ended
   num_steps                   of the whole run; measured: those since this start without the first,
                               of which the figures per step are the means
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +39,8 @@ from kd.recipe import Recipe
 from kd.training.metrics import peak_memory_gib
 
 log = logging.getLogger(__name__)
+
+SHARES = ("steps_share", "validation_share", "checkpoints_share")
 
 # Steps after which a plan can be judged, and a run be stopped that is not what was planned.
 FIRST_REPORT = 3
@@ -97,13 +102,16 @@ class PlanReport:
         if len(self._records) == FIRST_REPORT:
             self.write()
 
-    def write(self) -> None:
-        """The file, and a line of the log. Without a step there is nothing to write."""
+    def write(self, shares: Mapping[str, float] | None = None) -> None:
+        """The file, and a line of the log. Without a step there is nothing to write.
+
+        shares: of wall time, once the run has ended.
+        """
         if not self._records:
             return
         report: dict[str, Any] = {
             "planned": _planned(self._plan, self._gpu),
-            "measured": self._measured(),
+            "measured": {**self._measured(), **dict.fromkeys(SHARES), **(shares or {})},
         }
         log.info("%s", _describe(report))
         try:
@@ -153,6 +161,7 @@ def _planned(plan: RunPlan, gpu: Gpu | None) -> dict[str, Any]:
         "seconds_per_step": plan.seconds_per_step(gpu, DEFAULT_MFU) if gpu else None,
         "mfu": DEFAULT_MFU if gpu else None,
         "num_steps": plan.num_steps,
+        **dict.fromkeys(SHARES),
     }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd.data.collate import Batch
 from kd.distributed.layout import Layout
-from kd.distributed.process_group import all_reduce_sum
+from kd.distributed.process_group import all_reduce_sum, sum_over_ranks
 from kd.models.student import BatchLoss, Student
 from kd.teachers.teacher import Teacher, targets_of
 from kd.training.diagnostics import NUM_SUMS, region_sums, summarise
@@ -49,13 +49,14 @@ class Sums:
         self.losses += losses.double()
         self.regions += region_sums(result.rows_MN, batch.region_index)
 
-    def over_all_ranks(self, layout: Layout, **counts: int) -> dict[str, Any]:
-        """{"loss", "kd", "ce", "regions", and the counts}.
+    def over_all_ranks(self, layout: Layout, **more: Tensor | float | None) -> dict[str, Any]:
+        """{"loss", "kd", "ce", "regions", and more}; None counts as 0.
 
         Collective: every rank must call this.
         """
         loss, kd, ce = self.losses
-        sums: dict[str, Tensor | float] = {"loss": loss, "kd": kd, "ce": ce, **counts}
+        sums: dict[str, Tensor | float] = {"loss": loss, "kd": kd, "ce": ce}
+        sums |= {name: 0.0 if value is None else value for name, value in more.items()}
         return all_reduce_sum(sums | {"regions": self.regions}, layout.device)
 
 
@@ -76,9 +77,9 @@ def train_step(
     Collective: every rank must call this, with the same number of micro-batches.
     """
     num_here = sum(batch.num_supervised_tokens for batch in batches)
-    counts = all_reduce_sum({"num_supervised_tokens": num_here}, layout.device)
-    num_tokens = max(counts["num_supervised_tokens"], 1.0)
-    scale = layout.data_parallel_size / num_tokens
+    # On the device: the host waits once in a step, for the sums at its end.
+    num_everywhere = sum_over_ranks(num_here, layout.device)
+    scale = (layout.data_parallel_size / num_everywhere.clamp(min=1.0)).float()
     engine, num_skipped_before = student.engine, student.engine.skipped_steps
     student.set_learning_rate(learning_rate)
 
@@ -95,16 +96,20 @@ def train_step(
         engine.backward(result.loss * (scale * poison), scale_wrt_gas=False)
         engine.step()  # takes the step at the boundary only
 
-    num_read_here = sum(batch.num_input_tokens for batch in batches)
-    total = sums.over_all_ranks(layout, num_input_tokens=num_read_here)
-    grad_norm = float(engine.get_global_grad_norm() or 0.0)
+    total = sums.over_all_ranks(
+        layout,
+        num_supervised_tokens=num_here,
+        num_input_tokens=sum(batch.num_input_tokens for batch in batches),
+        grad_norm=engine.get_global_grad_norm() if layout.rank == 0 else 0.0,  # all have the same
+    )
+    num_tokens, grad_norm = max(total["num_supervised_tokens"], 1.0), total["grad_norm"]
     finite = math.isfinite(total["loss"]) and math.isfinite(grad_norm)
     taken = engine.skipped_steps == num_skipped_before
     return StepResult(
         loss=total["loss"] / num_tokens,
         kd=total["kd"] / num_tokens,
         ce=total["ce"] / num_tokens,
-        num_supervised_tokens=int(counts["num_supervised_tokens"]),
+        num_supervised_tokens=int(total["num_supervised_tokens"]),
         num_input_tokens=int(total["num_input_tokens"]),
         grad_norm=grad_norm,
         skipped=not (finite and taken),

@@ -63,6 +63,28 @@ def test_every_nth_step_and_the_last_are_validated_recorded_and_saved():
     assert progress == Progress(step=5)
 
 
+def test_validations_may_be_more_or_less_frequent_than_checkpoints():
+    often, seldom = FakeRun(), FakeRun()
+    run_steps(often, Progress(), 5, training(checkpoint_every=4, validate_every=2))
+    assert [call for call in often.calls if call[0] in "vs" and call[:2] != "st"] == [
+        *("validate", "validate", "save 4"),
+        *("validate", "save 5"),
+    ]
+    run_steps(seldom, Progress(), 5, training(checkpoint_every=2, validate_every=3))
+    assert [call for call in seldom.calls if call[0] in "vs" and call[:2] != "st"] == [
+        *("save 2", "validate", "save 4"),
+        *("validate", "save 5"),
+    ]
+
+
+def test_the_best_step_is_one_that_was_saved():
+    run = FakeRun(losses=[9.0, 0.1, 0.2, 0.3, 0.5, 0.4])
+    progress = run_steps(run, Progress(), 6, training(checkpoint_every=3, validate_every=1))
+    assert (progress.best_step, progress.best_loss) == (3, 0.2)
+    apart = training(checkpoint_every=3, validate_every=2)
+    assert run_steps(FakeRun(losses=run.losses), Progress(), 6, apart).best_step == 6
+
+
 def test_a_resumed_run_takes_the_steps_that_are_left():
     run = FakeRun()
     start = Progress(step=3, num_skipped=1, best_step=2, best_loss=0.5)
