@@ -82,8 +82,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         checkpoint = _choose_checkpoint(recipe.run_dir, resume)
 
         tokenizer, data = _load_data(recipe, layout)
-        fingerprint = data_fingerprint(data)
-        on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), fingerprint))
+        on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), data_fingerprints(data)))
         loader = Loader(
             data.train,
             recipe.training.global_batch_size,
@@ -274,13 +273,19 @@ def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerBase,
     return tokenizer, data
 
 
-def data_fingerprint(data: Data) -> str:
-    """SHA-256 of which rows are trained and validated on, and of the length of their sections."""
-    digest = hashlib.sha256()
+def data_fingerprints(data: Data) -> dict[int, str]:
+    """SHA-256 of what is trained and validated on, by the format_version of data.json: 1 has the
+    rows and the lengths of their sections, and 2 the token ids as well.
+    """
+    lengths, tokens = hashlib.sha256(), hashlib.sha256()
     for examples in (data.train, data.validation):
-        if examples is not None:
-            digest.update(examples.row_N.tobytes() + examples.num_tokens_N3.tobytes())
-    return digest.hexdigest()
+        if examples is None:
+            continue
+        lengths.update(examples.row_N.tobytes() + examples.num_tokens_N3.tobytes())
+        for token_ids in examples.token_ids():
+            tokens.update(token_ids)
+    tokens.update(lengths.digest())
+    return {1: lengths.hexdigest(), 2: tokens.hexdigest()}
 
 
 def _check_loss_backend(recipe: Recipe, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 import pytest
 from data_samples import R1_VALUE, ROWS, STRATOS_VALUE, USER, stratos_row
 
-from kd.data.sources import SOURCES, BadRow, Trace, read_row
+from kd.data.sources import SOURCES, Trace, read_row
+from kd.data.turns import BadRow
 from kd.errors import UserError
 
 
