@@ -6,7 +6,6 @@ that differ in truncation alone train and validate on the same rows.
 Shapes: N examples, 3 sections (prompt, chain of thought, answer), W tokens read of a sequence.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -63,13 +62,6 @@ class Examples:
         return Example(
             input_ids[window[0] : window[2]], labels, row, self.num_tokens_N3[i], window[0]
         )
-
-    def token_ids(self) -> Iterator[npt.NDArray[np.int32]]:
-        """Of the full sequences, one after another, of a thousand examples at a time."""
-        table = self.table.with_format("arrow", columns=["input_ids"])
-        for first in range(0, len(self), 1000):
-            rows = table[self.row_N[first : first + 1000]]
-            yield rows["input_ids"].combine_chunks().flatten().to_numpy()
 
     def select(self, chosen: IntArray | npt.NDArray[np.bool_]) -> "Examples":
         """The examples at positions `chosen` (or where it is true), in that order."""

@@ -156,16 +156,20 @@ def _not_printed(what: str) -> str:
 
 
 def _check_one_thought(behind: str, data: DataSection) -> None:
-    """Behind the messages the prompt may open the thought, and nothing else."""
+    """Behind the messages the prompt may open the thought with data.think_open, and no other
+    marker may be the last thing that the model reads.
+    """
     opening, closing = data.think_open.strip(), data.think_close.strip()
     end = behind.rstrip()
     mark = _MARK_AT_END.search(end)
-    last = mark[0] if mark else closing if closing and end.endswith(closing) else ""
-    if (last and last != opening) or _EMPTY_THOUGHT.search(end):
+    last = mark[0] if mark else closing if closing and end.endswith(closing) else opening
+    if _EMPTY_THOUGHT.search(end):
+        last = "an empty thought"
+    if last != opening:
         raise BadRow(
-            f"the chat template writes {last or 'an empty thought'} where the model is to think, "
-            f"and data.think_open = {data.think_open!r} would open a second thought: set "
-            "data.template_kwargs, as enable_thinking = true, or data.chat_template"
+            f"the chat template ends the prompt with {last}, and the thought that is to follow "
+            f"would be a second one: set data.template_kwargs, as enable_thinking = true, or, if "
+            f"it opens the thought, data.think_open (now {data.think_open!r})"
         )
 
 

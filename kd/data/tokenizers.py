@@ -144,8 +144,8 @@ def _check_template(
     for name in data.template_kwargs:
         if name not in variables:
             raise UserError(
-                f"data.template_kwargs.{name}: the chat template of {template_of} does not read "
-                f"it; it reads {', '.join(sorted(variables)) or 'none'}"
+                f"data.template_kwargs.{name}: the chat template ({template_of}) does not read it; "
+                f"it reads {', '.join(sorted(variables)) or 'none'}"
             )
     end = _end_of_turn(tokenizer, question, data)
     if end not in (None, tokenizer.eos_token):

@@ -2,7 +2,6 @@
 loop, kd.training.step one step of it.
 """
 
-import hashlib
 import logging
 import time
 from datetime import timedelta
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from kd.constants import FORMAT_VERSION
 from kd.data.collate import Batch
 from kd.data.dataset import Data, Examples, load_data
+from kd.data.fingerprints import data_fingerprints
 from kd.data.loader import Loader, validation_batches
 from kd.data.tokenizers import load_tokenizers
 from kd.distributed.agreement import check_same_everywhere
@@ -271,21 +271,6 @@ def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerBase,
         data = load_data(recipe, tokenizer)
     log.info("%s", data.report)
     return tokenizer, data
-
-
-def data_fingerprints(data: Data) -> dict[int, str]:
-    """SHA-256 of what is trained and validated on, by the format_version of data.json: 1 has the
-    rows and the lengths of their sections, and 2 the token ids as well.
-    """
-    lengths, tokens = hashlib.sha256(), hashlib.sha256()
-    for examples in (data.train, data.validation):
-        if examples is None:
-            continue
-        lengths.update(examples.row_N.tobytes() + examples.num_tokens_N3.tobytes())
-        for token_ids in examples.token_ids():
-            tokens.update(token_ids)
-    tokens.update(lengths.digest())
-    return {1: lengths.hexdigest(), 2: tokens.hexdigest()}
 
 
 def _check_loss_backend(recipe: Recipe, device: torch.device) -> None:

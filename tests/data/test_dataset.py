@@ -96,7 +96,13 @@ def test_rows_are_tokenised_once_for_all_truncations_losses_and_seeds(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"system_prompt": "Think."}, {"think_open": "<think>"}, {"think_close": "</think>"}],
+    [
+        {"system_prompt": "Think."},
+        {"think_open": "<think>"},
+        {"think_close": "</think>"},
+        {"template_kwargs": {"enable_thinking": True}},
+        {"date": "2025-01-01"},
+    ],
     ids=str,
 )
 def test_what_changes_a_token_is_tokenised_anew(
