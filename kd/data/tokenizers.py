@@ -5,6 +5,7 @@ special tokens set.
 import json
 import logging
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -47,8 +48,9 @@ def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
             tokenizer.chat_template = teacher.chat_template
             template_of = f"teacher.model = {recipe.teacher.model!r}"
     if recipe.data.chat_template is not None:
-        tokenizer.chat_template = _read_template(recipe.data.chat_template)
         template_of = f"data.chat_template = {recipe.data.chat_template!r}"
+        path = find_file("data.chat_template", recipe.data.chat_template)
+        tokenizer.chat_template = _read_template(template_of, path)
     tokenizer.eos_token = _end_token(tokenizer, recipe.data.end_token)
     tokenizer.pad_token = _pad_token(tokenizer)
     _check_template(tokenizer, recipe.data, template_of)
@@ -57,9 +59,13 @@ def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
 
 def load_tokenizer(field: str, model: ModelSection) -> PreTrainedTokenizerFast:
     """The tokenizer of recipe field `field`. Raises UserError when there is no fast one."""
+    name = resolve(field, model.model)
+    template = Path(name) / "chat_template.jinja"
+    if template.is_file():  # the library's own error would not say which file is not UTF-8
+        _read_template(f"{field} = {model.model!r}", template)
     with hub_errors(field, model.model):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(field, model.model),
+            name,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
         )
@@ -122,12 +128,11 @@ def _check_same_reading(teacher: PreTrainedTokenizerFast, student: PreTrainedTok
         )
 
 
-def _read_template(value: str) -> str:
-    path = find_file("data.chat_template", value)
+def _read_template(template_of: str, path: Path) -> str:
     try:
         return read_text(path, max_bytes=MAX_TEMPLATE_BYTES)
     except UserError as error:
-        raise UserError(f"data.chat_template = {value!r}: {error}") from None
+        raise UserError(f"{template_of}: {error}") from None
 
 
 def _check_template(

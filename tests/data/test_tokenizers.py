@@ -90,6 +90,16 @@ def test_a_template_file_that_cannot_serve_is_named_with_its_key(
     assert problem in str(caught.value)
 
 
+def test_a_models_own_template_that_is_not_utf8_is_named_with_its_file(
+    recipe: MakeRecipe, models: Path
+) -> None:
+    (models / "teacher" / "chat_template.jinja").write_bytes(b"\n\xff")
+    with pytest.raises(UserError) as caught:
+        load_tokenizers(recipe())
+    assert f"teacher.model = '{models}/teacher': " in str(caught.value)
+    assert "chat_template.jinja: line 2: byte 0xff" in str(caught.value)
+
+
 def test_a_template_file_may_have_a_byte_order_mark(recipe: MakeRecipe, models: Path) -> None:
     (models / "own.jinja").write_text("{{ messages[-1].content }}", encoding="utf-8-sig")
     tokenizer = load_tokenizers(recipe(data={"chat_template": str(models / "own.jinja")}))
