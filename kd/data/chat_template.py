@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from functools import lru_cache, wraps
+from types import BuiltinMethodType
 from typing import Any
 
 from jinja2 import Template, TemplateError, TemplateRuntimeError, meta, nodes
@@ -27,6 +28,12 @@ from kd.data.turns import BadRow
 MAX_STEPS = 200_000
 MAX_SECONDS = 10.0  # of this thread's processor time, so that a busy machine changes nothing
 MAX_LENGTH = 2**24  # of a text or a list that the template makes, and of the prompt
+
+# Their numbers are widths and counts
+_SIZED_FILTERS = {"batch", "center", "indent", "slice", "tojson", "truncate", "wordwrap"}
+# "%9999999d" or "%*d"; "{:9999999}" or "{:{width}}"
+_PERCENT_WIDTH = re.compile(r"%[^%a-zA-Z]*(\d{6}|\*)")
+_BRACE_WIDTH = re.compile(r"\{[^{}]*:[^{}]*(\d{6}|\{)")
 
 
 def run_template(template: str, variables: Mapping[str, Any], today: str) -> str:
@@ -77,7 +84,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
         )
         midnight = datetime.combine(date.fromisoformat(today), datetime.min.time())
         self.filters["tojson"] = _to_json
-        self.filters = {name: self._bounded(function) for name, function in self.filters.items()}
+        self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": midnight.strftime,
@@ -108,7 +115,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            _check_width(left)
+            _check_widths(_PERCENT_WIDTH, left)
         elif operator == "**" and (abs(left) > MAX_RANGE or abs(right) > 100):
             raise _OutOfBoundsError(f"{left} ** {right} is too large")
         elif operator == "*":
@@ -118,20 +125,35 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
         return _checked(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_numbers((*args, *kwargs.values()))
-        if getattr(__obj, "__name__", "") in ("format", "format_map"):
-            _check_width(str(getattr(__obj.__wrapped__, "__self__", "")))
+        # Methods of texts and lists, and Jinja's own dummy text, take widths and counts; macros and
+        # what the template itself made may be given any number.
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(__obj, BuiltinMethodType) or __obj is __self.globals["lipsum"]:
+            _check_numbers((*args, *kwargs.values()))
+            if isinstance(owner, str):
+                _check_product(name, owner, *args)
+        elif name in ("format", "format_map"):
+            method = getattr(__obj, "__wrapped__", __obj)
+            _check_widths(_BRACE_WIDTH, str(getattr(method, "__self__", "")))
         return _checked(super().call(__context, __obj, *args, **kwargs))
 
-    def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)  # with the attributes that say whether it takes the context first
-        def call(*args: Any, **kwargs: Any) -> Any:
-            _check_numbers((*args[1:], *kwargs.values()))
-            if function.__name__ == "do_format":
-                _check_width(str(args[0]))
-            return _checked(function(*args, **kwargs))
 
-        return call
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter with the bounds of what it is given and of what it makes."""
+
+    @wraps(function)  # with the attributes that say whether it takes the context first
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if name in _SIZED_FILTERS:
+            _check_numbers((*args[1:], *kwargs.values()))
+        elif name == "format":
+            _check_widths(_PERCENT_WIDTH, str(args[0]))
+        elif name == "replace":  # of the context, the text and the two of the method
+            _check_product(name, str(args[1]), *args[2:])
+        elif name == "join":  # of the context, the items and the text between them
+            _check_product(name, str((*args, "")[2]), args[1])
+        return _checked(function(*args, **kwargs))
+
+    return call
 
 
 @lru_cache(maxsize=8)
@@ -234,6 +256,15 @@ def _check_length(length: int) -> None:
         raise _OutOfBoundsError(f"it makes more than {MAX_LENGTH} characters or items")
 
 
+def _check_product(method: str, text: str, *args: Any) -> None:
+    """Of replace and join, whose result may be as long as the product of what they are given."""
+    if method == "replace" and len(args) > 1:
+        _check_length(len(text) + text.count(str(args[0])) * len(str(args[1])))
+    elif method == "join" and args:
+        num_items = len(args[0]) if hasattr(args[0], "__len__") else MAX_RANGE
+        _check_length(len(text) * num_items)
+
+
 def _check_numbers(arguments: tuple[Any, ...]) -> None:
     """Widths, counts: what makes a text or a loop out of a number."""
     for argument in arguments:
@@ -241,6 +272,6 @@ def _check_numbers(arguments: tuple[Any, ...]) -> None:
             raise _OutOfBoundsError(f"an argument of {argument}, and at most {MAX_RANGE} may be")
 
 
-def _check_width(format_text: str) -> None:
-    if re.search(r"\d{6}|\*", format_text):
-        raise _OutOfBoundsError("a format with a width of six digits or more")
+def _check_widths(pattern: re.Pattern[str], format_text: str) -> None:
+    if pattern.search(format_text):
+        raise _OutOfBoundsError("a format with a width of six digits or more, or one that is given")

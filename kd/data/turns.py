@@ -86,6 +86,8 @@ def _read_turn(turn: Any) -> Message:
     if role.strip().casefold() not in ROLES:
         raise BadRow(f"unknown role {role[:40]!r}: known are {', '.join(ROLES)}")
     message: Message = {"role": ROLES[role.strip().casefold()]}
+    if message["role"] == "system" and content is None:  # data.system_prompt replaces it
+        content = ""
     if given.get("function_call"):
         raise BadRow("a message has function_call: write it as tool_calls")
     calls = _plain("tool_calls", given.get("tool_calls") or [])

@@ -87,8 +87,12 @@ FEATURES = """\
   {%- if loop.index0 > 3 %}{% break %}{% endif %}
 {%- endfor %}
 {{ {'a<': ['\u00e9', ns.n * 2 % 7, 2 ** 3]} | tojson(indent=1) }}{{ '%s-%03d' % ('x', 7) }}
-{{ dict(a=1)['a'] }}{{ 'ab' * 2 }}{{ '{:>4}'.format('x') }}
+{{ 'n' ~ 1700000000 }}{{ show({'role': 'x', 'content': '1'}, end=1700000000) }}
+{{ '{} {:d} %'.format(1700000000, 2) }}{{ no | default(1700000000) }}{{ '1234567 %s' % 1234567 }}
+{{ dict(a=1700000000)['a'] }}{{ 'ab' * 2 }}{{ '{:>4}'.format('x') }}
 {{ messages[::-1] | map(attribute='role') | join(',') }}
+{{ ', '.join(messages | map(attribute='role')) }}
+{{ messages | map(attribute='role') | join }}{{ 'abab' | replace('a', 'xx', 1) }}
 {% call(x) twice() %}{{ x ~ '.' }}{% endcall %}{{ eos_token }}{{ thing }}
 {%- filter upper %}up{% endfilter %}{% set block %}text{{ ns.last.content }}{% endset %}{{ block }}
 """
@@ -173,8 +177,14 @@ HUGE = {
     "a filter's width": "{{ '%999999999d' | format(1) }}",
     "a width given": "{{ '%*d' % (999999999, 1) }}",
     "a method's width": "{{ '{:>999999999}'.format(1) }}",
+    "a method's width given": "{{ '{:{w}}'.format(1, w=999999999) }}",
+    "indented": "{{ [1, [2]] | tojson(indent=10**9) }}",
     "padding": "{{ 'a'.ljust(10**10) }}",
     "centred": "{{ 'a' | center(10**10) }}",
+    "replaced": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+    "replaced by a filter": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "joined by a method": "{{ ('a' * 99999).join(['b'] * 99999) }}",
+    "joined by a filter": "{{ range(99999) | map('string') | join('a' * 99999) }}",
     "written": "{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}",
 }
 

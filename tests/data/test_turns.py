@@ -61,6 +61,11 @@ def test_what_belongs_to_a_turn_is_kept_and_nulls_of_parquet_are_not() -> None:
     )
 
 
+def test_a_system_message_may_be_empty() -> None:
+    turns = [{"role": "system", "content": None}, USER]
+    assert read_turns(turns) == ({"role": "system", "content": ""}, USER)
+
+
 def test_parts_of_text_are_joined() -> None:
     parts = [{"type": "text", "text": "1+"}, {"text": "1?"}]
     assert read_turns([{"role": "user", "content": parts}]) == (USER,)
