@@ -46,7 +46,7 @@ def run_template(template: str, variables: Mapping[str, Any], today: str) -> str
         compiled, environment = _compile(template, today)
         environment.start_counting()
         written = []
-        for part in compiled.generate(**variables):
+        for part in compiled.generate(variables):
             written.append(part)
             environment.count_length(len(part))
         return "".join(written)
@@ -124,6 +124,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
                     _check_length(len(some) * times)
         return _checked(super().call_binop(context, operator, left, right))
 
+    # Named as in Jinja, so that a template may give its own functions an argument of any name
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # Methods of texts and lists, and Jinja's own dummy text, take widths and counts; macros and
         # what the template itself made may be given any number.

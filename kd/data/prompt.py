@@ -20,7 +20,7 @@ from kd.recipe import DataSection
 _MARK = r"[<\[]\|?/?[\w:]*(?:think|thought|reason)\w*\|?[>\]]"
 _MARK_AT_END = re.compile(rf"{_MARK}\Z", re.IGNORECASE)
 # With a line break between its markers, as no sentence about them has
-_EMPTY_THOUGHT = re.compile(rf"{_MARK}[ \t]*\n\s*{_MARK.replace('/?', '/')}", re.IGNORECASE)
+_EMPTY_THOUGHT = re.compile(rf"{_MARK}[ \t]*\n\s*{_MARK}", re.IGNORECASE)
 
 
 def render_prompt(
@@ -52,10 +52,9 @@ def open_prompt(
         turns.insert(0, {"role": "system", "content": data.system_prompt})
     prompt = apply_template(tokenizer, turns, data, tools)
     behind = prompt[_end_of_messages(prompt, turns) :]
-    for index, turn in enumerate(turns):
-        if "tool_calls" in turn:
-            without = {key: value for key, value in turn.items() if key != "tool_calls"}
-            others = [*turns[:index], without, *turns[index + 1 :]]
+    for has_text in (True, False):  # beside a text templates may treat calls in another way
+        others = [_without_calls(turn, has_text) for turn in turns]
+        if others != turns:
             _check_printed("tool_calls", prompt, tokenizer, others, data, tools)
     if tools:
         _check_printed("tools", prompt, tokenizer, turns, data, ())
@@ -127,11 +126,17 @@ def _end_of_messages(prompt: str, turns: Sequence[Message]) -> int:
         forms = [text]
         if turn["role"] == "tool":
             forms += [json.dumps(text, ensure_ascii=escape)[1:-1] for escape in (False, True)]
-        form = next((form for form in forms if form in prompt[place:]), None)
-        if form is None:
+        found = next((form for form in forms if prompt.find(form, place) >= 0), None)
+        if found is None:
             raise BadRow(_not_printed(f"the text of role {turn['role']}"))
-        place = prompt.index(form, place) + len(form)
+        place = prompt.index(found, place) + len(found)
     return place
+
+
+def _without_calls(turn: Message, has_text: bool) -> Message:
+    if bool(turn["content"].strip()) != has_text:
+        return turn
+    return {key: value for key, value in turn.items() if key != "tool_calls"}
 
 
 def _check_printed(

@@ -66,6 +66,18 @@ def test_what_a_template_does_not_print_is_a_bad_row(
         render_prompt(with_template(ALL.replace(removed, "")), turns, DATA, tools)
 
 
+@pytest.mark.parametrize("content", ["", "I call."])
+def test_calls_are_looked_for_with_and_without_a_text_beside_them(
+    with_template: Any, content: str
+) -> None:
+    other = "{% if m.tool_calls and " + ("not " if content else "") + "m.content %}"
+    tokenizer = with_template(ALL.replace("{% if m.tool_calls %}", other))
+    turns = [USER, {**CALLS, "content": "" if content else "I call."}, HEARD]
+    assert render_prompt(tokenizer, turns, DATA)
+    with pytest.raises(BadRow, match="does not print tool_calls"):
+        render_prompt(tokenizer, [*turns, USER, {**CALLS, "content": content}, HEARD], DATA)
+
+
 @pytest.mark.parametrize("role", ["user", "assistant", "tool"])
 def test_a_role_that_the_template_leaves_out_is_named(with_template: Any, role: str) -> None:
     tokenizer = with_template(
@@ -157,6 +169,12 @@ def test_the_recipes_variables_reach_the_template(qwen3: PreTrainedTokenizerFast
         render_prompt(qwen3, [USER], off)
     on = DataSection(path="rows.jsonl", template_kwargs={"enable_thinking": True})
     assert render_prompt(qwen3, [USER], on) == render_prompt(qwen3, [USER], DATA)
+
+
+@pytest.mark.parametrize("name", ["args", "context", "environment", "eos_token"])
+def test_a_variable_may_have_any_name(with_template: Any, name: str) -> None:
+    data = DataSection(path="rows.jsonl", template_kwargs={name: "other"})
+    assert "other" in render_prompt(with_template(ALL + "{{ " + name + " }}"), [USER], data)
 
 
 def test_a_template_that_prints_the_date_prints_the_recipes(with_template: Any) -> None:
