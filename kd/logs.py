@@ -11,6 +11,8 @@ import transformers
 def configure_logging(rank: int) -> None:
     """Rank 0's own lines on stderr; every rank's warnings; progress bars of rank 0 only."""
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    if rank:  # every rank reads the same tokenizer and template, and would say the same of them
+        logging.getLogger("kd.data").setLevel(logging.ERROR)
     for name in ("DeepSpeed", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that PyTorch is about to rename.

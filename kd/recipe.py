@@ -11,16 +11,28 @@ the repository, or where there is none in the installed package; run.output_dir 
 current directory.
 """
 
+import datetime
 import difflib
 import functools
+import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from kd.constants import FORMAT_VERSION
 from kd.errors import UserError
@@ -39,6 +51,42 @@ Attention = Literal[
     "auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"
 ]
 SectionName = Literal["prompt", "cot", "answer"]
+# What a chat template gets from a row, from its tokenizer and from data.date.
+_OWN_NAMES_OF_TEMPLATES = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "strftime_now",
+    "raise_exception",
+    *("conversation", "chat_template", "tokenize", "tokenizer_kwargs", "return_dict"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask"),
+    "sanitize_control_tokens",
+}
+
+
+def _iso_date(value: Any) -> Any:
+    """TOML has dates of its own, without quotes."""
+    text = value.isoformat() if isinstance(value, datetime.date) else value
+    if not isinstance(text, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+        raise ValueError("write a date as YYYY-MM-DD")
+    datetime.date.fromisoformat(text)
+    return text
+
+
+def _template_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    for name in values:
+        if name in _OWN_NAMES_OF_TEMPLATES:
+            raise ValueError(f"{name} is not for the recipe to set: leave it out")
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is not the name of a template's variable")
+    json.dumps(values, allow_nan=False)
+    return values
+
+
+IsoDate = Annotated[str, BeforeValidator(_iso_date)]
+TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_template_variables)]
 
 
 @dataclass(frozen=True)
@@ -135,6 +183,14 @@ class DataSection(RecipeSection):
     )
     chat_template: Annotated[str | None, FIXED] = Field(
         None, description="a Jinja file; when absent the teacher's template, else the student's"
+    )
+    template_kwargs: Annotated[TemplateVariables, TOKENS] = Field(
+        {}, description="a table of what the chat template reads beside messages: enable_thinking"
+    )
+    date: Annotated[IsoDate, TOKENS] = Field(
+        "2024-07-26",  # the date that Llama 3's own templates fall back to
+        description="today's, for a chat template that prints it: fixed, so that the tokens are "
+        "the same every day",
     )
     think_open: Annotated[str, TOKENS] = "<think>\n"
     think_close: Annotated[str, TOKENS] = "\n</think>\n\n"
@@ -365,6 +421,20 @@ def facts_of(name: str) -> KeyFacts:
     return known.get(name) or (siblings.pop() if len(siblings) == 1 else FIXED)
 
 
+def default_of(name: str) -> Any:
+    """The value that a recipe file without "section.key" has there, as JSON; None for a key that is
+    required or not known.
+    """
+    section, _, key = name.partition(".")
+    field = (
+        _section_model(section).model_fields.get(key) if section in Recipe.model_fields else None
+    )
+    if field is None or field.is_required():
+        return None
+    default = field.get_default(call_default_factory=True)
+    return list(default) if isinstance(default, tuple) else default
+
+
 def check_format_version(path: Path, content: Mapping[str, Any]) -> None:
     """Raise UserError for a file that a later version wrote; one that states none is version 1."""
     version = content.get("format_version", 1)
@@ -389,7 +459,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     for where, layer in layers:
         _check_keys(where, layer)
         for section, values in layer.items():
-            merged[section] = {**merged.get(section, {}), **values}
+            merged[section] = _merge(merged.get(section, {}), values)
     run = merged.setdefault("run", {})
     run["name"] = run.get("name") or Path(name).stem
     try:
@@ -467,13 +537,23 @@ def _read_resolved(path: Path) -> dict[str, Any]:
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     section, dot, field = key.strip().partition(".")
+    field, _, entry = field.partition(".")  # of a table: data.template_kwargs.enable_thinking
     if not (equals and dot and section and field):
         raise UserError(f"--set {text}: write section.key=value, as in --set training.max_steps=10")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
         parsed = value  # a bare word is a string: --set run.name=trial
-    return {section: {field: parsed}}
+    return {section: {field: {entry: parsed} if entry else parsed}}
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Keys of `above` replace those of `below`; tables are merged key by key."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = {**below[key], **above[key]}
+    return merged
 
 
 def _check_keys(where: str, layer: dict[str, Any]) -> None:

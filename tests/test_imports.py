@@ -26,7 +26,7 @@ ALLOWED = {
     "engine": {"distributed"},
     "models": {"data", "distributed", "engine", "losses"},
     "teachers": {"data", "engine", "losses", "models"},
-    "generation": {"models"},
+    "generation": {"data", "models"},
     "runs": {"distributed", "engine", "models"},
     "demo": {"cli", "runs"},
     "plan": {"data", "distributed", "engine", "losses", "models"},

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 from kd.data.account import ReadReport
 from kd.data.sections import render, tokenise
-from kd.data.sources import SOURCES, BadRow, read_row
+from kd.data.sources import SOURCES, read_row
 from kd.data.trace_rows import TraceRows, parse
+from kd.data.turns import BadRow
 from kd.errors import UserError
 from kd.recipe import DataSection, key_facts
 
-FORMAT_VERSION = 1  # raise it with every change of code that changes the tokens of some row
+FORMAT_VERSION = 2  # raise it with every change of code that changes the tokens of some row
 
 _FEATURES = datasets.Features(
     {
@@ -79,7 +80,7 @@ def _cache_key(rows: TraceRows, data: DataSection, tokenizer: PreTrainedTokenize
             key: value for key, value in backend.items() if key not in ("padding", "truncation")
         },
         "chat_template": tokenizer.chat_template,
-        "special_tokens": [tokenizer.bos_token, tokenizer.eos_token],  # templates may print them
+        "special_tokens": tokenizer.special_tokens_map,  # templates may print them
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from kd.data.sections import render_prompt
-from kd.data.sources import BadRow
+from kd.data.prompt import render_prompt
+from kd.data.turns import BadRow
 from kd.errors import UserError
 from kd.hub import find_file
 from kd.recipe import DataSection

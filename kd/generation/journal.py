@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kd.data.thought import split_thought
 from kd.errors import UserError
 from kd.generation.sampling import Response
-from kd.recipe import DataSection
+from kd.recipe import DataSection, default_of
 
 
 class TraceFile:
@@ -78,10 +79,12 @@ class TraceFile:
         return [json.loads(line) for line in whole.splitlines()]
 
     def _check_settings(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        changed = [key for key in settings if found.get(key) != settings[key]]
+        # What the settings of an earlier version lack was as a recipe without that key has it
+        before = {key: found.get(key, default_of(f"data.{key}")) for key in settings}
+        changed = [key for key in settings if before[key] != settings[key]]
         if changed:
             details = "\n".join(
-                f"  {key}: {found.get(key)!r} before, {settings[key]!r} now" for key in changed
+                f"  {key}: {before[key]!r} before, {settings[key]!r} now" for key in changed
             )
             raise UserError(
                 f"--output {self.output} was begun with other settings:\n{details}\nUse those "
@@ -104,13 +107,10 @@ def split_response(response: Response, data: DataSection, keep: str) -> tuple[st
     A response may begin with the marker that opens the thought or, when the chat template wrote it,
     behind it. keep: "ended" drops an answer that max_new_tokens cut off, "closed" keeps it.
     """
-    opening, closing = data.think_open.strip(), data.think_close.strip()
-    if closing not in response.text:
-        return "unclosed"
-    reasoning, _, answer = response.text.partition(closing)
-    reasoning, answer = reasoning.strip().removeprefix(opening).strip(), answer.strip()
-    if closing in answer or (opening and opening in reasoning + answer):
-        return "reopened"
+    parts = split_thought(response.text, data.think_open.strip(), data.think_close.strip())
+    if isinstance(parts, str):
+        return "unclosed" if parts == "unclosed" else "reopened"
+    reasoning, answer = (part.strip() for part in parts)
     answer = (
         answer.removeprefix(data.answer_open.strip())
         .removesuffix(data.answer_close.strip())

@@ -13,6 +13,7 @@ INTERRUPTED        in its place when a signal stopped the run
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kd.engine.checkpoint import remove_partial, step_folders
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.files import write_json
-from kd.recipe import Recipe, check_format_version, facts_of
+from kd.recipe import Recipe, check_format_version, default_of, facts_of
 from kd.runs.environment import environment
 from kd.runs.lock import hold
 from kd.runs.records import read_metrics
@@ -88,17 +89,24 @@ def check_same_run(recipe: Recipe) -> None:
         )
 
 
-def record_data(folder: Path, report: str, fingerprint: str) -> None:
+def record_data(folder: Path, report: str, fingerprints: Mapping[int, str]) -> None:
     """Write data.json, or check that a run that is continued has the data that it began with. Rank
     0 calls it.
+
+    fingerprints: by format_version of data.json, the oldest of which states none.
     """
     path = folder / "data.json"
-    if _has_begun(folder) and path.exists() and _read(path)["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{folder} began with other data: its rows or their tokens have changed since. Restore "
-            f"them, or --set run.name=NAME\nthere:\n{_read(path)['report']}\nhere:\n{report}"
-        )
-    write_json(path, {"fingerprint": fingerprint, "report": report})
+    if _has_begun(folder) and path.exists():
+        found = _read(path)
+        if found["fingerprint"] != fingerprints[found.get("format_version", 1)]:
+            raise UserError(
+                f"{folder} began with other data: its rows or their tokens have changed since. "
+                f"Restore them, or --set run.name=NAME\nthere:\n{found['report']}\nhere:\n{report}"
+            )
+    version = max(fingerprints)
+    write_json(
+        path, {"format_version": version, "fingerprint": fingerprints[version], "report": report}
+    )
 
 
 def _has_begun(folder: Path) -> bool:
@@ -130,6 +138,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
         before, after = old.get(section) or {}, new[section] or {}
         for key in sorted(before.keys() | after.keys()):
             name = f"{section}.{key}"
-            if before.get(key) != after.get(key) and not facts_of(name).may_change:
-                found.append((name, before.get(key), after.get(key)))
+            was = before.get(key, default_of(name))  # a file from before there was that key
+            if was != after.get(key) and not facts_of(name).may_change:
+                found.append((name, was, after.get(key)))
     return sorted(found, key=lambda difference: difference[0])

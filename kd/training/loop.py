@@ -2,7 +2,6 @@
 loop, kd.training.step one step of it.
 """
 
-import hashlib
 import logging
 import time
 from datetime import timedelta
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from kd.constants import FORMAT_VERSION
 from kd.data.collate import Batch
 from kd.data.dataset import Data, Examples, load_data
+from kd.data.fingerprints import data_fingerprints
 from kd.data.loader import Loader, validation_batches
 from kd.data.tokenizers import load_tokenizers
 from kd.distributed.agreement import check_same_everywhere
@@ -86,8 +86,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
 
         tokenizer, data = _load_data(recipe, layout)
         on_rank_zero(lambda: check_data_ids(data, tokenizer, num_embedded))
-        fingerprint = data_fingerprint(data)
-        on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), fingerprint))
+        on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), data_fingerprints(data)))
         loader = Loader(
             data.train,
             recipe.training.global_batch_size,
@@ -277,15 +276,6 @@ def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerFast,
         data = load_data(recipe, tokenizer)
     log.info("%s", data.report)
     return tokenizer, data
-
-
-def data_fingerprint(data: Data) -> str:
-    """SHA-256 of which rows are trained and validated on, and of the length of their sections."""
-    digest = hashlib.sha256()
-    for examples in (data.train, data.validation):
-        if examples is not None:
-            digest.update(examples.row_N.tobytes() + examples.num_tokens_N3.tobytes())
-    return digest.hexdigest()
 
 
 def _check_loss_backend(recipe: Recipe, device: torch.device) -> None:

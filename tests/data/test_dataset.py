@@ -96,7 +96,13 @@ def test_rows_are_tokenised_once_for_all_truncations_losses_and_seeds(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"system_prompt": "Think."}, {"think_open": "<think>"}, {"think_close": "</think>"}],
+    [
+        {"system_prompt": "Think."},
+        {"think_open": "<think>"},
+        {"think_close": "</think>"},
+        {"template_kwargs": {"enable_thinking": True}},
+        {"date": "2025-01-01"},
+    ],
     ids=str,
 )
 def test_what_changes_a_token_is_tokenised_anew(
@@ -301,6 +307,41 @@ def test_parquet_rows_serve_as_json_lines_do(
     )
     assert rows_of(lines) == rows_of(parquet)
     assert all(np.array_equal(lines[i].input_ids, parquet[i].input_ids) for i in range(20))
+
+
+def test_conversations_give_the_same_tokens_from_parquet_which_fills_them_with_nulls(
+    recipe: MakeRecipe, qwen3: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    function = {"name": "calc", "arguments": '{"x": 1}'}
+    tool = {"type": "function", "function": {"name": "calc", "description": "adds"}}
+    said = {"role": "gpt", "content": "<think>\nSo.\n</think>\n\n3"}
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [
+                {"role": "User", "content": "Use it: 1+2?"},
+                {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]},
+                {"role": "observation", "content": "3", "name": "calc"},
+                {"role": "assistant", "content": "3", "reasoning_content": "So."},
+            ],
+            "tools": [tool],
+        },
+        {"messages": [{"role": "human", "content": "1+2?"}, said]},
+        {"messages": [{"role": "critic", "content": "1+2?"}, said]},
+    ]
+    write_jsonl(tmp_path / "talk.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "talk.parquet")
+    found = []
+    for name in ("talk.jsonl", "talk.parquet"):
+        data = load_data(recipe(data={"path": str(tmp_path / name)}), qwen3)
+        (reason,) = data.report.files[0].read.bad_rows
+        assert reason.startswith("unknown role 'critic'")
+        assert sorted(rows_of(data.train)) == [0, 1]
+        found.append({data.train[i].row: data.train[i].input_ids.tolist() for i in range(2)})
+    assert found[0] == found[1]
+    whole = qwen3.decode(found[0][0])
+    assert '"description": "adds"' in whole
+    assert '<tool_call>\n{"name": "calc", "arguments": {"x": 1}}\n</tool_call>' in whole
+    assert whole.endswith("<think>\nSo.\n</think>\n\n3<|im_end|>")
 
 
 def test_long_rows_are_dropped_before_the_split(

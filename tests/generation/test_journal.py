@@ -92,6 +92,13 @@ def test_other_settings_are_an_error_that_names_the_change(begun: Path) -> None:
         TraceFile(begun, {**SETTINGS, "seed": 1})
 
 
+def test_settings_from_before_a_key_was_there_had_its_default(begun: Path) -> None:
+    later = {**SETTINGS, "template_kwargs": {}, "date": "2024-07-26"}
+    assert TraceFile(begun, later).num_batches == 3
+    with pytest.raises(UserError, match="date: '2024-07-26' before, '2025-01-01' now"):
+        TraceFile(begun, {**later, "date": "2025-01-01"})
+
+
 def test_a_run_that_finished_no_batch_leaves_nothing_to_agree_with(tmp_path: Path) -> None:
     TraceFile(tmp_path / "traces.jsonl", SETTINGS)
     other = TraceFile(tmp_path / "traces.jsonl", {**SETTINGS, "seed": 1})
