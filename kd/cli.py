@@ -74,7 +74,7 @@ def run(main: Callable[[], None]) -> None:
     except Interrupted:
         _leave(EXIT_INTERRUPTED)
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = _rank()
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends this rank
             time.sleep(WAIT_SECONDS)
@@ -82,7 +82,7 @@ def run(main: Callable[[], None]) -> None:
         _leave(EXIT_USER_ERROR, f"error{where}: {error}\n")
     except LostPeer as error:
         time.sleep(WAIT_SECONDS)
-        _leave(1, f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {error}\n")
+        _leave(1, f"rank {_rank()} on {socket.gethostname()}: {error}\n")
     except Exception:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
@@ -91,6 +91,12 @@ def run(main: Callable[[], None]) -> None:
             f"rank {os.environ['RANK']} on {socket.gethostname()} "
             f"failed:\n{traceback.format_exc()}",
         )
+
+
+def _rank() -> int:
+    """Also before find_ranks(), under srun. 0 where none is said."""
+    text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(text) if text.isdecimal() else 0
 
 
 def _leave(status: int, message: str = "") -> NoReturn:

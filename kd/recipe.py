@@ -127,6 +127,9 @@ class RunSection(RecipeSection):
     watchdog_minutes: Annotated[float, Field(gt=0.0), PLACE] = Field(
         30.0, description="without a step for so long, every rank prints its stack and the run ends"
     )
+    rendezvous_timeout_minutes: Annotated[float, Field(gt=0.0), PLACE] = Field(
+        20.0, description="how long ranks that have started wait for those that have not"
+    )
     collective_timeout_minutes: Annotated[float, Field(gt=0.0), PLACE] = Field(
         120.0,
         description="longer than any rank waits for another, also while one tokenises or reads a "

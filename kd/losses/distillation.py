@@ -5,7 +5,6 @@ Shapes: ... any leading shape, N supervised rows, H hidden size (the student's a
 differ), V rows of a head (likewise), or the shared vocabulary once the heads are sliced to it.
 """
 
-import functools
 import importlib.util
 import logging
 import os
@@ -214,7 +213,8 @@ def distillation_loss(
                 has_teacher=has_teacher,
                 chunk_size=chunk_size,
             )
-            _log_plan(name, plan, inputs.vocab_size, inputs.logits_dtype)
+            num_rows = inputs.labels_N.numel()
+            _log_plan(name, plan, num_rows, inputs.vocab_size, inputs.logits_dtype)
             result, diagnostics = chunked_loss(
                 inputs, plan, row_function, with_diagnostics=return_diagnostics
             )
@@ -252,15 +252,27 @@ def _row_function(backend: str, device: torch.device) -> tuple[str, RowFunction]
     return name, triton_rows
 
 
-@functools.cache
-def _log_plan(backend: str, plan: ChunkPlan, vocab_size: int, logits_dtype: torch.dtype) -> None:
-    """Say once per plan what the loss will hold."""
+_LOGGED: set[tuple[object, ...]] = set()
+
+
+def _log_plan(
+    backend: str, plan: ChunkPlan, num_rows: int, vocab_size: int, logits_dtype: torch.dtype
+) -> None:
+    """Say once per plan what the loss will hold. num_rows: of the first call."""
+    key = (backend, plan, vocab_size, logits_dtype)
+    if key in _LOGGED:
+        return
+    _LOGGED.add(key)
+    dtype = str(logits_dtype).removeprefix("torch.")
     size_gib = sum(plan) * vocab_size * logits_dtype.itemsize / 2**30
+    if num_rows <= min(rows for rows in plan if rows):
+        log.info("loss: backend %s, logits in %s, of all rows at once", backend, dtype)
+        return
     log.info(
         "loss: backend %s, logits in %s, chunks of %d student and %d teacher rows of %d tokens (at "
         "most %.2f GiB)",
         backend,
-        str(logits_dtype).removeprefix("torch."),
+        dtype,
         plan.student_rows,
         plan.teacher_rows,
         vocab_size,

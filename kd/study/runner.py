@@ -49,8 +49,9 @@ def check_study(study: Study) -> None:
 class Runner:
     """Runs the cells of a study in turn on this machine, or on a hostfile's hosts."""
 
-    def __init__(self, study: Study, hostfile: Path | None = None) -> None:
-        self.study, self.hostfile = study, hostfile
+    def __init__(self, study: Study, hostfile: Path | None = None, restarts: int = 0) -> None:
+        """restarts: of each cell on the hosts, as launch/hosts.sh has it."""
+        self.study, self.hostfile, self.restarts = study, hostfile, restarts
         self.outcomes: dict[Point, Outcome] = {}
         self._child: subprocess.Popen[bytes] | None = None
         self._num_told = 0
@@ -128,9 +129,8 @@ class Runner:
     def _train_command(self, cell: Cell) -> tuple[list[str], dict[str, str]]:
         recipe = ["--recipe", str(recipe_file(self.study, cell))]
         if self.hostfile is not None:
-            return ["bash", str(ROOT / "launch" / "hosts.sh"), str(self.hostfile), *recipe], dict(
-                os.environ
-            )
+            script = ["bash", str(ROOT / "launch" / "hosts.sh"), "--restarts", str(self.restarts)]
+            return [*script, str(self.hostfile), *recipe], dict(os.environ)
         command, environment = local_launch(cell.recipe, ROOT / "launch" / "train.py")
         return [*command, *recipe, "--resume", "auto"], environment
 

@@ -36,6 +36,7 @@ def build_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher | None:
     """
     if recipe.teacher is None:
         return None
+    log.info("loading the teacher, %s", recipe.teacher.model)
     ds_config = teacher_ds_config(recipe)
     reference = _reference_of(recipe.teacher, ds_config, role="teacher")
     model = load_partitioned(recipe.teacher, ds_config, role="teacher")
@@ -56,6 +57,7 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
     Collective: every rank must call this.
     """
     section = recipe.student
+    log.info("loading the student, %s", section.model)
     if section.init == "random":
         model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
         reference = reference_of(model, role="student")

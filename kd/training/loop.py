@@ -49,6 +49,7 @@ from kd.models.student import Student
 from kd.recipe import Recipe
 from kd.runs.environment import facts_of_rank
 from kd.runs.folder import INTERRUPTED, SUCCESS, open_run, record_data
+from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_student, build_teacher
 from kd.training.decisions import Progress, run_steps
@@ -71,10 +72,11 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
     """
     find_ranks()
     with watching([]):
-        timeout_minutes = recipe.run.collective_timeout_minutes
-        check_same_everywhere(facts_of_rank(recipe), timedelta(minutes=timeout_minutes))
-        layout = init_distributed(timeout_minutes)
+        meeting = timedelta(minutes=recipe.run.rendezvous_timeout_minutes)
+        check_same_everywhere(facts_of_rank(recipe), meeting)
+        layout = init_distributed(recipe.run.collective_timeout_minutes)
         peers = gather_peers()
+        interruption.arm()
     with watching(peers):
         configure_logging(layout.rank)
         ds_config = student_ds_config(recipe, layout.data_parallel_size, layout.device.type)
@@ -82,8 +84,10 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         _check_loss_backend(recipe, layout.device)
         num_embedded = on_rank_zero(lambda: check_models(recipe))
         on_rank_zero(lambda: open_run(recipe, resume))
+        check_shared(f"run.output_dir = {recipe.run.output_dir!r}", recipe.run_dir, layout)
         checkpoint = _choose_checkpoint(recipe.run_dir, resume)
 
+        log.info("reading the data, and tokenising what is not in %s", recipe.data.cache_dir)
         tokenizer, data = _load_data(recipe, layout)
         on_rank_zero(lambda: check_data_ids(data, tokenizer, num_embedded))
         on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), data_fingerprints(data)))
@@ -184,7 +188,7 @@ class TrainingRun:
         return result
 
     def validate(self) -> Validation | None:
-        """None without a validation set."""
+        """None without a validation set, and when the run was interrupted meanwhile."""
         if self.validation is None:
             return None
         batches = validation_batches(
@@ -193,7 +197,7 @@ class TrainingRun:
             self.layout,
             self.tokenizer.pad_token_id,
         )
-        return validate(self.student, self.teacher, batches, self.layout)
+        return validate(self.student, self.teacher, batches, self.layout, self.is_interrupted)
 
     def record(self, validation: Validation | None) -> None:
         """Rank 0 writes the line of the step just taken, and sends it to the monitors."""
