@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from kd.distributed.device import device_type
 from kd.distributed.process_group import gather_objects, on_rank_zero
@@ -54,7 +54,8 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
             partial.mkdir(parents=True)
         dist.barrier()
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-        save_file(_random_state(), partial / f"rng_rank{rank}.safetensors")
+        # Not save_file(), which keeps the file to its owner
+        (partial / f"rng_rank{rank}.safetensors").write_bytes(save(_random_state()))
         dist.barrier()
         # One listing: ranks may see a shared folder differently
         names = on_rank_zero(lambda: _files(partial))
