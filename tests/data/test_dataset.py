@@ -135,7 +135,7 @@ def test_a_file_whose_tokens_are_in_the_cache_is_hashed_and_not_read(
     made = recipe(data={"path": str(tmp_path / name)})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(good_rows(20)), tmp_path / "rows.parquet")
     expected = rows_of(load_data(made, tiny).train)
-    monkeypatch.setattr(kd.data.trace_rows, "_read_file", refuse)
+    monkeypatch.setattr(kd.data.trace_rows.TraceRows, "read", refuse)
     assert rows_of(load_data(made, tiny).train) == expected
     with (tmp_path / name).open("ab") as file:
         file.write(b"\n")
@@ -223,7 +223,7 @@ def test_a_bad_row_is_an_error_if_the_recipe_says_so(
     for _ in range(2):
         with pytest.raises(UserError) as caught:
             load_data(recipe(data={"on_bad_row": "error"}), tiny)
-        assert "row 4 (counted from 1): empty reasoning" in str(caught.value)
+        assert "rows.jsonl: line 4: empty reasoning" in str(caught.value)
         assert "prompt, reasoning, answer" in str(caught.value)
 
 
@@ -235,9 +235,8 @@ def test_a_row_without_a_column_is_an_error_with_number_and_columns(
     write_jsonl(tmp_path / "rows.jsonl", [*good_rows(6), {"prompt": "1?", "solution": "1"}])
     with pytest.raises(UserError) as caught:
         load_data(recipe(data={"num_proc": num_proc}), tiny)
-    assert (
-        "row 7 (counted from 1): no column 'reasoning'; the row has prompt, solution; needed"
-        in str(caught.value)
+    assert "rows.jsonl: line 7: no column 'reasoning'; the row has prompt, solution; needed" in str(
+        caught.value
     )
 
 
@@ -256,7 +255,7 @@ def test_lines_may_differ_in_type_and_hold_line_separators(
         ("absent.jsonl", None, "no such file"),
         ("rows.csv", "prompt,answer", "name a .jsonl or a .parquet file"),
         ("empty.jsonl", "\n", "the file is empty"),
-        ("bad.jsonl", '{"prompt": 1', "row 1 (counted from 1): not valid JSON"),
+        ("bad.jsonl", '{"prompt": 1', "bad.jsonl: line 1: not valid JSON"),
         ("list.jsonl", "[1, 2]", "a JSON object is needed"),
         ("bad.parquet", "PAR?", "not a .parquet file"),
         ("folder.jsonl", "FOLDER", "name a .jsonl or a .parquet file"),
