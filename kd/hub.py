@@ -57,12 +57,14 @@ def find_data_files(field: str, value: str) -> tuple[Path, ...]:
     Raises UserError naming `field` when there is none, when one is of no kind that is read, and
     when they are of several kinds: a copy in another form would be read twice.
     """
-    path = find_input(value) if value.strip() and "\0" not in value else None
+    if not value.strip() or "\0" in value:
+        raise UserError(f"{field} = {value!r}: no name of a file: {_NAME_DATA}")
+    path = find_input(value)
     if path is not None and path.is_file():
         found = [path]
     elif path is not None:
         found = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
-    elif glob.has_magic(value) and "\0" not in value:
+    elif glob.has_magic(value):
         found = _matches(value)
     else:
         resolve(field, value)

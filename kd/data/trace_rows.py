@@ -178,7 +178,7 @@ def _check_names(path: Path, schema: pyarrow.Schema) -> None:
         fields = [level.field(i) for i in range(_num_fields(level))]
         names = [field.name for field in fields]
         twice = sorted({name for name in names if names.count(name) > 1})
-        if twice and not pyarrow.types.is_union(level):
+        if twice:
             raise UserError(
                 f"{path}: the column {prefix + twice[0]!r} is there {names.count(twice[0])} times: "
                 "rename all but one, or leave them out"

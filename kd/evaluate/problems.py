@@ -1,4 +1,4 @@
-"""Problems from a local JSONL file, .gz and .zst among them, checked row by row before any model is loaded."""
+"""Problems from a local JSONL file (.gz and .zst too), checked before any model is loaded."""
 
 import itertools
 import json
