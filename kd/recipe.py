@@ -142,6 +142,9 @@ class DataSection(RecipeSection):
     )
     num_validation: Annotated[int, Field(ge=0), FIXED] = 0
     split_seed: Annotated[int, FIXED] = 42
+    exclude_validation_prompts: Annotated[bool, FIXED] = Field(
+        False, description="leave training rows out whose prompt is also that of a validation row"
+    )
     system_prompt: Annotated[str | None, TOKENS] = Field(
         None, description="replaces the rows' own system message; none is sent when absent"
     )

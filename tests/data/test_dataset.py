@@ -367,6 +367,47 @@ def test_a_validation_file_leaves_all_rows_for_training(
     assert (len(limited.train), rows_of(limited.validation)) == (20, [0, 1])
 
 
+def test_prompts_of_validation_in_training_are_counted_and_left_out_if_the_recipe_says_so(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [{**row, "reasoning": f"{i}"} for i in range(3) for row in good_rows(5)]
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, *good_rows(20)[5:]])
+    wanted = {"num_validation": 6}
+    data = load_data(recipe(data=wanted), tiny)
+    assert data.validation is not None
+    held_out = {row % 5 if row < 15 else row for row in rows_of(data.validation)}
+    shared = [row for row in rows_of(data.train) if row < 15 and row % 5 in held_out]
+    assert data.report.num_shared_prompts == len(shared) > 0
+    assert f"warning: {len(shared)} training rows have a prompt that is also in" in str(data.report)
+    without = load_data(recipe(data=wanted | {"exclude_validation_prompts": True}), tiny)
+    assert without.validation is not None
+    assert rows_of(without.validation) == rows_of(data.validation)
+    assert rows_of(without.train) == [row for row in rows_of(data.train) if row not in shared]
+    assert (without.report.num_shared_prompts, without.report.num_excluded) == (0, len(shared))
+    assert "warning" not in str(without.report)
+
+
+def test_prompts_of_a_validation_file_are_looked_for_in_training(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    held_out = [{"prompt": "x?", "reasoning": "x", "answer": "1"}, good_rows(3)[2]]
+    path = str(write_jsonl(tmp_path / "held_out.jsonl", held_out))
+    assert load_data(recipe(data={"validation_path": path}), tiny).report.num_shared_prompts == 1
+    wanted = {"validation_path": path, "exclude_validation_prompts": True}
+    assert sorted(rows_of(load_data(recipe(data=wanted), tiny).train)) == [0, 1, *range(3, 20)]
+    with pytest.raises(UserError, match="19 are left .* and 1 with a prompt of validation"):
+        load_data(recipe(data=wanted | {"num_train": 20}), tiny)
+
+
+def test_only_training_rows_that_are_taken_count_as_shared(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", good_rows(1) * 10)
+    data = load_data(recipe(data={"num_validation": 2, "num_train": 3}), tiny)
+    assert data.report.num_shared_prompts == 3
+    assert load_data(recipe(), tiny).report.num_shared_prompts == 0
+
+
 def test_the_random_mask_is_for_training_alone(
     recipe: MakeRecipe, tiny: PreTrainedTokenizerFast
 ) -> None:

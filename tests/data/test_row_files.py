@@ -135,9 +135,10 @@ def test_what_holds_no_rows_or_several_kinds_is_refused_before_anything_is_read(
     folder.mkdir()
     for name in files:
         (folder / name).write_bytes(b"")
+    models = {role: {"model": str(folder)} for role in ("student", "teacher")}
+    made = recipe(data={"path": str(folder / value)}, **models)
     with pytest.raises(UserError, match=problem) as caught:
-        models = {role: {"model": str(folder)} for role in ("student", "teacher")}
-        check_recipe(recipe(data={"path": str(folder / value)}, **models))
+        check_recipe(made)
     assert str(caught.value).startswith("data.path = ")
 
 
