@@ -3,7 +3,9 @@
 import gzip
 import json
 import random
+import sys
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,30 @@ def test_a_damaged_file_is_one_error_that_names_it(tmp_path: Path, name: str) ->
     with pytest.raises(UserError) as caught:
         read(tmp_path / name)
     assert str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_file_that_was_cut_between_two_rows_is_not_taken_for_a_shorter_one(
+    tmp_path: Path, suffix: str
+) -> None:
+    if suffix == "gz":
+        packer: Any = zlib.compressobj(wbits=31)
+        cut = packer.compress(lines(ROWS)) + packer.flush(zlib.Z_FULL_FLUSH)
+    else:
+        packer = zstandard.ZstdCompressor().compressobj()
+        cut = packer.compress(lines(ROWS)) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    (tmp_path / f"cut.jsonl.{suffix}").write_bytes(cut)
+    with pytest.raises(UserError, match=rf"cut\.jsonl\.{suffix}: damaged or incomplete"):
+        read(tmp_path / f"cut.jsonl.{suffix}")
+
+
+def test_without_zstandard_the_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: .* pip install zstandard"):
+        read(tmp_path / "a.jsonl.zst")
 
 
 def test_parquet_that_is_damaged_in_its_middle_is_one_error(tmp_path: Path) -> None:
