@@ -180,8 +180,12 @@ def test_the_loser_of_a_race_reads_what_the_winner_wrote(
 
 @pytest.mark.process
 def test_two_processes_tokenise_as_one_does(
-    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+    recipe: MakeRecipe,
+    tiny: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(kd.data.tokenised, "_CHUNK_ROWS", 2)  # more chunks than may be pending
     one = load_data(recipe(), tiny).train
     two = load_data(recipe(data={"num_proc": 2, "cache_dir": str(tmp_path / "cache2")}), tiny).train
     assert rows_of(one) == rows_of(two)
@@ -225,6 +229,19 @@ def test_a_bad_row_is_an_error_if_the_recipe_says_so(
             load_data(recipe(data={"on_bad_row": "error"}), tiny)
         assert "rows.jsonl: line 4: empty reasoning" in str(caught.value)
         assert "prompt, reasoning, answer" in str(caught.value)
+
+
+@pytest.mark.process
+def test_a_process_that_is_ended_from_outside_is_one_error_and_leaves_no_cache(
+    recipe: MakeRecipe,
+    tiny: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kd.data.tokenised, "_tokenise_row", lambda *_: os._exit(1))
+    with pytest.raises(UserError, match="ended from outside.*data.num_proc = 2"):
+        load_data(recipe(data={"num_proc": 2}), tiny)
+    assert os.listdir(tmp_path / "cache") == []
 
 
 @pytest.mark.process
