@@ -88,6 +88,19 @@ def _template_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
 IsoDate = Annotated[str, BeforeValidator(_iso_date)]
 TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_template_variables)]
 
+SourceName = Literal[
+    "local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"
+]
+# What each source reads of a row, by the name that data.columns gives a column to.
+SOURCE_FIELDS: dict[SourceName, tuple[str, ...]] = {
+    "local": ("prompt", "reasoning", "answer", "messages", "conversations", "tools"),
+    "bespoke_stratos": ("conversations", "tools"),
+    "openthoughts": ("conversations", "tools"),
+    "sky_t1": ("conversations", "tools"),
+    "synthetic_1": ("task_type", "prompt", "llm_response"),
+    "nemotron_math": ("input", "output"),
+}
+
 
 @dataclass(frozen=True)
 class KeyFacts:
@@ -161,16 +174,16 @@ class StudentSection(ModelSection):
 
 
 class DataSection(RecipeSection):
-    source: Annotated[
-        Literal[
-            "local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"
-        ],
-        TOKENS,
-    ] = "local"
+    source: Annotated[SourceName, TOKENS] = "local"
     path: Annotated[str | None, FIXED] = Field(
-        None, description="local JSONL or Parquet file, or a hub id; each hub source has its own"
+        None,
+        description="local files of rows (one, a folder, or a glob of JSONL, Parquet or compressed "
+        "JSONL), or a hub id; each hub source has its own",
     )
     revision: Annotated[str | None, FIXED] = None
+    columns: Annotated[dict[str, str], TOKENS] = Field(
+        {}, description='what the source reads under another name: prompt = "problem"'
+    )
     validation_path: Annotated[str | None, FIXED] = Field(
         None,
         description="local file, its first num_validation rows when set; otherwise rows of path "
@@ -181,6 +194,9 @@ class DataSection(RecipeSection):
     )
     num_validation: Annotated[int, Field(ge=0), FIXED] = 0
     split_seed: Annotated[int, FIXED] = 42
+    exclude_validation_prompts: Annotated[bool, FIXED] = Field(
+        False, description="leave training rows out whose prompt is also that of a validation row"
+    )
     system_prompt: Annotated[str | None, TOKENS] = Field(
         None, description="replaces the rows' own system message; none is sent when absent"
     )
@@ -222,6 +238,12 @@ class DataSection(RecipeSection):
     def _local_needs_path(self) -> "DataSection":
         if self.source == "local" and self.path is None:
             raise ValueError('source = "local" needs data.path: a .jsonl or .parquet file')
+        known = SOURCE_FIELDS[self.source]
+        for name in self.columns.keys() - set(known):
+            raise ValueError(
+                f"columns.{name}: source {self.source!r} reads no such field; it reads "
+                f"{', '.join(known)}"
+            )
         if len(set(self.loss_sections)) != len(self.loss_sections):
             raise ValueError(f"loss_sections = {list(self.loss_sections)} names a section twice")
         return self
@@ -506,7 +528,8 @@ def is_hub_id(value: str) -> bool:
     return (
         not value.startswith((".", "/", "~"))
         and value.count("/") <= 1
-        and not value.endswith((".jsonl", ".parquet"))
+        and not value.endswith((".jsonl", ".json", ".parquet", ".gz", ".zst"))
+        and not set(value) & set("*?[")
     )
 
 

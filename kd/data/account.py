@@ -54,9 +54,19 @@ class DataReport:
     files: tuple[FileReport, ...]
     train: SplitReport
     validation: SplitReport | None
+    num_shared_prompts: int = 0  # training rows whose prompt is also that of a validation row
+    num_excluded: int = 0  # such rows that data.exclude_validation_prompts left out
 
     def __str__(self) -> str:
-        splits = [f"train: {self.train}"] + (
-            [f"validation: {self.validation}"] if self.validation else []
-        )
-        return "\n".join([*map(str, self.files), *splits])
+        lines = [*map(str, self.files), f"train: {self.train}"]
+        if self.validation:
+            lines.append(f"validation: {self.validation}")
+        if self.num_excluded:
+            lines.append(f"left out of training: {self.num_excluded} with a prompt of validation")
+        if self.num_shared_prompts:
+            lines.append(
+                f"warning: {self.num_shared_prompts} training rows have a prompt that is also in "
+                "validation, whose loss will be too low: data.exclude_validation_prompts = true "
+                "leaves them out"
+            )
+        return "\n".join(lines)

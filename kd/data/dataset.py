@@ -97,8 +97,9 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
 
     Rows are shuffled with data.split_seed; the first num_validation are for validation, and the
     next num_train for training. With data.validation_path, validation is that file, or its first
-    num_validation rows if that is set. random_mask_fraction is for training alone. Raises UserError
-    for whatever leaves nothing to train on.
+    num_validation rows if that is set. Training rows whose prompt is also in validation are
+    counted, and left out with data.exclude_validation_prompts. random_mask_fraction is for training
+    alone. Raises UserError for whatever leaves nothing to train on.
     """
     data = recipe.data
     usable, file = _read(
@@ -115,18 +116,26 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
         )
         held_out = held_out.select(np.arange(len(held_out))[: data.num_validation or None])
         files.append(file)
+    is_shared_N = np.isin(_prompt_hashes(usable)[order], _prompt_hashes(held_out))
+    num_excluded = 0
+    if data.exclude_validation_prompts:
+        num_excluded = int(is_shared_N.sum())
+        order, is_shared_N = order[~is_shared_N], is_shared_N[~is_shared_N]
     if len(order) < (data.num_train or 1):
         raise UserError(
             f"data.num_train = {data.num_train or 'all'}: of {len(usable)} usable rows, "
-            f"{len(order)} are left beside data.num_validation = {data.num_validation}: set a "
+            f"{len(order)} are left beside data.num_validation = {data.num_validation}"
+            f"{f' and {num_excluded} with a prompt of validation' if num_excluded else ''}: set a "
             f"lower one, or add rows\n{files[0]}"
         )
+    num_shared = int(is_shared_N[: data.num_train].sum())
     train, train_report = _with_labels("training", usable.select(order[: data.num_train]))
     if not len(held_out):
         return Data(train, None, DataReport(tuple(files), train_report, None))
     unmasked = recipe.with_values({"data.random_mask_fraction": 0.0})
     validation, validation_report = _with_labels("validation", replace(held_out, recipe=unmasked))
-    return Data(train, validation, DataReport(tuple(files), train_report, validation_report))
+    report = DataReport(tuple(files), train_report, validation_report, num_shared, num_excluded)
+    return Data(train, validation, report)
 
 
 def _read(
@@ -148,6 +157,12 @@ def _read(
         raise UserError(f"{field} = {name!r}: no row can be used\n{report}")
     tokens = table.with_format("numpy", columns=["input_ids"])
     return Examples(recipe, tokens, usable, num_tokens_N3[usable]), report
+
+
+def _prompt_hashes(examples: Examples) -> IntArray:
+    hashes = examples.table.with_format("numpy", columns=["prompt_hash"])["prompt_hash"][:]
+    found: IntArray = np.asarray(hashes, dtype=np.int64)[examples.row_N]
+    return found
 
 
 def _with_labels(name: str, examples: Examples) -> tuple[Examples, SplitReport]:

@@ -48,7 +48,7 @@ def read_row(source: Source, row: Row) -> Trace | None:
     except KeyError as missing:
         raise UserError(
             f"no column {missing}; the row has {', '.join(row)}; needed: "
-            f"{'; '.join(source.columns)}"
+            f"{'; '.join(source.columns)}. Say in [data.columns] which columns have other names"
         ) from None
 
 

@@ -3,7 +3,7 @@ submission ask.
 """
 
 from kd.engine.ds_config import read_ds_config
-from kd.hub import find_file, find_model, resolve
+from kd.hub import find_data_files, find_file, find_model, resolve
 from kd.recipe import Recipe
 
 
@@ -12,8 +12,12 @@ def check_recipe(recipe: Recipe) -> None:
     cannot be what it is.
     """
     for field, value in inputs(recipe).items():
-        find = find_file if field in ("data.chat_template", "evaluation.path") else resolve
-        find(field, value)
+        if field in ("data.path", "data.validation_path"):
+            find_data_files(field, value)
+        elif field in ("data.chat_template", "evaluation.path"):
+            find_file(field, value)
+        else:
+            resolve(field, value)
     for role in ("student", "teacher") if recipe.teacher else ("student",):
         read_ds_config(recipe, role)
     models = {"student.model": recipe.student, "teacher.model": recipe.teacher}
