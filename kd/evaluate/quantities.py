@@ -26,7 +26,7 @@ _NUMBER = re.compile(
     r")"
 )
 _E_NOTATION = re.compile(
-    r"(?<![A-Za-z0-9.\\}])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![\d.A-Za-z^])", re.ASCII
+    r"(?<![A-Za-z0-9.])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\.?\d|[A-Za-z^])", re.ASCII
 )
 _UNIT_NAMES = {
     "m": "m metre metres meter meters",
@@ -48,6 +48,7 @@ _UNIT_SYMBOLS = (
     "ns Pa kPa MPa mol rad sr lb lbs oz mph mL ml dB erg ergs ly yr yrs amu kN"
 )
 _SYMBOLS = {*_SAME_UNIT, *_UNIT_SYMBOLS.split()}
+_PAIRS = {"J s", "N m", "W h", "A s", "V s", "C m"}
 _SCALES = {
     "hundred": 100,
     "thousand": 10**3,
@@ -183,7 +184,12 @@ def _unit(rest: str, spaced: bool) -> str | None:
         return None
     if had_text:
         return " ".join(tokens)
+    if "\\circ" in rest and tokens in (["C"], ["F"]):
+        return tokens[0]
     if not spaced and not (tokens[0] in _SYMBOLS and len(tokens[0]) > 1):
         return None
+    letters = [token for token in tokens if len(token) == 1]
+    if len(letters) > 1 and not re.search(r"[/^]", rest) and " ".join(letters) not in _PAIRS:
+        return None  # `3 m g` is a product
     is_unit = all(token in _SYMBOLS or len(token) >= 3 for token in tokens)
     return " ".join(tokens) if is_unit else None

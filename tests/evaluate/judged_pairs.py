@@ -59,6 +59,8 @@ EQUAL = {
         ("\u22125", "-5"),
     ],
     "intervals": [
+        (r"-3\le x\le 3", "[-3,3]"),
+        (r"[2,5) \cup \{7\}", r"[2,5)\cup\{7\}"),
         (r"2 \le x < 5", "[2,5)"),
         (r"5 > x \ge 2", "[2,5)"),
         (r"2 \leq x < 5", r"x \in [2,5)"),
@@ -91,6 +93,9 @@ EQUAL = {
         (r"\mathrm{(E)}", r"\text{E}"),
     ],
     "units": [
+        (r"20^\circ C", "20"),
+        (r"1.055e-34 \text{ J s}", "1.055e-34"),
+        ("6.626e-34 J s", "6.626e-34"),
         ("5 m", "5"),
         (r"5\,\text{m}", "5"),
         (r"12\text{ cm}", "12"),
@@ -148,6 +153,8 @@ EQUAL = {
         ("6!", "720"),
     ],
     "expressions": [
+        (r"\begin{pmatrix}1e3\\2\end{pmatrix}", r"\begin{pmatrix}1000\\2\end{pmatrix}"),
+        ("2:4", "1:2"),
         (r"2\pi\times10^{-7}", "6.283185307e-7"),
         ("x = 5", "5"),
         ("5", "x=5"),
@@ -190,6 +197,7 @@ EQUAL = {
         (r"\sqrt{2}, -\sqrt{2}", r"-\sqrt{2},\sqrt{2}"),
     ],
     "words": [
+        (r"\text{Alice and Bob}", "Bob and Alice"),
         (r"\text{Yes}", "yes"),
         ("Yes.", "Yes"),
         (r"\text{Evelyn}", "Evelyn"),
@@ -198,6 +206,8 @@ EQUAL = {
         (r"\text{even}", "even"),
     ],
     "sentences": [
+        ("The speed is 3e8.", "3e8"),
+        ("I think (A) is wrong. The answer is (C)", "C"),
         ("The answer is 5, since 2+3=5.", "5"),
         ("The answer is no, because 5 is odd.", "No"),
         ("Let me think. It is 2.75e11 kg.", "275000000000"),
@@ -249,6 +259,7 @@ DIFFERENT = {
         ("1,2", "12"),
     ],
     "intervals": [
+        (r"[2,5) \cup \{8\}", r"[2,5)\cup\{7\}"),
         (r"(10^{-34}, 1)", r"(6.6\times10^{-34},1)"),
         (r"2 < x < 5", "[2,5)"),
         (r"2 \le x \le 5", "[2,5)"),
@@ -264,6 +275,8 @@ DIFFERENT = {
         (r"5 < x < 2", "[2,5)"),
     ],
     "choices": [
+        ("(B), (C)", "B"),
+        ("I think (A) is wrong, so the answer is (C)", "A"),
         ("The answer is (C).", "B"),
         (r"\text{(A)}", "B"),
         ("C", r"\text{(B)}"),
@@ -273,6 +286,7 @@ DIFFERENT = {
         ("The answer is not clear.", "B"),
     ],
     "units": [
+        ("3 m g", "3"),
         ("3n", "3"),
         ("5x", "5"),
         ("5 x", "5"),
@@ -297,6 +311,8 @@ DIFFERENT = {
         ("5", r"50\%"),
     ],
     "numbers": [
+        ("1:3:2", "1:2:3"),
+        ("6:15", "12:30"),
         ("2 1/2", "21/2"),
         ("101_2", "101_3"),
         ("3:4", "3:2"),
@@ -329,6 +345,8 @@ DIFFERENT = {
         (r"\frac{\pi}{3}", r"\frac{\pi}{4}"),
     ],
     "lists": [
+        ("A: 5, B: 7", "A: 5, B: 6"),
+        (r"\text{A} \cup \text{C}", r"\text{A} \cup \text{B}"),
         ("(2,1)", "(1,2)"),
         (r"\{1,2,3\}", r"\{1,2\}"),
         ("1", "1,2"),
@@ -351,6 +369,7 @@ DIFFERENT = {
         ("silent", "listen"),
     ],
     "sentences": [
+        ("the mass is 1e-34 kg", "6e-34"),
         ("The answer is 0.4.", r"\frac{1}{2}"),
         ("The answer is 24e.", "3e8"),
         ("It is 18.", "17"),

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import pytest
 from judged_pairs import DIFFERENT, EQUAL
 
-from kd.evaluate.answers import equal_answers, tidy
+from kd.evaluate.answers import equal_answers
 from kd.evaluate.boxes import last_boxed
 from kd.evaluate.judge import MathJudge
+from kd.evaluate.notation import tidy
 from kd.evaluate.quantities import read_quantity, without_e_notation
 
 
