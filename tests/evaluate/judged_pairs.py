@@ -5,6 +5,7 @@ An answer is the content of a box, unless it holds a box or a sentence.
 
 EQUAL = {
     "powers of ten": [
+        ("1.2676506002e30", "1267650600228229401496703205376"),
         (r"1.6\times10^{-19}\,C", "1.6e-19"),
         (r"\sim 10^{33}", "1e33"),
         (r"10^{33}\ \text{erg}\,\text{s}^{-1}", "1e33"),
@@ -226,6 +227,7 @@ EQUAL = {
 
 DIFFERENT = {
     "powers of ten": [
+        ("1.2677e30", "1267650600228229401496703205376"),
         (r"\frac{\sqrt{2}}{10^{20}}", r"\frac{\sqrt{3}}{10^{20}}"),
         ("24e", "3e8"),
         ("1e-34", "6.6e-34"),
