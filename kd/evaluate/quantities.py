@@ -45,7 +45,7 @@ _UNIT_NAMES = {
 _SAME_UNIT = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
 _UNIT_SYMBOLS = (
     "C K J N W V A L T Hz kHz MHz GHz eV keV MeV GeV kJ mJ kW MW mV kV mA pc kpc Mpc AU nm pm ms "
-    "ns Pa kPa MPa mol rad sr lb lbs oz mph mL ml dB erg ergs ly yr yrs amu kN"
+    "ns Pa kPa MPa mol rad sr lb lbs oz mph mL ml dB erg ergs ly yr yrs amu kN mg"
 )
 _SYMBOLS = {*_SAME_UNIT, *_UNIT_SYMBOLS.split()}
 _PAIRS = {"J s", "N m", "W h", "A s", "V s", "C m"}
@@ -186,7 +186,7 @@ def _unit(rest: str, spaced: bool) -> str | None:
         return " ".join(tokens)
     if "\\circ" in rest and tokens in (["C"], ["F"]):
         return tokens[0]
-    if not spaced and not (tokens[0] in _SYMBOLS and len(tokens[0]) > 1):
+    if not (spaced or (tokens[0] in _SYMBOLS and (len(tokens[0]) > 1 or "/" in rest))):
         return None
     letters = [token for token in tokens if len(token) == 1]
     if len(letters) > 1 and not re.search(r"[/^]", rest) and " ".join(letters) not in _PAIRS:
