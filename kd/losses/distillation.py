@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kd.constants import IGNORE_INDEX
-from kd.losses.checks import check_choice, check_size
+from kd.losses.checks import check_choice, check_size, check_tensors
 from kd.losses.chunk_plan import ChunkPlan, plan_chunks
 from kd.losses.chunked import chunked_loss
 from kd.losses.divergences import Divergence, Objective
@@ -168,10 +168,23 @@ def distillation_loss(
             diagnostics are None without a teacher, or with kd_weight=0.
 
     Raises:
-        ValueError: an argument out of range or of the wrong shape, dtype or device; a backend that
-            is not available; on the CPU a label outside the shared vocabulary, elsewhere an
-            asynchronous assertion.
+        ValueError: an argument out of range or of the wrong shape, dtype, layout or device; a
+            backend that is not available; on the CPU a label outside the shared vocabulary, an
+            index in row_index that is no label's or stands there twice, a token weight that is
+            negative or not finite. Elsewhere these are asynchronous assertions.
+        TypeError: an argument of another type, such as an array of NumPy or a bool for a number.
     """
+    check_tensors(
+        student_hidden=student_hidden,
+        student_head=student_head,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+        labels=labels,
+        token_weights=token_weights,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        row_index=row_index,
+    )
     check_choice("backend", backend, BACKENDS)
     check_choice("reduction", reduction, ("sum", "mean"))
     check_size("chunk_size", chunk_size)
