@@ -96,7 +96,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         torch.manual_seed(recipe.run.seed + layout.rank)  # for dropout; a checkpoint restores it
         progress = Progress()
         if checkpoint:
-            progress = Progress(**load_checkpoint(student.engine, checkpoint))
+            progress = load_checkpoint(student.engine, checkpoint, Progress)
 
         run = TrainingRun(
             recipe,
@@ -245,9 +245,9 @@ class TrainingRun:
         best = self.checkpoints / f"step_{progress.best_step}"
         damage = None
         if progress.best_step not in (None, progress.step):
-            damage = damage_of(best)
+            damage = damage_of(best, Progress)
             if damage is None:
-                load_checkpoint(self.student.engine, best)
+                load_checkpoint(self.student.engine, best, Progress)
         if damage is None:
             self.student.export(self.tokenizer, exports / "best")
         elif self.layout.rank == 0:
@@ -294,7 +294,7 @@ def _check_loss_backend(recipe: Recipe, device: torch.device) -> None:
 def _choose_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
-    path = choose_checkpoint(folder / "checkpoints", resume)
+    path = choose_checkpoint(folder / "checkpoints", resume, Progress)
     if path is None:
         log.info("--resume auto: %s has no whole checkpoint, starting fresh", folder)
     else:
