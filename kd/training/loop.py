@@ -38,7 +38,8 @@ from kd.engine.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from kd.engine.ds_config import check_hpz, student_ds_config
+from kd.engine.ds_config import check_hpz, student_ds_config, teacher_ds_config
+from kd.engine.engine import check_ds_config
 from kd.errors import Interrupted, UserError
 from kd.files import write_json
 from kd.logs import configure_logging
@@ -76,6 +77,9 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
     with watching(peers):
         configure_logging(layout.rank)
         ds_config = student_ds_config(recipe, layout.data_parallel_size, layout.device.type)
+        check_ds_config(ds_config, recipe.deepspeed.student)
+        if recipe.teacher:
+            check_ds_config(teacher_ds_config(recipe), recipe.deepspeed.teacher)
         check_hpz(recipe, ds_config, layout.nodes)
         _check_loss_backend(recipe, layout.device)
         on_rank_zero(lambda: open_run(recipe, resume))
