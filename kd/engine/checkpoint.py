@@ -178,8 +178,8 @@ def load_checkpoint(engine: Engine, path: Path, state_type: type[State]) -> Stat
     """
     manifest = on_rank_zero(lambda: read_manifest(path, state_type))
     check_pickles(path)
-    random_state = _read_random_state(path / f"rng_rank{dist.get_rank()}.safetensors")
     written_by, world_size = manifest.world_size, dist.get_world_size()
+    random_state = _read_random_state(path, required=written_by == world_size)
     if written_by == world_size:
         _load_engine(engine, path)
     else:
@@ -302,21 +302,22 @@ def _random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _read_random_state(path: Path) -> dict[str, torch.Tensor] | None:
-    """What _random_state() returned on this rank, or None where another number of ranks saved.
+def _read_random_state(path: Path, *, required: bool) -> dict[str, torch.Tensor] | None:
+    """What _random_state() returned on this rank, or None where it saved none and none is required.
     Raises UserError on every rank when one of them finds something else.
     """
+    file = path / f"rng_rank{dist.get_rank()}.safetensors"
     state, problem = None, None
     try:
-        if path.exists():
-            state = load_file(path)
+        if required or file.exists():
+            state = load_file(file)
             for device, tensor in state.items():
                 torch.Generator(device).set_state(tensor)
             torch.Generator().set_state(state["cpu"])
     except (OSError, SafetensorError, RuntimeError, TypeError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         problem = (
-            f"{path}: holds no random state ({reason}): remove this checkpoint and resume from an "
+            f"{file}: holds no random state ({reason}): remove this checkpoint and resume from an "
             "earlier one"
         )
     if found := [text for text in gather_objects(problem) if text]:

@@ -89,7 +89,9 @@ def go_back(student: Student, folder: Path, layout: Layout) -> dict[str, bool]:
     save_checkpoint(engine, folder, 2, {"note": "two steps"})
     losses = steps(range(2, 5))
     changed = _state(engine)
-    state = load_checkpoint(engine, choose_checkpoint(folder, "auto", dict), dict)
+    path = choose_checkpoint(folder, "auto", dict)
+    assert path == folder / "step_2"
+    state = load_checkpoint(engine, path, dict)
     restored = _state(engine)
     return {
         "training changed the weights": not _equal(saved, changed),
@@ -125,12 +127,15 @@ def refuse(student: Student, folder: Path, was_run: Path) -> dict[str, list[str]
     def random_state(path: Path) -> None:
         (path / "rng_rank1.safetensors").write_bytes(b"garbage")
 
+    def no_random_state(path: Path) -> None:
+        (path / "rng_rank1.safetensors").unlink()
+
     def negative_step(path: Path) -> None:
         manifest = json.loads((path / MANIFEST).read_text())
         (path / MANIFEST).write_text(json.dumps(manifest | {"step": -4}))
 
     found = {}
-    for damage in (foreign, random_state, negative_step):
+    for damage in (foreign, random_state, no_random_state, negative_step):
         save_checkpoint(student.engine, folder, 4, {"note": "four steps"})
         if dist.get_rank() == 0:
             damage(folder / "step_4")
@@ -138,6 +143,7 @@ def refuse(student: Student, folder: Path, was_run: Path) -> dict[str, list[str]
                 match(folder / "step_4")
         dist.barrier()
         path = choose_checkpoint(folder, "auto", dict)
+        assert path is not None
         try:
             said = f"{load_checkpoint(student.engine, path, dict)} of {path.name}"
         except UserError as error:

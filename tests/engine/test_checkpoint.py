@@ -57,8 +57,9 @@ def test_a_foreign_pickle_is_refused_by_name_and_not_run_though_its_manifest_mat
 
 
 @pytest.mark.dist
-def test_a_random_state_that_is_none_is_one_error_on_every_rank(results):
-    first, second = results["refused"]["random_state"]
+@pytest.mark.parametrize("case", ["random_state", "no_random_state"])
+def test_a_random_state_that_is_none_is_one_error_on_every_rank(results, case):
+    first, second = results["refused"][case]
     assert first == second
     assert "step_4/rng_rank1.safetensors: holds no random state" in first
 
