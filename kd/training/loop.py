@@ -38,7 +38,8 @@ from kd.engine.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from kd.engine.ds_config import check_hpz, student_ds_config
+from kd.engine.ds_config import check_hpz, student_ds_config, teacher_ds_config
+from kd.engine.engine import check_ds_config
 from kd.engine.export import set_generation_config
 from kd.errors import Interrupted, UserError
 from kd.files import write_json
@@ -80,6 +81,9 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
     with watching(peers):
         configure_logging(layout.rank)
         ds_config = student_ds_config(recipe, layout.data_parallel_size, layout.device.type)
+        check_ds_config(ds_config, recipe.deepspeed.student)
+        if recipe.teacher:
+            check_ds_config(teacher_ds_config(recipe), recipe.deepspeed.teacher)
         check_hpz(recipe, ds_config, layout.nodes)
         _check_loss_backend(recipe, layout.device)
         num_embedded = on_rank_zero(lambda: check_models(recipe))
@@ -104,7 +108,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         torch.manual_seed(recipe.run.seed + layout.rank)  # for dropout; a checkpoint restores it
         progress = Progress()
         if checkpoint:
-            progress = Progress(**load_checkpoint(student.engine, checkpoint))
+            progress = load_checkpoint(student.engine, checkpoint, Progress)
 
         run = TrainingRun(
             recipe,
@@ -253,9 +257,9 @@ class TrainingRun:
         best = self.checkpoints / f"step_{progress.best_step}"
         damage = None
         if progress.best_step not in (None, progress.step):
-            damage = damage_of(best)
+            damage = damage_of(best, Progress)
             if damage is None:
-                load_checkpoint(self.student.engine, best)
+                load_checkpoint(self.student.engine, best, Progress)
         if damage is None:
             self.student.export(self.tokenizer, exports / "best")
         elif self.layout.rank == 0:
@@ -293,7 +297,7 @@ def _check_loss_backend(recipe: Recipe, device: torch.device) -> None:
 def _choose_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
-    path = choose_checkpoint(folder / "checkpoints", resume)
+    path = choose_checkpoint(folder / "checkpoints", resume, Progress)
     if path is None:
         log.info("--resume auto: %s has no whole checkpoint, starting fresh", folder)
     else:
