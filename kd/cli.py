@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from kd.constants import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from kd.constants import EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_USER_ERROR
 from kd.errors import Interrupted, LostPeer, UserError
 
 WAIT_SECONDS = 3
@@ -67,10 +67,12 @@ def run(main: Callable[[], None]) -> None:
     Most UserErrors are the same on every rank, and rank 0 speaks for all: it exits at once, upon
     which the launcher ends the others. A rank that is still alive after three seconds met an error
     of its own, and speaks for itself. So does one that lost a peer: by then the peer has told the
-    first cause.
+    first cause. Whoever reads the output may stop, as head does: that is not an error.
     """
     try:
         main()
+        if problem := _problem_of_output():
+            _leave_without_output(problem, is_done=True)
     except Interrupted:
         _leave(EXIT_INTERRUPTED)
     except UserError as error:
@@ -83,7 +85,9 @@ def run(main: Callable[[], None]) -> None:
     except LostPeer as error:
         time.sleep(WAIT_SECONDS)
         _leave(1, f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {error}\n")
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and (problem := _problem_of_output()):
+            _leave_without_output(problem, is_done=False)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         _leave(
@@ -93,11 +97,28 @@ def run(main: Callable[[], None]) -> None:
         )
 
 
+def _problem_of_output() -> OSError | None:
+    """Why what was printed cannot be written, as when its reader has gone or a disk is full."""
+    try:
+        if sys.stdout is not None:  # a process may be started without one
+            sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _leave_without_output(problem: OSError, *, is_done: bool) -> NoReturn:
+    if not isinstance(problem, BrokenPipeError):
+        _leave(1, f"error: the output cannot be written: {problem.strerror}\n")
+    _leave(0 if is_done else EXIT_NO_READER)
+
+
 def _leave(status: int, message: str = "") -> NoReturn:
     """Not sys.exit: other ranks may be waiting in a collective, and destructors would join them."""
     with contextlib.suppress(OSError):  # whoever read it may have gone, and ssh with it
-        if message:
+        if message and sys.stderr is not None:
             sys.stderr.write(f"\n{message}\n")  # one write: lines of several ranks do not mix
-        sys.stderr.flush()
-        sys.stdout.flush()
+        for stream in (sys.stderr, sys.stdout):
+            if stream is not None:
+                stream.flush()
     os._exit(status)

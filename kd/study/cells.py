@@ -6,7 +6,7 @@ crossed.
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from kd.files import write_json
 from kd.recipe import Recipe, SectionName, TruncationSection, load_recipe
 
 AXES = ("keep_fraction", "sections", "window")
+MAX_SEEDS = 1000
 WINDOWS = get_args(TruncationSection.model_fields["window"].annotation)
 
 
@@ -75,8 +76,8 @@ def parse_axes(
     keep: str | None, sections: str | None, windows: str | None, num_seeds: int, cross: bool
 ) -> Axes:
     """Axes from text, as "0.5,1.0", "cot,prompt+cot", "head,tail". Raises UserError."""
-    if num_seeds < 1:
-        raise UserError(f"--seeds {num_seeds}: at least 1 is needed")
+    if not 1 <= num_seeds <= MAX_SEEDS:
+        raise UserError(f"--seeds {num_seeds}: write a number from 1 to {MAX_SEEDS}")
     return Axes(
         parse_fractions(keep),
         tuple(_names(text) for text in _split("--sections", sections)),
@@ -111,6 +112,7 @@ def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None 
             f"{base.truncation.keep_fraction:g} nothing is cut, and all windows are one: --set "
             "truncation.keep_fraction=0.5, or --cross with --keep"
         )
+    _check_names(points)
     cells = tuple(Cell(point, _recipe_at(base, point, folder)) for point in points)
     return Study(base.run.name, folder, cells)
 
@@ -167,6 +169,19 @@ def _recipe_at(base: Recipe, point: Point, folder: Path) -> Recipe:
             "run.output_dir": str(folder),
         }
     )
+
+
+def _check_names(points: Iterable[Point]) -> None:
+    """A cell is a folder: two that are named alike would be one."""
+    named: dict[str, Point] = {}
+    for point in points:
+        other = named.setdefault(point.name, point)
+        if other is not point:
+            raise UserError(
+                f"--keep {other.keep_fraction!r},{point.keep_fraction!r}: both are "
+                f"{point.keep_fraction:g} in the name of a cell: choose values that differ in six "
+                "digits"
+            )
 
 
 def _split(flag: str, text: str | None) -> list[str]:

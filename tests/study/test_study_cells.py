@@ -90,7 +90,8 @@ def test_text_of_the_command_line_becomes_axes():
         ),
         ((None, "cot+cot", None, 1, False), "--sections cot\\+cot: join any of"),
         ((None, None, "left", 1, False), "--windows left: choose from head, middle, tail"),
-        ((None, None, None, 0, False), "--seeds 0: at least 1 is needed"),
+        ((None, None, None, 0, False), "--seeds 0: write a number from 1 to 1000"),
+        ((None, None, None, 10**9, False), "--seeds 1000000000: write a number from 1 to 1000"),
     ],
 )
 def test_values_that_are_none_are_refused(arguments: tuple, message: str):
