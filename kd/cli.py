@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -86,7 +87,9 @@ def run(main: Callable[[], None]) -> None:
         time.sleep(WAIT_SECONDS)
         _leave(1, f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {error}\n")
     except Exception as error:
-        if isinstance(error, OSError) and (problem := _problem_of_output()):
+        # Whether of the output or of another file or socket, one more line tells.
+        is_of_output = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC)
+        if is_of_output and (problem := _problem_of_output(last_words="\n")):
             _leave_without_output(problem, is_done=False)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
@@ -97,10 +100,11 @@ def run(main: Callable[[], None]) -> None:
         )
 
 
-def _problem_of_output() -> OSError | None:
+def _problem_of_output(last_words: str = "") -> OSError | None:
     """Why what was printed cannot be written, as when its reader has gone or a disk is full."""
     try:
         if sys.stdout is not None:  # a process may be started without one
+            sys.stdout.write(last_words)
             sys.stdout.flush()
     except OSError as error:
         return error
