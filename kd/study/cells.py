@@ -5,7 +5,7 @@ crossed.
 """
 
 import itertools
-import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any, Literal, get_args
 from kd.errors import UserError
 from kd.files import write_json
 from kd.recipe import Recipe, SectionName, TruncationSection, load_recipe
+from kd.runs.records import StudyRecord, read_record
 
 AXES = ("keep_fraction", "sections", "window")
 MAX_SEEDS = 1000
+REMEDY = "restore it, or remove it: cells that are trained and scored stay as they are"
 WINDOWS = get_args(TruncationSection.model_fields["window"].annotation)
 
 
@@ -120,8 +122,8 @@ def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None 
 def write_study(study: Study, outcomes: Mapping[Point, Outcome] = MappingProxyType({})) -> None:
     """study.json, and each cell's recipe; cells of an earlier start stay."""
     path = study.folder / "study.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
-    rows = {row["name"]: row for row in earlier}
+    earlier = read_record(path, StudyRecord, REMEDY).cells if os.path.lexists(path) else []
+    rows = {row.name: row.as_read() for row in earlier}
     for cell in study.cells:
         name, outcome = cell.point.name, outcomes.get(cell.point)
         if outcome or name not in rows:
