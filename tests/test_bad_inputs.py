@@ -262,3 +262,49 @@ def test_any_bytes_in_a_run_that_is_continued_are_one_message(tmp_path, content)
     (recipe.run_dir / "recipe.json").write_bytes(content)
     with pytest.raises(UserError, match=r"recipe\.json"):
         check_same_run(recipe)
+
+
+# What other parts of the project refuse: the JSON of an engine, and rows of data.
+ENGINES = {
+    "not UTF-8": b'{"zero_optimization": "\xff"}',
+    "deep": DEEP.encode(),
+    "digits": f'{{"zero_optimization": {{"stage": {DIGITS}}}}}'.encode(),
+    "a list": b"[]",
+    "unknown key": b'{"zero_optimization": {"stage": 3}, "zero_optimisation": {}}',
+    "duplicate key": b'{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 3}}',
+    "offload a string": b'{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}',
+    "stage 3.0": b'{"zero_optimization": {"stage": 3.0}}',
+    "bf16 a string": b'{"zero_optimization": {"stage": 3}, "bf16": {"enabled": "true"}}',
+    "NaN": b'{"zero_optimization": {"stage": 3, "reduce_bucket_size": NaN}}',
+    "negative bucket": b'{"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}}',
+    "hpz true": b'{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": true}}',
+    "amp": b'{"zero_optimization": {"stage": 3}, "amp": {"enabled": true}}',
+    "elasticity": b'{"zero_optimization": {"stage": 3}, "elasticity": {"enabled": true}}',
+}
+ROWS = {
+    "rows not UTF-8": b'{"messages": "\xff"}\n',
+    "rows deep": f'{{"messages": {DEEP}\n'.encode(),
+    "rows digits": f'{{"messages": {DIGITS}}}\n'.encode(),
+    "rows garbage": b"garbage\n",
+    "a number": b"5\n",
+    "empty": b"",
+    "other columns": b'{"a": 1}\n',
+}
+PENDING = {*ENGINES, "rows deep", "rows digits"} - {"a list"}
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name not in PENDING])
+def test_a_bad_json_of_an_engine_is_one_message(tmp_path, name):
+    path = tmp_path / "engine.json"
+    path.write_bytes(ENGINES[name])
+    arguments = ["--recipe", RECIPE, "--check", "--set", f"deepspeed.student={path}"]
+    refused(call("train", *arguments), "engine.json", tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in PENDING])
+def test_bad_rows_are_one_message(tmp_path, name):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(ROWS[name])
+    changes = {"data.path": path, "data.cache_dir": tmp_path / "cache", "run.output_dir": tmp_path}
+    overrides = [f"--set={key}={value}" for key, value in changes.items()]
+    refused(call("audit", "--recipe", "tiny_trunc50", *overrides), "rows.jsonl", tmp_path)
