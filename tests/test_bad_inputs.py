@@ -123,6 +123,14 @@ def test_a_bad_override_is_one_message_that_names_it(tmp_path, override):
     refused(call("train", "--recipe", RECIPE, "--check", "--set", override), part, tmp_path)
 
 
+@pytest.mark.parametrize("label", ["", "..", "-rf", "x" * 300])
+def test_a_label_that_is_no_plain_name_is_refused(label):
+    check_labels = script("evaluate").check_labels
+    with pytest.raises(UserError, match="--label = .*give --model m a --label"):
+        check_labels(["m"], [label])
+    assert check_labels(["runs/a/export/best"], []) == ["export-best"]
+
+
 class Damage(NamedTuple):
     """To a file of a run, and what the reason must name."""
 
