@@ -6,6 +6,7 @@ Files are written whole or not at all: aside, synced to the disk, then renamed.
 import errno
 import json
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -59,9 +60,9 @@ def read_toml(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         # tomllib points at the end of the offending line, but does not quote it: "duplicate key"
         # needs the key.
-        lineno = getattr(error, "lineno", None) or int(
-            str(error).rpartition("line ")[2].split(",")[0] or 0
-        )
+        # At the end of the document there is no line in the message.
+        place = re.search(r"at line (\d+)", str(error))
+        lineno = int(place[1]) if place else len(text.splitlines())
         line = text.splitlines()[lineno - 1].strip() if 0 < lineno <= len(text.splitlines()) else ""
         duplicate = "Cannot overwrite" in str(error) or "Cannot declare" in str(error)
         problem = "duplicate key" if duplicate else "not valid TOML"

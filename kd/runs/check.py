@@ -2,7 +2,10 @@
 submission ask.
 """
 
+import os
+
 from kd.engine.ds_config import read_ds_config
+from kd.errors import UserError
 from kd.hub import find_data_files, find_file, find_model, resolve
 from kd.recipe import Recipe
 
@@ -11,6 +14,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Raises UserError naming the field and its value when a model, a file or a DeepSpeed JSON
     cannot be what it is.
     """
+    _check_run_dir(recipe)
     for field, value in inputs(recipe).items():
         if field in ("data.path", "data.validation_path"):
             find_data_files(field, value)
@@ -38,3 +42,18 @@ def inputs(recipe: Recipe) -> dict[str, str]:
         "evaluation.path": recipe.evaluation.path,
     }
     return {field: value for field, value in found.items() if value is not None}
+
+
+def _check_run_dir(recipe: Recipe) -> None:
+    """Whether the run's folder is there or can be made."""
+    for path in (recipe.run_dir, *recipe.run_dir.parents):
+        if os.path.lexists(path):
+            problem = None if path.is_dir() else "is not a folder"
+            if problem is None and not os.access(path, os.W_OK | os.X_OK):
+                problem = "cannot be written to"
+            if problem:
+                raise UserError(
+                    f"run.output_dir = {recipe.run.output_dir!r}: {path} {problem}: name another "
+                    "folder"
+                )
+            return

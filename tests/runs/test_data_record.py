@@ -19,7 +19,9 @@ def begun(tmp_path: Path) -> Path:
 
 
 def test_other_tokens_are_refused_although_the_lengths_are_the_same(begun: Path) -> None:
-    record_data(begun, "report", TODAY)
+    (begun / "data.json").write_text(
+        json.dumps({"format_version": 2, "fingerprint": "tokens", "report": "report"})
+    )
     record_data(begun, "report", TODAY)
     with pytest.raises(UserError, match="began with other data"):
         record_data(begun, "report", {1: "lengths", 2: "others"})
