@@ -251,7 +251,7 @@ class DataSection(RecipeSection):
         "the same every day",
     )
     think_open: Annotated[str, TOKENS] = "<think>\n"
-    think_close: Annotated[str, TOKENS] = "\n</think>\n\n"
+    think_close: Annotated[Token, TOKENS] = "\n</think>\n\n"
     answer_open: Annotated[str, TOKENS] = Field(
         "", description="between think_close and the answer, where the teacher learned one"
     )
