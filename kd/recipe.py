@@ -212,6 +212,47 @@ class StudentSection(ModelSection):
     gradient_checkpointing: Annotated[bool, FIXED] = True
 
 
+class SourceTable(RecipeSection):
+    """One of [[data.sources]]: the keys of [data] that may differ from source to source, and how
+    much of it is taken.
+    """
+
+    path: PathText | None = Field(None, description="as data.path")
+    source: SourceName = Field("local", description="as data.source")
+    revision: Filled | None = None
+    columns: dict[str, str] = Field({}, description="as data.columns")
+    weight: Magnitude | None = Field(
+        None,
+        description="share of the mixture, relative to the others' weights: as many rows are drawn "
+        "as keep to the shares without drawing one twice",
+    )
+    num_rows: Positive | None = Field(
+        None, description="rows drawn of those that can be used; all without it and a weight"
+    )
+
+    @model_validator(mode="after")
+    def _is_one_source(self) -> "SourceTable":
+        _check_source(self.source, self.path, self.columns)
+        if self.weight is not None and self.num_rows is not None:
+            raise ValueError("weight and num_rows say the same: write one of them")
+        return self
+
+    @property
+    def name(self) -> str:
+        """As reports name it."""
+        return self.path or self.source
+
+
+def _check_source(source: SourceName, path: str | None, columns: dict[str, str]) -> None:
+    if source == "local" and path is None:
+        raise ValueError('source = "local" needs a path: files of rows, or a hub id')
+    known = SOURCE_FIELDS[source]
+    for name in columns.keys() - set(known):
+        raise ValueError(
+            f"columns.{name}: source {source!r} reads no such field; it reads {', '.join(known)}"
+        )
+
+
 class DataSection(RecipeSection):
     source: Annotated[SourceName, TOKENS] = "local"
     path: Annotated[PathText | None, FIXED] = Field(
@@ -222,6 +263,11 @@ class DataSection(RecipeSection):
     revision: Annotated[Filled | None, FIXED] = None
     columns: Annotated[dict[str, str], TOKENS] = Field(
         {}, description='what the source reads under another name: prompt = "problem"'
+    )
+    sources: Annotated[tuple[SourceTable, ...], FIXED] = Field(
+        (),
+        description="several, in the place of path, source, revision and columns: tables "
+        "[[data.sources]] of these keys, each with a weight or num_rows, or all of its rows",
     )
     validation_path: Annotated[PathText | None, FIXED] = Field(
         None,
@@ -273,16 +319,31 @@ class DataSection(RecipeSection):
     num_proc: Annotated[NumProcesses, PLACE] = 1
     cache_dir: Annotated[PathText, PLACE] = "build/tokenized"
 
+    @property
+    def tables(self) -> tuple[SourceTable, ...]:
+        """The sources: those of [[data.sources]], or the one of [data] itself."""
+        own = SourceTable.model_construct(
+            path=self.path, source=self.source, revision=self.revision, columns=self.columns
+        )
+        return self.sources or (own,)
+
     @model_validator(mode="after")
-    def _local_needs_path(self) -> "DataSection":
-        if self.source == "local" and self.path is None:
-            raise ValueError('source = "local" needs data.path: a .jsonl or .parquet file')
-        known = SOURCE_FIELDS[self.source]
-        for name in self.columns.keys() - set(known):
+    def _names_its_rows(self) -> "DataSection":
+        if not self.sources:
+            _check_source(self.source, self.path, self.columns)
+        elif self.path is not None or self.source != "local" or self.revision or self.columns:
             raise ValueError(
-                f"columns.{name}: source {self.source!r} reads no such field; it reads "
-                f"{', '.join(known)}"
+                "[[data.sources]] stands in the place of data.path, source, revision and columns: "
+                "write them into the tables"
             )
+        weighted = [table for table in self.sources if table.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            raise ValueError(
+                "a weight is a share of all: give every one of [[data.sources]] its own"
+            )
+        names = [table.name for table in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"[[data.sources]] names {max(names, key=names.count)!r} twice")
         if len(set(self.loss_sections)) != len(self.loss_sections):
             raise ValueError(f"loss_sections = {list(self.loss_sections)} names a section twice")
         return self

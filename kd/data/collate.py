@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kd.constants import IGNORE_INDEX
 from kd.data.dataset import Example
-from kd.data.regions import regions_of
+from kd.data.regions import NUM_REGIONS, regions_of
 
 
 class Place(NamedTuple):
@@ -45,6 +45,7 @@ class Batch:
     row_index: Tensor  # (num_supervised_tokens,)
     region_index: Tensor  # (num_supervised_tokens,)
     places: tuple[Place, ...]
+    num_sources: int = 1  # of data.sources; region_index is source * NUM_REGIONS + region
 
     @property
     def input_ids(self) -> Tensor:
@@ -72,7 +73,7 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+def collate(examples: Sequence[Example], pad_token_id: int, num_sources: int = 1) -> Batch:
     """Pad examples to the longest.
 
     No examples give a batch of padding without a supervised position, so that a rank with nothing
@@ -88,11 +89,13 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         input_ids[i, :length] = torch.from_numpy(example.input_ids)
         labels[i, : length - 1] = torch.from_numpy(example.labels[1:])
         predicted = 1 + np.flatnonzero(example.labels[1:] != IGNORE_INDEX)
-        regions.append(regions_of(example.read_start + predicted, example.num_tokens_3))
+        region_index = regions_of(example.read_start + predicted, example.num_tokens_3)
+        regions.append(example.source * NUM_REGIONS + region_index)
     return Batch(
         model_inputs={"input_ids": input_ids},
         labels=labels,
         row_index=(labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
         region_index=torch.from_numpy(np.concatenate(regions)),
         places=tuple(Place(e.row, e.read_start, len(e.input_ids)) for e in examples),
+        num_sources=num_sources,
     )

@@ -89,7 +89,7 @@ class Loader:
         """What this rank runs in one optimizer step."""
         plan = self.plan_step(step, layout.data_parallel_size)
         return [
-            collate([self.examples[i] for i in micro], self.pad_token_id)
+            collate([self.examples[i] for i in micro], self.pad_token_id, self.examples.num_sources)
             for micro in plan.micro_batches[layout.data_parallel_rank]
         ]
 
@@ -104,7 +104,7 @@ def validation_batches(
     first = layout.data_parallel_rank * micro_batch_size
     for start in range(first, -(-len(examples) // stride) * stride, stride):
         stop = min(start + micro_batch_size, len(examples))
-        yield collate([examples[i] for i in range(start, stop)], pad_token_id)
+        yield collate([examples[i] for i in range(start, stop)], pad_token_id, examples.num_sources)
 
 
 @lru_cache(maxsize=2)

@@ -233,7 +233,10 @@ def _state(folder: Path, num_steps: int) -> str:
 
 def _pair(recipe: RecordedRecipe) -> ComparedPair:
     teacher = recipe.teacher.model if recipe.teacher else "no teacher"
-    return ComparedPair(teacher, recipe.student.model, recipe.data.path or recipe.data.source)
+    data = " + ".join(table.path or table.source for table in recipe.data.sources)
+    return ComparedPair(
+        teacher, recipe.student.model, data or recipe.data.path or recipe.data.source
+    )
 
 
 def _variant(recipe: RecordedRecipe) -> Variant:

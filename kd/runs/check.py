@@ -16,7 +16,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     _check_run_dir(recipe)
     for field, value in inputs(recipe).items():
-        if field in ("data.path", "data.validation_path"):
+        if field.startswith("data.") and field.endswith("path"):
             find_data_files(field, value)
         elif field in ("data.chat_template", "evaluation.path"):
             find_file(field, value)
@@ -37,6 +37,7 @@ def inputs(recipe: Recipe) -> dict[str, str]:
         "student.model": recipe.student.model,
         "teacher.model": recipe.teacher.model if recipe.teacher else None,
         "data.path": recipe.data.path,
+        **{f"data.sources[{i}].path": t.path for i, t in enumerate(recipe.data.sources)},
         "data.validation_path": recipe.data.validation_path,
         "data.chat_template": recipe.data.chat_template,
         "evaluation.path": recipe.evaluation.path,

@@ -43,9 +43,13 @@ class RecordedModel(Record):
     model: Text
 
 
-class RecordedData(Record):
+class RecordedSource(Record):
     source: Text
     path: str | None = None
+
+
+class RecordedData(RecordedSource):
+    sources: list[RecordedSource] = Field(default_factory=list)
     loss_sections: Annotated[list[SectionName], Field(min_length=1)]
 
 

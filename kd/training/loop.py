@@ -210,6 +210,12 @@ class TrainingRun:
         record = dict(self._record)
         if validation is not None:
             record |= {f"val_{name}": value for name, value in validation._asdict().items()}
+        for name in ("diagnostics", "val_diagnostics"):
+            if (found := record.get(name)) and "by_source" in found:
+                names = [table.name for table in self.recipe.data.tables]
+                record[name] = found | {
+                    "by_source": dict(zip(names, found["by_source"], strict=True))
+                }
         if self.report:
             self.report.add(record)
         self.metrics.write(record)

@@ -12,7 +12,7 @@ from kd.distributed.layout import Layout
 from kd.distributed.process_group import all_reduce_sum
 from kd.models.student import BatchLoss, Student
 from kd.teachers.teacher import Teacher, targets_of
-from kd.training.diagnostics import NUM_SUMS, region_sums, summarise
+from kd.training.diagnostics import region_sums, summarise
 
 # Batches of a validation between two looks at signals, which take a collective each
 ASK_EVERY = 8
@@ -45,12 +45,13 @@ class Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.losses = torch.zeros(3, dtype=torch.float64, device=device)  # loss, kd, ce
-        self.regions = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
+        self.regions = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, result: BatchLoss) -> None:
         losses = torch.stack([result.loss.detach(), result.kd, result.ce])
         self.losses += losses.double()
-        self.regions += region_sums(result.rows_MN, batch.region_index)
+        sums = region_sums(result.rows_MN, batch.region_index, batch.num_sources)
+        self.regions = self.regions + sums
 
     def over_all_ranks(self, layout: Layout, **counts: int) -> dict[str, Any]:
         """{"loss", "kd", "ce", "regions", and the counts}.
