@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from kd.constants import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from kd.constants import EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_USER_ERROR
 from kd.errors import Interrupted, LostPeer, UserError
 
 WAIT_SECONDS = 3
@@ -67,14 +68,16 @@ def run(main: Callable[[], None]) -> None:
     Most UserErrors are the same on every rank, and rank 0 speaks for all: it exits at once, upon
     which the launcher ends the others. A rank that is still alive after three seconds met an error
     of its own, and speaks for itself. So does one that lost a peer: by then the peer has told the
-    first cause.
+    first cause. Whoever reads the output may stop, as head does: that is not an error.
     """
     try:
         main()
+        if problem := _problem_of_output():
+            _leave_without_output(problem, is_done=True)
     except Interrupted:
         _leave(EXIT_INTERRUPTED)
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = _rank()
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends this rank
             time.sleep(WAIT_SECONDS)
@@ -82,8 +85,12 @@ def run(main: Callable[[], None]) -> None:
         _leave(EXIT_USER_ERROR, f"error{where}: {error}\n")
     except LostPeer as error:
         time.sleep(WAIT_SECONDS)
-        _leave(1, f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {error}\n")
-    except Exception:
+        _leave(1, f"rank {_rank()} on {socket.gethostname()}: {error}\n")
+    except Exception as error:
+        # Whether of the output or of another file or socket, one more line tells.
+        is_of_output = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC)
+        if is_of_output and (problem := _problem_of_output(last_words="\n")):
+            _leave_without_output(problem, is_done=False)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         _leave(
@@ -93,11 +100,35 @@ def run(main: Callable[[], None]) -> None:
         )
 
 
+def _rank() -> int:
+    """Also before find_ranks(), under srun. 0 where none is said."""
+    text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(text) if text.isdecimal() else 0
+
+
+def _problem_of_output(last_words: str = "") -> OSError | None:
+    """Why what was printed cannot be written, as when its reader has gone or a disk is full."""
+    try:
+        if sys.stdout is not None:  # a process may be started without one
+            sys.stdout.write(last_words)
+            sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _leave_without_output(problem: OSError, *, is_done: bool) -> NoReturn:
+    if not isinstance(problem, BrokenPipeError):
+        _leave(1, f"error: the output cannot be written: {problem.strerror}\n")
+    _leave(0 if is_done else EXIT_NO_READER)
+
+
 def _leave(status: int, message: str = "") -> NoReturn:
     """Not sys.exit: other ranks may be waiting in a collective, and destructors would join them."""
     with contextlib.suppress(OSError):  # whoever read it may have gone, and ssh with it
-        if message:
+        if message and sys.stderr is not None:
             sys.stderr.write(f"\n{message}\n")  # one write: lines of several ranks do not mix
-        sys.stderr.flush()
-        sys.stdout.flush()
+        for stream in (sys.stderr, sys.stdout):
+            if stream is not None:
+                stream.flush()
     os._exit(status)

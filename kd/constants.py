@@ -6,6 +6,7 @@ IGNORE_INDEX = -100
 EXIT_USER_ERROR = 2  # whatever a message said can be put right
 EXIT_INTERRUPTED = 85  # a signal came, a checkpoint was written: start it again with --resume auto
 EXIT_HANG = 86  # the watchdog saw no step
+EXIT_NO_READER = 141  # the reader of a command's output left before its end; what a shell says then
 
 # Of metrics.jsonl, recipe.json, plan.json and audit.json. Version 1 states none, and counts tokens
 # under other names; CHANGELOG.md lists them.

@@ -9,6 +9,10 @@ class NothingToLearn(UserError):
     """Truncation and sections leave no supervised token in any example."""
 
 
+class NotMet(UserError):
+    """A rank did not come to where the run's ranks meet."""
+
+
 class LostPeer(RuntimeError):
     """Another rank is gone or does not answer. The first cause is that rank's to tell."""
 

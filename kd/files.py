@@ -6,12 +6,14 @@ Files are written whole or not at all: aside, synced to the disk, then renamed.
 import errno
 import json
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kd.compressed import open_bytes
 from kd.errors import UserError
 
 # Far above what people write by hand and what a run writes; below what exhausts a host.
@@ -20,27 +22,21 @@ MAX_DEPTH = 100  # of nested objects and lists
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
-    """A text in UTF-8, with or without a byte order mark.
+    """A text in UTF-8, with or without a byte order mark; .gz and .zst are decompressed.
 
     Raises UserError that names the file, and the line where that is the cause: for what is not
-    there or not a regular file (a named pipe would wait for ever), is larger than max_bytes, or is
-    not UTF-8.
+    there or not a regular file (a named pipe would wait for ever), is larger than max_bytes, is
+    damaged, or is not UTF-8.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a regular file: name one that holds text")
-        if status.st_size > max_bytes:
-            raise UserError(
-                f"{path}: {status.st_size} bytes, and at most {max_bytes} are read: is it the "
-                "right file?"
-            )
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        if isinstance(error, UserError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read: {reason}") from None
+    num_bytes, content = _size_of(path), b""
+    if num_bytes <= max_bytes:
+        with open_bytes(path) as file:
+            content = file.read(max_bytes + 1)
+        num_bytes = len(content)
+    if num_bytes > max_bytes:
+        raise UserError(
+            f"{path}: {num_bytes} bytes, and at most {max_bytes} are read: is it the right file?"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,9 +60,9 @@ def read_toml(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         # tomllib points at the end of the offending line, but does not quote it: "duplicate key"
         # needs the key.
-        lineno = getattr(error, "lineno", None) or int(
-            str(error).rpartition("line ")[2].split(",")[0] or 0
-        )
+        # At the end of the document there is no line in the message.
+        place = re.search(r"at line (\d+)", str(error))
+        lineno = int(place[1]) if place else len(text.splitlines())
         line = text.splitlines()[lineno - 1].strip() if 0 < lineno <= len(text.splitlines()) else ""
         duplicate = "Cannot overwrite" in str(error) or "Cannot declare" in str(error)
         problem = "duplicate key" if duplicate else "not valid TOML"
@@ -83,15 +79,32 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of each line that is not blank, one line in memory at a time.
 
     Raises UserError that names the file and the line. NaN and a repeated key are let pass, as in
-    parse_json; a byte order mark is not part of the first line.
+    parse_json; a byte order mark is not part of the first line; .gz and .zst are decompressed.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, or not a regular one")
-    with path.open("rb") as lines:
+    for number, line in read_lines(path):
+        yield number, parse_json(line, f"{path}: line {number}")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, its bytes) as read_json_lines reads them, and no line parsed."""
+    _size_of(path)
+    with open_bytes(path) as lines:
         for number, line in enumerate(lines, start=1):
             content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if content.strip():
-                yield number, parse_json(content, f"{path}: line {number}")
+                yield number, content
+
+
+def _size_of(path: Path) -> int:
+    """In bytes, as it lies on the disk. Raises UserError for what is not a regular file."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: not a regular file: name one that holds text")
+    return status.st_size
 
 
 def parse_json(text: str | bytes, where: str, *, strict: bool = False) -> Any:

@@ -1,12 +1,24 @@
 """Names of models and datasets: a local path or a hub id, and the hub's answers in plain words."""
 
+import glob
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kd.compressed import SUFFIXES, uncompressed_suffix
 from kd.errors import UserError
-from kd.recipe import ModelSection, find_input, is_hub_id
+from kd.recipe import SHIPPED_DIR, ModelSection, find_input, is_hub_id
+
+log = logging.getLogger(__name__)
+
+DATA_KINDS = (".jsonl", ".json", ".parquet")
+_NAME_DATA = (
+    "name a .jsonl or a .parquet file, a .json list, one of these compressed (.jsonl.gz, "
+    ".jsonl.zst), a folder of them, or a glob such as 'traces/*.jsonl'"
+)
 
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -54,6 +66,64 @@ def find_model(field: str, section: ModelSection) -> Path | None:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (OSError, ValueError):  # not in the cache: loading it fetches it, or says why not
         return None
+
+
+def find_data_files(field: str, value: str) -> tuple[Path, ...]:
+    """The files of rows that `value` names: one, all below a folder, or those that a glob matches,
+    by name; () when it may be a hub id.
+
+    Raises UserError naming `field` when there is none, when one is of no kind that is read, and
+    when they are of several kinds: a copy in another form would be read twice.
+    """
+    if not value.strip() or "\0" in value:
+        raise UserError(f"{field} = {value!r}: no name of a file: {_NAME_DATA}")
+    path = find_input(value)
+    if path is not None and path.is_file():
+        found = [path]
+    elif path is not None:
+        found = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
+    elif glob.has_magic(value):
+        found = _matches(value)
+    else:
+        resolve(field, value)
+        return ()
+    kinds = {file: _kind(file) for file in found if file.is_file()}
+    files = sorted((file for file, kind in kinds.items() if kind), key=str)
+    if not files:
+        raise UserError(f"{field} = {value!r}: no file of rows: {_NAME_DATA}")
+    counts = Counter(kinds[file] for file in files)
+    if len(counts) > 1:
+        there = " and ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        raise UserError(
+            f"{field} = {value!r}: files of several kinds, {there}: name those of one kind, as in "
+            f"{str(Path(value) / '*') if path else value}{min(counts)}"
+        )
+    if len(files) < len(kinds):
+        others = sorted(file.name for file, kind in kinds.items() if not kind)
+        log.info("%s = %r: not read: %s", field, value, ", ".join(others[:5]))
+    return tuple(files)
+
+
+def _matches(pattern: str) -> list[Path]:
+    """In the current directory, or else in the repository, as for a path."""
+    pattern = os.path.expanduser(pattern)
+    for folder in (Path(), SHIPPED_DIR):
+        names = glob.glob(pattern, root_dir=folder, recursive=True)
+        if names:
+            return [folder / name for name in names]
+    return []
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _kind(path: Path) -> str:
+    """Such as ".jsonl.gz"; empty for what is not read."""
+    inner, suffix = uncompressed_suffix(path), path.suffix.lower()
+    if inner not in DATA_KINDS or (suffix in SUFFIXES and inner == ".parquet"):
+        return ""
+    return inner + suffix if suffix in SUFFIXES else inner
 
 
 @contextmanager

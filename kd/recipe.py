@@ -11,20 +11,53 @@ the repository, or where there is none in the installed package; run.output_dir 
 current directory.
 """
 
+import datetime
 import difflib
 import functools
+import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from kd.constants import FORMAT_VERSION
 from kd.errors import UserError
 from kd.files import read_json, read_toml
+from kd.names import shortened
+from kd.ranges import (
+    BatchSize,
+    Beta,
+    Filled,
+    FolderName,
+    Fraction,
+    Magnitude,
+    Minutes,
+    NumProcesses,
+    PathText,
+    Positive,
+    SamplingTemperature,
+    Seed,
+    Temperature,
+    Token,
+    Weight,
+    Whole,
+    is_storable,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 # A checkout has recipes/ and ds_configs/ beside kd; a wheel carries both inside of it (setup.cfg).
@@ -32,13 +65,61 @@ SHIPPED_DIR = ROOT if (ROOT / "recipes" / "bases").is_dir() else ROOT / "kd" / "
 RECIPES_DIR = SHIPPED_DIR / "recipes"
 DS_CONFIGS_DIR = SHIPPED_DIR / "ds_configs"
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Attention = Literal[
     "auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"
 ]
 SectionName = Literal["prompt", "cot", "answer"]
+HUB_ID = re.compile(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
+
+# What a chat template gets from a row, from its tokenizer and from data.date.
+_OWN_NAMES_OF_TEMPLATES = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "strftime_now",
+    "raise_exception",
+    *("conversation", "chat_template", "tokenize", "tokenizer_kwargs", "return_dict"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask"),
+    "sanitize_control_tokens",
+}
+
+
+def _iso_date(value: Any) -> Any:
+    """TOML has dates of its own, without quotes."""
+    text = value.isoformat() if isinstance(value, datetime.date) else value
+    if not isinstance(text, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+        raise ValueError("write a date as YYYY-MM-DD")
+    datetime.date.fromisoformat(text)
+    return text
+
+
+def _template_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    for name in values:
+        if name in _OWN_NAMES_OF_TEMPLATES:
+            raise ValueError(f"{name} is not for the recipe to set: leave it out")
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is not the name of a template's variable")
+    json.dumps(values, allow_nan=False)
+    return values
+
+
+IsoDate = Annotated[str, BeforeValidator(_iso_date)]
+TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_template_variables)]
+
+SourceName = Literal[
+    "local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"
+]
+# What each source reads of a row, by the name that data.columns gives a column to.
+SOURCE_FIELDS: dict[SourceName, tuple[str, ...]] = {
+    "local": ("prompt", "reasoning", "answer", "messages", "conversations", "tools"),
+    "bespoke_stratos": ("conversations", "tools"),
+    "openthoughts": ("conversations", "tools"),
+    "sky_t1": ("conversations", "tools"),
+    "synthetic_1": ("task_type", "prompt", "llm_response"),
+    "nemotron_math": ("input", "output"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,19 +148,41 @@ AXIS = KeyFacts(is_axis=True)
 
 
 class RecipeSection(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    """Strict: no text or bool is taken for a number, and no float for an integer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arrays_are_tuples(cls, values: Any) -> Any:
+        """TOML and JSON have lists, which could be changed."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+
+    @field_validator("*")
+    @classmethod
+    def _text_is_storable(cls, value: Any) -> Any:
+        if not all(map(is_storable, value if isinstance(value, tuple) else (value,))):
+            raise ValueError("it holds a NUL or half a character, which no file takes")
+        return value
 
 
 class RunSection(RecipeSection):
-    name: Annotated[str, PLACE] = Field(
+    name: Annotated[FolderName, PLACE] = Field(
         "", description="folder of the run inside output_dir; the recipe's name when empty"
     )
-    output_dir: Annotated[str, PLACE] = "runs"
-    seed: Annotated[int, AXIS] = 0
-    watchdog_minutes: Annotated[float, Field(gt=0.0), PLACE] = Field(
+    output_dir: Annotated[PathText, PLACE] = "runs"
+    seed: Annotated[Seed, AXIS] = 0
+    watchdog_minutes: Annotated[Minutes, PLACE] = Field(
         30.0, description="without a step for so long, every rank prints its stack and the run ends"
     )
-    collective_timeout_minutes: Annotated[float, Field(gt=0.0), PLACE] = Field(
+    rendezvous_timeout_minutes: Annotated[Minutes, PLACE] = Field(
+        20.0, description="how long ranks that have started wait for those that have not"
+    )
+    collective_timeout_minutes: Annotated[Minutes, PLACE] = Field(
         120.0,
         description="longer than any rank waits for another, also while one tokenises or reads a "
         "checkpoint",
@@ -87,8 +190,8 @@ class RunSection(RecipeSection):
 
 
 class ModelSection(RecipeSection):
-    model: Annotated[str, FIXED] = Field(description="a local folder or a hub id")
-    revision: Annotated[str | None, FIXED] = None
+    model: Annotated[PathText, FIXED] = Field(description="a local folder or a hub id")
+    revision: Annotated[Filled | None, FIXED] = None
     attention: Annotated[Attention, FIXED] = Field(
         "auto", description="auto: the best that transformers reports as available"
     )
@@ -110,18 +213,64 @@ class StudentSection(ModelSection):
     gradient_checkpointing: Annotated[bool, FIXED] = True
 
 
-class DataSection(RecipeSection):
-    source: Annotated[
-        Literal[
-            "local", "bespoke_stratos", "openthoughts", "sky_t1", "synthetic_1", "nemotron_math"
-        ],
-        TOKENS,
-    ] = "local"
-    path: Annotated[str | None, FIXED] = Field(
-        None, description="local JSONL or Parquet file, or a hub id; each hub source has its own"
+class SourceTable(RecipeSection):
+    """One of [[data.sources]]: the keys of [data] that may differ from source to source, and how
+    much of it is taken.
+    """
+
+    path: PathText | None = Field(None, description="as data.path")
+    source: SourceName = Field("local", description="as data.source")
+    revision: Filled | None = None
+    columns: dict[str, str] = Field({}, description="as data.columns")
+    weight: Magnitude | None = Field(
+        None,
+        description="share of the mixture, relative to the others' weights: as many rows are drawn "
+        "as keep to the shares without drawing one twice",
     )
-    revision: Annotated[str | None, FIXED] = None
-    validation_path: Annotated[str | None, FIXED] = Field(
+    num_rows: Positive | None = Field(
+        None, description="rows drawn of those that can be used; all without it and a weight"
+    )
+
+    @model_validator(mode="after")
+    def _is_one_source(self) -> "SourceTable":
+        _check_source(self.source, self.path, self.columns)
+        if self.weight is not None and self.num_rows is not None:
+            raise ValueError("weight and num_rows say the same: write one of them")
+        return self
+
+    @property
+    def name(self) -> str:
+        """As reports name it."""
+        return self.path or self.source
+
+
+def _check_source(source: SourceName, path: str | None, columns: dict[str, str]) -> None:
+    if source == "local" and path is None:
+        raise ValueError('source = "local" needs a path: files of rows, or a hub id')
+    known = SOURCE_FIELDS[source]
+    for name in columns.keys() - set(known):
+        raise ValueError(
+            f"columns.{name}: source {source!r} reads no such field; it reads {', '.join(known)}"
+        )
+
+
+class DataSection(RecipeSection):
+    source: Annotated[SourceName, TOKENS] = "local"
+    path: Annotated[PathText | None, FIXED] = Field(
+        None,
+        description="local files of rows (one, a folder, or a glob of JSONL, Parquet or compressed "
+        "JSONL), or a hub id; each hub source has its own",
+    )
+    revision: Annotated[Filled | None, FIXED] = None
+    columns: Annotated[dict[str, str], TOKENS] = Field(
+        {}, description='what the source reads under another name: prompt = "problem"'
+    )
+    sources: Annotated[tuple[SourceTable, ...], FIXED] = Field(
+        (),
+        description="several, in the place of path, source, revision and columns: tables "
+        "[[data.sources]] of these keys, each with a weight or num_rows, or all of its rows",
+    )
+    validation_path: Annotated[PathText | None, FIXED] = Field(
         None,
         description="local file, its first num_validation rows when set; otherwise rows of path "
         "are split off",
@@ -129,23 +278,34 @@ class DataSection(RecipeSection):
     num_train: Annotated[Positive | None, FIXED] = Field(
         None, description="rows after filters; all when absent"
     )
-    num_validation: Annotated[int, Field(ge=0), FIXED] = 0
-    split_seed: Annotated[int, FIXED] = 42
+    num_validation: Annotated[Whole, FIXED] = 0
+    split_seed: Annotated[Seed, FIXED] = 42
+    exclude_validation_prompts: Annotated[bool, FIXED] = Field(
+        False, description="leave training rows out whose prompt is also that of a validation row"
+    )
     system_prompt: Annotated[str | None, TOKENS] = Field(
         None, description="replaces the rows' own system message; none is sent when absent"
     )
-    chat_template: Annotated[str | None, FIXED] = Field(
+    chat_template: Annotated[PathText | None, FIXED] = Field(
         None, description="a Jinja file; when absent the teacher's template, else the student's"
     )
+    template_kwargs: Annotated[TemplateVariables, TOKENS] = Field(
+        {}, description="a table of what the chat template reads beside messages: enable_thinking"
+    )
+    date: Annotated[IsoDate, TOKENS] = Field(
+        "2024-07-26",  # the date that Llama 3's own templates fall back to
+        description="today's, for a chat template that prints it: fixed, so that the tokens are "
+        "the same every day",
+    )
     think_open: Annotated[str, TOKENS] = "<think>\n"
-    think_close: Annotated[str, TOKENS] = "\n</think>\n\n"
+    think_close: Annotated[Token, TOKENS] = "\n</think>\n\n"
     answer_open: Annotated[str, TOKENS] = Field(
         "", description="between think_close and the answer, where the teacher learned one"
     )
     answer_close: Annotated[str, TOKENS] = Field(
         "", description="between the answer and the end token"
     )
-    end_token: Annotated[str | None, FIXED] = Field(
+    end_token: Annotated[Token | None, FIXED] = Field(
         None, description="ends the answer; the student tokenizer's eos when absent"
     )
     loss_sections: Annotated[tuple[SectionName, ...], Field(min_length=1), AXIS] = (
@@ -157,13 +317,34 @@ class DataSection(RecipeSection):
     on_bad_row: Annotated[Literal["drop", "error"], FIXED] = Field(
         "drop", description="rows without markers, two thoughts, no answer"
     )
-    num_proc: Annotated[Positive, PLACE] = 1
-    cache_dir: Annotated[str, PLACE] = "build/tokenized"
+    num_proc: Annotated[NumProcesses, PLACE] = 1
+    cache_dir: Annotated[PathText, PLACE] = "build/tokenized"
+
+    @property
+    def tables(self) -> tuple[SourceTable, ...]:
+        """The sources: those of [[data.sources]], or the one of [data] itself."""
+        own = SourceTable.model_construct(
+            path=self.path, source=self.source, revision=self.revision, columns=self.columns
+        )
+        return self.sources or (own,)
 
     @model_validator(mode="after")
-    def _local_needs_path(self) -> "DataSection":
-        if self.source == "local" and self.path is None:
-            raise ValueError('source = "local" needs data.path: a .jsonl or .parquet file')
+    def _names_its_rows(self) -> "DataSection":
+        if not self.sources:
+            _check_source(self.source, self.path, self.columns)
+        elif self.path is not None or self.source != "local" or self.revision or self.columns:
+            raise ValueError(
+                "[[data.sources]] stands in the place of data.path, source, revision and columns: "
+                "write them into the tables"
+            )
+        weighted = [table for table in self.sources if table.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            raise ValueError(
+                "a weight is a share of all: give every one of [[data.sources]] its own"
+            )
+        names = [table.name for table in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"[[data.sources]] names {max(names, key=names.count)!r} twice")
         if len(set(self.loss_sections)) != len(self.loss_sections):
             raise ValueError(f"loss_sections = {list(self.loss_sections)} names a section twice")
         return self
@@ -196,9 +377,9 @@ class LossSection(RecipeSection):
     beta: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = 0.5
     alpha: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = 0.1
     mix_weight: Annotated[Fraction, FIXED] = 0.5
-    temperature: Annotated[float, Field(gt=0.0), FIXED] = 1.0
-    kd_weight: Annotated[float, Field(ge=0.0), FIXED] = 0.5
-    ce_weight: Annotated[float, Field(ge=0.0), FIXED] = 0.5
+    temperature: Annotated[Temperature, FIXED] = 1.0
+    kd_weight: Annotated[Weight, FIXED] = 0.5
+    ce_weight: Annotated[Weight, FIXED] = 0.5
     chunk_size: Annotated[Positive | None, FIXED] = None
     logits_dtype: Annotated[Literal["float32", "bfloat16"] | None, FIXED] = None
     backend: Annotated[Literal["auto", "triton", "torch", "reference"], FIXED] = "auto"
@@ -217,10 +398,10 @@ class TrainingSection(RecipeSection):
     max_steps: Annotated[Positive | None, FIXED] = Field(
         None, description="optimizer steps; replaces epochs when set"
     )
-    global_batch_size: Annotated[Positive, FIXED] = Field(
+    global_batch_size: Annotated[BatchSize, FIXED] = Field(
         8, description="sequences per optimizer step, over all ranks"
     )
-    micro_batch_size: Annotated[Positive, FREE] = Field(
+    micro_batch_size: Annotated[BatchSize, FREE] = Field(
         1, description="sequences per rank and forward pass"
     )
     max_tokens_per_micro_batch: Annotated[Positive | None, FREE] = Field(
@@ -233,14 +414,14 @@ class TrainingSection(RecipeSection):
         description="packed: sequences one behind the other, which attention keeps apart; auto: "
         "packed where attention is flash attention",
     )
-    learning_rate: Annotated[float, Field(gt=0.0), FIXED] = 1e-5
+    learning_rate: Annotated[Magnitude, FIXED] = 1e-5
     schedule: Annotated[Literal["one_cycle", "cosine", "constant"], FIXED] = "cosine"
     warmup_fraction: Annotated[Fraction, FIXED] = 0.1
-    weight_decay: Annotated[float, Field(ge=0.0), FIXED] = 0.0
+    weight_decay: Annotated[Weight, FIXED] = 0.0
     adam_betas: Annotated[tuple[Beta, Beta], FIXED] = (0.9, 0.999)
-    adam_eps: Annotated[float, Field(gt=0.0), FIXED] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0.0), FIXED] = 1.0
-    skip_nonfinite: Annotated[int, Field(ge=0), FREE] = Field(
+    adam_eps: Annotated[Magnitude, FIXED] = 1e-8
+    max_grad_norm: Annotated[Magnitude, FIXED] = 1.0
+    skip_nonfinite: Annotated[Whole, FREE] = Field(
         0,
         description="optimizer steps with a loss or gradient that is not finite to skip before "
         "stopping",
@@ -259,7 +440,7 @@ class TrainingSection(RecipeSection):
 
 
 class EvaluationSection(RecipeSection):
-    path: Annotated[str | None, PLACE] = Field(
+    path: Annotated[PathText | None, PLACE] = Field(
         None, description="local JSONL of problems: prompt, answer"
     )
     tasks: Annotated[tuple[str, ...], PLACE] = Field(
@@ -267,22 +448,22 @@ class EvaluationSection(RecipeSection):
     )
     judge: Annotated[Literal["math", "exact"], PLACE] = "math"
     max_new_tokens: Annotated[Positive, PLACE] = 32768
-    temperature: Annotated[float, Field(ge=0.0), PLACE] = Field(0.6, description="0 is greedy")
+    temperature: Annotated[SamplingTemperature, PLACE] = Field(0.6, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0), PLACE] = 0.95
-    batch_size: Annotated[Positive, PLACE] = 16
+    batch_size: Annotated[BatchSize, PLACE] = 16
 
 
 class MonitorSection(RecipeSection):
     tensorboard: Annotated[bool, PLACE] = False
     csv: Annotated[bool, PLACE] = False
-    wandb_project: Annotated[str | None, PLACE] = None
+    wandb_project: Annotated[Filled | None, PLACE] = None
 
 
 class DeepSpeedSection(RecipeSection):
-    student: Annotated[str, FIXED] = Field(
+    student: Annotated[PathText, FIXED] = Field(
         "zero3_bf16.json", description="a file of ds_configs/, or a path"
     )
-    teacher: Annotated[str, FIXED] = "zero3_teacher.json"
+    teacher: Annotated[PathText, FIXED] = "zero3_teacher.json"
 
 
 class Recipe(RecipeSection):
@@ -319,12 +500,12 @@ class Recipe(RecipeSection):
         sections = self.model_dump()
         for name, value in values.items():
             section, _, key = name.partition(".")
-            _check_keys(f"{name} = {value!r}", {section: {key: value}})
+            _check_keys(f"{name} = {shortened(value)}", {section: {key: value}})
             sections[section] = {**(sections[section] or {}), key: value}
         try:
             return Recipe.model_validate(sections)
         except ValidationError as error:
-            changes = ", ".join(f"{name} = {value!r}" for name, value in values.items())
+            changes = ", ".join(f"{name} = {shortened(value)}" for name, value in values.items())
             raise UserError(_describe(error, [(changes, sections)])) from None
 
     def as_file(self) -> dict[str, Any]:
@@ -367,13 +548,27 @@ def facts_of(name: str) -> KeyFacts:
     return known.get(name) or (siblings.pop() if len(siblings) == 1 else FIXED)
 
 
+def default_of(name: str) -> Any:
+    """The value that a recipe file without "section.key" has there, as JSON; None for a key that is
+    required or not known.
+    """
+    section, _, key = name.partition(".")
+    field = (
+        _section_model(section).model_fields.get(key) if section in Recipe.model_fields else None
+    )
+    if field is None or field.is_required():
+        return None
+    default = field.get_default(call_default_factory=True)
+    return list(default) if isinstance(default, tuple) else default
+
+
 def check_format_version(path: Path, content: Mapping[str, Any]) -> None:
     """Raise UserError for a file that a later version wrote; one that states none is version 1."""
     version = content.get("format_version", 1)
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version = {version!r}, and this version reads 1 to {FORMAT_VERSION}: "
-            "use the code that wrote it, or a later one"
+            f"{path}: format_version = {shortened(version)}, and this version reads 1 to "
+            f"{FORMAT_VERSION}: use the code that wrote it, or a later one"
         )
 
 
@@ -386,14 +581,15 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises UserError that names the file, the key or value, and the nearest valid name.
     """
     layers = list(_layers(find_recipe(name)))
-    layers += [(f"--set {text}", _parse_override(text)) for text in overrides]
+    layers += [(f"--set {_cut(text)}", _parse_override(text)) for text in overrides]
     merged: dict[str, Any] = {}
     for where, layer in layers:
         _check_keys(where, layer)
         for section, values in layer.items():
-            merged[section] = {**merged.get(section, {}), **values}
+            merged[section] = _merge(merged.get(section, {}), values)
     run = merged.setdefault("run", {})
-    run["name"] = run.get("name") or Path(name).stem
+    if run.get("name", "") == "":
+        run["name"] = Path(name).stem
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
@@ -405,15 +601,17 @@ def find_recipe(name: str) -> Path:
     none.
     """
     if name.endswith((".toml", ".json")):
-        if Path(name).is_file():
+        if os.path.isfile(name):
             return Path(name)
-        raise UserError(f"recipe {name!r}: no such file")
+        raise UserError(f"recipe {shortened(name)}: no such file")
     for folder in (RECIPES_DIR, RECIPES_DIR / "bases"):
-        if (folder / f"{name}.toml").is_file():
-            return folder / f"{name}.toml"
+        path = folder / f"{name}.toml"
+        if os.path.isfile(path):
+            return path
     known = sorted(path.stem for path in RECIPES_DIR.glob("*.toml"))
     raise UserError(
-        f"recipe {name!r} is not in recipes/.{_nearest(name, known)}\nThere are: {', '.join(known)}"
+        f"recipe {shortened(name)} is not in recipes/.{_nearest(name, known)}\n"
+        f"There are: {', '.join(known)}"
     )
 
 
@@ -423,7 +621,7 @@ def find_input(value: str) -> Path | None:
     """
     for folder in (Path(), SHIPPED_DIR):
         path = folder / os.path.expanduser(value)
-        if path.exists():
+        if os.path.exists(path):  # False, as Path.exists is not, for a name that is too long
             return path
     return None
 
@@ -432,11 +630,8 @@ def is_hub_id(value: str) -> bool:
     """Whether a value has the form `name` or `owner/name`, so that it may be looked up on the
     hub.
     """
-    return (
-        not value.startswith((".", "/", "~"))
-        and value.count("/") <= 1
-        and not value.endswith((".jsonl", ".parquet"))
-    )
+    suffixes = (".jsonl", ".json", ".parquet", ".gz", ".zst")
+    return HUB_ID.fullmatch(value) is not None and not value.endswith(suffixes)
 
 
 def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -445,10 +640,11 @@ def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     base = member.pop("base", None)
     if base is not None:
         base_path = RECIPES_DIR / "bases" / f"{base}.toml"
-        if not base_path.is_file():
-            known = sorted(p.stem for p in base_path.parent.glob("*.toml"))
+        if not isinstance(base, str) or not os.path.isfile(base_path):
+            known = sorted(p.stem for p in (RECIPES_DIR / "bases").glob("*.toml"))
             raise UserError(
-                f"{path}: base = {base!r} is not in recipes/bases/.{_nearest(str(base), known)}"
+                f"{path}: base = {shortened(base)} is not in recipes/bases/."
+                f"{_nearest(str(base), known)}"
             )
         yield str(base_path), read_toml(base_path)
     yield str(path), member
@@ -457,7 +653,7 @@ def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_resolved(path: Path) -> dict[str, Any]:
     sections = read_json(path)
     if not isinstance(sections, dict):
-        raise UserError(f"{path}: holds {sections!r}; name the recipe.json of a run")
+        raise UserError(f"{path}: holds {shortened(sections)}; name the recipe.json of a run")
     check_format_version(path, sections)
     return {
         name: values
@@ -469,20 +665,36 @@ def _read_resolved(path: Path) -> dict[str, Any]:
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     section, dot, field = key.strip().partition(".")
+    field, _, entry = field.partition(".")  # of a table: data.template_kwargs.enable_thinking
     if not (equals and dot and section and field):
-        raise UserError(f"--set {text}: write section.key=value, as in --set training.max_steps=10")
+        raise UserError(
+            f"--set {_cut(text)}: write section.key=value, as in --set training.max_steps=10"
+        )
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")
     except (ValueError, RecursionError):
-        parsed = value  # a bare word is a string: --set run.name=trial
-    return {section: {field: parsed}}
+        parsed = {"value": value}  # a bare word is a string: --set run.name=trial
+    if len(parsed) > 1:
+        raise UserError(f"--set {_cut(text)}: holds {len(parsed)} values: give each its own --set")
+    found = parsed["value"]
+    return {section: {field: {entry: found} if entry else found}}
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Keys of `above` replace those of `below`; tables are merged key by key."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = {**below[key], **above[key]}
+    return merged
 
 
 def _check_keys(where: str, layer: dict[str, Any]) -> None:
     sections = Recipe.model_fields
     for section, values in layer.items():
         if section not in sections:
-            raise UserError(f"{where}: unknown section [{section}].{_nearest(section, sections)}")
+            near = _nearest(section, sections)
+            raise UserError(f"{where}: unknown section [{_cut(section)}].{near}")
         if not isinstance(values, dict):
             raise UserError(
                 f"{where}: {section} is a section: write [{section}] and its keys below it"
@@ -490,15 +702,20 @@ def _check_keys(where: str, layer: dict[str, Any]) -> None:
         fields = _section_model(section).model_fields
         for key in values:
             if key not in fields:
-                raise UserError(f"{where}: unknown key {section}.{key}.{_nearest(key, fields)}")
+                near = _nearest(key, fields)
+                raise UserError(f"{where}: unknown key {section}.{_cut(key)}.{near}")
 
 
 def _section_model(section: str) -> type[RecipeSection]:
     return TeacherSection if section == "teacher" else Recipe.model_fields[section].annotation  # type: ignore[return-value]
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200], list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -509,9 +726,11 @@ def _describe(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) 
     lines = []
     for problem in error.errors():
         section, key = (*map(str, problem["loc"]), "", "")[:2]
-        where = [file for file, layer in layers if key in layer.get(section, {})] or [layers[-1][0]]
+        where = [file for file, layer in layers if key in (layer.get(section) or {})] or [
+            layers[-1][0]
+        ]
         field = ".".join(map(str, problem["loc"][:2]))
-        value = f" = {problem['input']!r}" if key and problem["type"] != "missing" else ""
+        value = f" = {shortened(problem['input'])}" if key and problem["type"] != "missing" else ""
         what = problem["msg"].removeprefix("Value error, ")
         lines.append(f"{where[-1]}: {field}{value}{': ' if field else ''}{what}")
     return "\n".join(lines)

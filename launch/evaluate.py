@@ -29,6 +29,7 @@ from kd.generation.backends import Subject, choose_backend, make_subject
 from kd.generation.sampling import sampling_of
 from kd.hub import resolve
 from kd.logs import configure_logging
+from kd.names import check_name
 from kd.recipe import ModelSection, Recipe, load_recipe
 
 
@@ -146,6 +147,8 @@ def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
         raise UserError(
             f"two models are labelled alike ({', '.join(chosen)}): give each a --label of its own"
         )
+    for label, model in zip(chosen, models, strict=True):
+        check_name("--label", label, f"give --model {model} a --label of letters and digits")
     return chosen
 
 

@@ -84,7 +84,7 @@ def settings(
 ) -> dict[str, Any]:
     """All that the rows depend on, so that a file is not continued under other settings."""
     texts = "\n".join(f"{problem.id}\t{problem.prompt}" for problem in problems)
-    rendering = ["system_prompt", "chat_template", "end_token"]
+    rendering = ["system_prompt", "chat_template", "template_kwargs", "date", "end_token"]
     rendering += ["think_open", "think_close", "answer_open", "answer_close"]
     return {
         "teacher": teacher.model,

@@ -76,6 +76,9 @@ follow() {
     IFS= read -r -t 5 line || status=$?
     if ((status == 0)); then
       printf '%s\n' "$line" || true
+      if [[ ! -s "$first_error" && "$line" =~ (^|[[:space:]])([A-Za-z_.]*Error|error): ]]; then
+        printf '%s' "$line" >"$first_error"
+      fi
       [[ "$line" != pdsh@*": ssh exited with exit code "* ]] || failed_at="${failed_at:-$SECONDS}"
     else
       printf '%s' "$line" || true
@@ -133,8 +136,8 @@ done
 hostfile="${1:-}"
 [[ -f "$hostfile" ]] || die "HOSTFILE '$hostfile': no such file; $usage"
 shift
-mapfile -t hosts < <(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$hostfile")
-((${#hosts[@]})) || die "$hostfile names no host; launch/hostfile.example shows how"
+found="$(python -m kd.cluster.hostfile -- "$hostfile")"
+mapfile -t hosts <<<"$found"
 [[ -z "$node_rank" ]] || ((node_rank < ${#hosts[@]})) || die "--node-rank $node_rank: $hostfile has ${#hosts[@]} hosts"
 for argument in "$@"; do
   [[ "$argument" != --resume* ]] || die "$argument: every start here continues from the newest whole checkpoint; for" \
@@ -152,12 +155,15 @@ fi
 
 master_addr="${MASTER_ADDR:-${hosts[0]}}"
 master_port="${MASTER_PORT:-${found##*$'\n'}}" # the run's own: a start finds what is left of the one before it
+python -m kd.cluster.hostfile --master-addr "$master_addr" -- "$hostfile" >/dev/null
 launchers="^[^ ]+ -u -m deepspeed.launcher.launch .*--master_addr=$master_addr --master_port=$master_port "
 # A host that does not answer for a minute has failed, and nothing asks for a password.
 export PDSH_RCMD_TYPE=ssh
 PDSH_SSH_ARGS_APPEND+=" -oBatchMode=yes -oServerAliveInterval=15 -oServerAliveCountMax=4" # after what is set already
 export PDSH_SSH_ARGS_APPEND
 
+first_error="$(mktemp)" # the first line that names one, of all starts since the last progress
+trap 'rm -f -- "$first_error"' EXIT
 trap stop HUP INT TERM USR1
 for ((attempt = 0; ; attempt++)); do
   before="$(newest_checkpoint)"
@@ -168,6 +174,7 @@ for ((attempt = 0; ; attempt++)); do
   done
   if [[ -z "$stopping" ]]; then
     rm -f "$run/INTERRUPTED"
+    : >"$first_error"
     run_launcher "$@"
   fi
   end_ranks || say "a host cannot be reached: its ranks end by themselves, within run.watchdog_minutes"
@@ -184,5 +191,6 @@ for ((attempt = 0; ; attempt++)); do
   say "failed: start $((attempt + 2)) of at most $((restarts + 1)) continues from $after"
 done
 why="the first error above says why"
+[[ ! -s "$first_error" ]] || why="$why, $(<"$first_error")"
 [[ -z "$stopping" ]] || why="it was told to stop, and had not come to a step after which to save"
 fail "$why; the same command starts again from ${after:-the beginning}"

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from kd.cli import axis_arguments, recipe_parser, run
+from kd.errors import UserError
 from kd.logs import configure_logging
 from kd.study.cells import make_study, parse_axes
 
@@ -24,9 +25,21 @@ def main() -> None:
         "--hostfile", type=Path, help="train by launch/hosts.sh on these hosts, not on this machine"
     )
     parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --hostfile: start a cell again so often after a dead rank or host, as "
+        "launch/hosts.sh does",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check and list the cells; train nothing"
     )
     arguments = parser.parse_args()
+    if arguments.restarts < 0 or (arguments.restarts and not arguments.hostfile):
+        raise UserError(
+            f"--restarts {arguments.restarts}: write a whole number of restarts, with --hostfile"
+        )
     configure_logging(rank=0)
     axes = parse_axes(
         arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross
@@ -38,7 +51,7 @@ def main() -> None:
         check_study(study)
         print(*(cell.point.name for cell in study.cells), sep="\n")
         return
-    runner = Runner(study, arguments.hostfile)
+    runner = Runner(study, arguments.hostfile, arguments.restarts)
     num_failed = 0
     for index, (cell, outcome) in enumerate(runner.run(), start=1):
         text = outcome.text if outcome.status == "done" else f"{outcome.status}: {outcome.text}"

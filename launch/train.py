@@ -2,6 +2,7 @@
 first.
 """
 
+import contextlib
 import sys
 
 from kd.cli import recipe_parser, run
@@ -36,7 +37,8 @@ def main() -> None:
         from kd.runs.check import check_recipe
 
         check_recipe(recipe)
-        print(recipe.model_dump_json(indent=2))
+        with contextlib.suppress(BrokenPipeError):  # all is checked: head may have read enough
+            print(recipe.model_dump_json(indent=2))
         print(f"ok: results will be in {recipe.run_dir}", file=sys.stderr)
         return
     # After --check: it imports torch, transformers and deepspeed

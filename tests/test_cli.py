@@ -1,5 +1,6 @@
 """Errors on the command line: one block, printed by one rank, and a status that launchers see."""
 
+import errno
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import pytest
 from tiny import ROOT
 
 from kd.cli import recipe_parser, run
-from kd.constants import EXIT_INTERRUPTED
+from kd.constants import EXIT_INTERRUPTED, EXIT_NO_READER
 from kd.errors import Interrupted, LostPeer, UserError
 
 
@@ -105,6 +106,68 @@ def test_an_interrupted_run_has_a_status_of_its_own(
     with pytest.raises(Exit, match=f"^{EXIT_INTERRUPTED}$"):
         run(stop)
     assert capsys.readouterr().err == ""
+
+
+class Reader:
+    """An output that takes `room` writes, and then fails as the kernel would."""
+
+    def __init__(self, room: int, number: int) -> None:
+        self.room, self.number = room, number
+
+    def write(self, text: str) -> None:
+        self.room -= 1
+        self.flush()
+
+    def flush(self) -> None:
+        if self.room < 0:
+            raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize(
+    ("room", "number", "status"),
+    [
+        (0, errno.EPIPE, EXIT_NO_READER),
+        (0, errno.ENOSPC, 1),
+        (9, errno.EPIPE, None),
+    ],
+)
+def test_an_output_that_takes_no_more_ends_a_command_without_a_stack(
+    waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    room: int,
+    number: int,
+    status: int | None,
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Reader(room, number))
+    if status is None:
+        run(lambda: print("all"))
+        return
+    with pytest.raises(Exit, match=f"^{status}$"):
+        run(lambda: print("all"))
+    assert ("No space left" in capsys.readouterr().err) == (number == errno.ENOSPC)
+
+
+def test_a_broken_pipe_that_is_not_the_outputs_keeps_its_stack(waits: list[float]) -> None:
+    def send() -> None:
+        raise BrokenPipeError(errno.EPIPE, "a peer has gone")
+
+    with pytest.raises(BrokenPipeError):
+        run(send)
+
+
+@pytest.mark.process
+def test_check_into_head_ends_well() -> None:
+    command = f"{sys.executable} launch/train.py --recipe qwen7b_to_1p5b_trunc50 --check | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "{\n")
+    assert "Error" not in done.stderr
 
 
 def test_overrides_are_collected_in_their_order() -> None:

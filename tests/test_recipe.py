@@ -12,6 +12,7 @@ from tiny import ROOT
 
 from kd.errors import UserError
 from kd.recipe import RECIPES_DIR, Recipe, load_recipe
+from kd.runs.check import check_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.toml"))
 MINIMAL = '[student]\nmodel = "s"\n[teacher]\nmodel = "t"\n[data]\npath = "d.jsonl"\n'
@@ -205,6 +206,72 @@ def test_a_run_can_be_named_by_its_resolved_recipe(tmp_path):
     resolved.write_text("{")
     with pytest.raises(UserError, match="recipe.json: not valid JSON"):
         load_recipe(str(resolved))
+
+
+OUT_OF_RANGE = [
+    *[f"run.seed={value}" for value in (-1, 2**32, 10**23, "true", "1.0", '"1"')],
+    "data.split_seed=-1",
+    *[f"run.watchdog_minutes={value}" for value in ("1e300", "0", "true", "nan", "inf", '"9"')],
+    "run.collective_timeout_minutes=1e300",
+    *[f"training.learning_rate={value}" for value in ("1e300", "1e-300", "true", '"1e-4"')],
+    *[f"training.max_steps={10**power}" for power in (10, 23, 30)],
+    *[f"training.max_steps={value}" for value in ("true", "4.0", "0x" + "f" * 5000)],
+    f"training.epochs={10**30}",
+    f"training.global_batch_size={10**9}",
+    f"training.micro_batch_size={10**9}",
+    f"loss.chunk_size={10**30}",
+    "loss.temperature=1e-300",
+    "loss.kd_weight=1e300",
+    "evaluation.temperature=1e-300",
+    "training.adam_betas=[0.9, true]",
+    "student.gradient_checkpointing=1",
+    'teacher.trust_remote_code="yes"',
+    *[f'{key}=""' for key in ("student.model", "teacher.model", "data.path", "data.end_token")],
+    *[f'{key}=" "' for key in ("data.validation_path", "data.cache_dir", "run.output_dir")],
+    *[f'{key}=""' for key in ("data.revision", "data.think_close", "deepspeed.student")],
+    f"student.model={'m' * 5000}",
+    'data.system_prompt="a\\u0000b"',
+    "run.name=0",
+    "run.name=false",
+]
+
+
+@pytest.mark.parametrize("override", OUT_OF_RANGE, ids=lambda override: override[:50])
+def test_a_value_that_no_consumer_takes_is_refused_by_key_and_value(override):
+    with pytest.raises(UserError, match=f" {override.partition('=')[0]} = ") as caught:
+        load_recipe("tiny_trunc50", [override])
+    assert len(str(caught.value)) < 1500
+
+
+def test_an_integer_is_a_float_too():
+    recipe = load_recipe("tiny_trunc50", ["truncation.keep_fraction=1", "loss.kd_weight=1"])
+    assert (recipe.truncation.keep_fraction, recipe.loss.kd_weight) == (1.0, 1.0)
+
+
+def test_an_override_holds_one_value():
+    with pytest.raises(UserError, match="holds 2 values"):
+        load_recipe("tiny_trunc50", ["training.max_steps=5\nwarmup=3"])
+
+
+@pytest.mark.parametrize("base", ['"' + "b" * 5000 + '"', "5", '["tiny"]', '"a\\u0000"'])
+def test_a_base_that_is_no_name_is_one_message(tmp_path, base):
+    with pytest.raises(UserError, match=r"mine\.toml: base = .* is not in recipes/bases/"):
+        load_recipe(write(tmp_path, f"base = {base}\n"))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0", "x" * 5000 + ".toml", ""])
+def test_a_recipe_that_cannot_be_a_file_is_one_message(name):
+    with pytest.raises(UserError, match="^recipe '"):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below/it"])
+def test_check_finds_an_output_dir_that_is_a_file_or_below_one(tmp_path, place):
+    (tmp_path / "file").touch()
+    recipe = load_recipe("qwen7b_to_1p5b_trunc50")
+    with pytest.raises(UserError, match=r"run\.output_dir = '.*file is not a folder"):
+        check_recipe(recipe.with_values({"run.output_dir": str(tmp_path / place)}))
+    check_recipe(recipe.with_values({"run.output_dir": str(tmp_path / "new" / "folder")}))
 
 
 @pytest.mark.process

@@ -6,7 +6,7 @@ import pytest
 
 from kd.constants import FORMAT_VERSION
 from kd.errors import UserError
-from kd.recipe import Recipe, RecipeSection, facts_of, key_facts, load_recipe
+from kd.recipe import Recipe, RecipeSection, default_of, facts_of, key_facts, load_recipe
 from kd.study.cells import AXES
 
 AXIS_KEYS = {
@@ -103,3 +103,58 @@ def test_a_version_that_is_not_known_is_one_message(tmp_path, version):
     path.write_text(json.dumps(load_recipe("tiny_trunc50").as_file() | {"format_version": version}))
     with pytest.raises(UserError, match=f"format_version = {version!r}.*reads 1 to 2"):
         load_recipe(str(path))
+
+
+def test_tables_are_merged_key_by_key_and_set_by_key(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'base = "tiny"\n[data]\ndate = 2025-03-04\n[data.template_kwargs]\na = 1\nb = [1, "x"]\n'
+    )
+    recipe = load_recipe(str(path), ["data.template_kwargs.a=true", "data.template_kwargs.c=d"])
+    assert recipe.data.template_kwargs == {"a": True, "b": [1, "x"], "c": "d"}
+    assert recipe.data.date == "2025-03-04"
+    inline = load_recipe(str(path), ["data.template_kwargs={enable_thinking = true}"])
+    assert inline.data.template_kwargs == {"a": 1, "b": [1, "x"], "enable_thinking": True}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.as_file()))
+    assert load_recipe(str(tmp_path / "recipe.json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.template_kwargs.messages=1", "messages is not for the recipe to set"),
+        ("data.template_kwargs.add_generation_prompt=false", "add_generation_prompt is not for"),
+        ("data.template_kwargs.tokenize=true", "tokenize is not for the recipe"),
+        ("data.template_kwargs.enable-thinking=true", "is not the name of a template's variable"),
+        ("data.template_kwargs.a.b=1", "'a.b' is not the name of a template's variable"),
+        ("data.template_kwargs.a=nan", "finite"),
+        ("data.template_kwargs.a=2025-01-01", "JSON"),
+        ("data.template_kwargs=true", r"data\.template_kwargs = True"),
+        ("data.template_kwarg.a=1", "Did you mean template_kwargs"),
+        ("training.max_steps.a=1", r"training\.max_steps = \{'a': 1\}"),
+        ("data.date=2025-02-30", "2025-02-30.*day is out of range"),
+        ("data.date=20250101", "YYYY-MM-DD"),
+        ("data.date=1", "YYYY-MM-DD"),
+        ("data.date=today", "YYYY-MM-DD"),
+        ("data.date=2025-01-01T00:00:00", "YYYY-MM-DD"),
+    ],
+)
+def test_a_variable_or_a_date_that_cannot_be_is_named(override, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("tiny_trunc50", [override])
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("data.template_kwargs", {}),
+        ("data.date", "2024-07-26"),
+        ("data.loss_sections", ["prompt", "cot", "answer"]),
+        ("teacher.shard", "world"),
+        ("student.model", None),
+        ("data.of_another_version", None),
+        ("unknown.key", None),
+    ],
+)
+def test_a_key_that_a_file_lacks_has_its_default(name, default):
+    assert default_of(name) == default

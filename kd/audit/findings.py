@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from kd.data.dataset import Examples
-from kd.evaluate.score import last_boxed
+from kd.evaluate.boxes import last_boxed
 from kd.generation.journal import split_response
 from kd.generation.sampling import Response
 from kd.recipe import DataSection

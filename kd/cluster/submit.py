@@ -9,6 +9,7 @@ RUN/slurm.json          of each run: its jobs, and where their submission is
 """
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -164,7 +165,9 @@ def _check_inputs_reach_the_job(recipe: Recipe) -> None:
     """
     for field, value in inputs(recipe).items():
         path = Path(value).expanduser()
-        if not path.exists() and (ROOT / path).exists() and path.parts[0] not in COPIED:
+        is_there = path.exists() or glob.glob(str(path), recursive=True)
+        is_in_repository = (ROOT / path).exists() or glob.glob(str(path), root_dir=ROOT)
+        if not is_there and is_in_repository and path.parts[0] not in COPIED:
             raise UserError(
                 f"{field} = {value!r} is in {ROOT}, and jobs run from a copy of its code: submit "
                 f"from there, or write {str(ROOT / path)!r}"

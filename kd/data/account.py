@@ -1,6 +1,6 @@
 """What became of every row: str() of a DataReport is the text to log."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class FileReport:
     read: ReadReport
     max_full_tokens: int | None
     num_too_long: int
+    num_taken: int | None = None  # of the usable ones, by data.sources; None: all
 
     def __str__(self) -> str:
         read = self.read
@@ -29,6 +30,8 @@ class FileReport:
             f"{read.name}: {read.num_rows} rows, {read.num_rows - sum(dropped.values())} usable"
         ]
         lines += [f"  dropped {count}: {reason}" for reason, count in dropped.items() if count]
+        if self.num_taken is not None:
+            lines.append(f"  drawn for the mixture: {self.num_taken}")
         return "\n".join(lines)
 
 
@@ -39,8 +42,14 @@ class SplitReport:
     num_full_tokens: int
     num_input_tokens: int
     num_supervised_tokens: int
+    by_source: dict[str, "SplitReport"] = field(default_factory=dict)  # where there are several
 
     def __str__(self) -> str:
+        whole = self._line()
+        parts = [f"  {name}: {part._line()}" for name, part in self.by_source.items()]
+        return "\n".join([whole, *parts])
+
+    def _line(self) -> str:
         share = self.num_input_tokens / max(self.num_full_tokens, 1)
         return (
             f"{self.num_examples} examples, {self.num_input_tokens} of {self.num_full_tokens} "
@@ -54,9 +63,19 @@ class DataReport:
     files: tuple[FileReport, ...]
     train: SplitReport
     validation: SplitReport | None
+    num_shared_prompts: int = 0  # training rows whose prompt is also that of a validation row
+    num_excluded: int = 0  # such rows that data.exclude_validation_prompts left out
 
     def __str__(self) -> str:
-        splits = [f"train: {self.train}"] + (
-            [f"validation: {self.validation}"] if self.validation else []
-        )
-        return "\n".join([*map(str, self.files), *splits])
+        lines = [*map(str, self.files), f"train: {self.train}"]
+        if self.validation:
+            lines.append(f"validation: {self.validation}")
+        if self.num_excluded:
+            lines.append(f"left out of training: {self.num_excluded} with a prompt of validation")
+        if self.num_shared_prompts:
+            lines.append(
+                f"warning: {self.num_shared_prompts} training rows have a prompt that is also in "
+                "validation, whose loss will be too low: data.exclude_validation_prompts = true "
+                "leaves them out"
+            )
+        return "\n".join(lines)

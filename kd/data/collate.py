@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kd.constants import IGNORE_INDEX
 from kd.data.dataset import Example
-from kd.data.regions import regions_of
+from kd.data.regions import NUM_REGIONS, regions_of
 from kd.data.step_plan import SequenceLayout
 
 
@@ -48,6 +48,7 @@ class Batch:
     row_index: Tensor  # (num_supervised_tokens,)
     region_index: Tensor  # (num_supervised_tokens,)
     places: tuple[Place, ...]
+    num_sources: int = 1  # of data.sources; region_index is source * NUM_REGIONS + region
 
     @property
     def input_ids(self) -> Tensor:
@@ -76,7 +77,10 @@ class Batch:
 
 
 def collate(
-    examples: Sequence[Example], pad_token_id: int, layout: SequenceLayout = "padded"
+    examples: Sequence[Example],
+    pad_token_id: int,
+    layout: SequenceLayout = "padded",
+    num_sources: int = 1,
 ) -> Batch:
     """Pad examples to the longest, or pack them into one row, one behind the other.
 
@@ -99,7 +103,8 @@ def collate(
         input_ids[start:stop] = example.input_ids
         labels[start : stop - 1] = example.labels[1:]
         predicted = 1 + np.flatnonzero(example.labels[1:] != IGNORE_INDEX)
-        regions.append(regions_of(example.read_start + predicted, example.num_tokens_3))
+        region_index = regions_of(example.read_start + predicted, example.num_tokens_3)
+        regions.append(example.source * NUM_REGIONS + region_index)
     model_inputs = {"input_ids": torch.from_numpy(input_ids).view(shape)}
     if layout == "packed":
         model_inputs |= _where_sequences_begin(lengths or [1])
@@ -109,6 +114,7 @@ def collate(
         row_index=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
         region_index=torch.from_numpy(np.concatenate(regions)),
         places=tuple(Place(e.row, e.read_start, len(e.input_ids)) for e in examples),
+        num_sources=num_sources,
     )
 
 

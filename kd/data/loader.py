@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Examples
 from kd.data.step_plan import BatchShape, StepPlan, deal, plan_step
+from kd.data.truncate import IntArray
 from kd.distributed.layout import Layout
 from kd.errors import UserError
 
@@ -51,7 +52,7 @@ class Loader:
         """What this rank runs in one optimizer step."""
         plan = self.plan_step(step, layout.data_parallel_size)
         return [
-            collate([self.examples[i] for i in micro], self.pad_token_id, self.shape.layout)
+            _collate(self.examples, micro, self.shape, self.pad_token_id)
             for micro in plan.micro_batches[layout.data_parallel_rank]
         ]
 
@@ -65,4 +66,8 @@ def validation_batches(
     whole = replace(shape, global_batch_size=len(examples))
     dealt = deal(examples.num_input_tokens, whole, layout.data_parallel_size)
     for micro in dealt[layout.data_parallel_rank]:
-        yield collate([examples[i] for i in micro], pad_token_id, shape.layout)
+        yield _collate(examples, micro, shape, pad_token_id)
+
+
+def _collate(examples: Examples, chosen: IntArray, shape: BatchShape, pad_token_id: int) -> Batch:
+    return collate([examples[i] for i in chosen], pad_token_id, shape.layout, examples.num_sources)

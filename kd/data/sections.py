@@ -11,15 +11,14 @@ a reasoning or an answer the thought's markers and the end token are a BadRow: t
 open a second thought or to stop halfway.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from kd.data.sources import BadRow, Message, Trace
-from kd.errors import UserError
+from kd.data.prompt import open_prompt
+from kd.data.sources import Trace
+from kd.data.turns import BadRow
 from kd.recipe import DataSection
 
 
@@ -31,30 +30,6 @@ class SectionedTokens:
     num_prompt: int
     num_cot: int
     num_answer: int
-
-
-def render_prompt(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], data: DataSection
-) -> str:
-    """The prompt of training, generation and evaluation; needs add_special_tokens=False.
-
-    data.system_prompt stands for any system message; none is sent when it is None. Raises UserError
-    without a chat template, BadRow when the template refuses these messages.
-    """
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "neither the teacher's nor the student's tokenizer has a chat template: set "
-            "data.chat_template to a Jinja file"
-        )
-    turns = [message for message in messages if message["role"] != "system"]
-    if not any(turn["content"].strip() for turn in turns):
-        raise BadRow("empty prompt")
-    if data.system_prompt is not None:
-        turns.insert(0, {"role": "system", "content": data.system_prompt})
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise BadRow(f"the chat template refuses the messages: {error}") from None
 
 
 def render(
@@ -72,8 +47,8 @@ def render(
         for marker in (data.think_open.strip(), data.think_close.strip(), tokenizer.eos_token):
             if marker and marker in text:
                 raise BadRow(f"{marker} inside the {name}")
-    prompt = render_prompt(tokenizer, trace.messages, data)
-    cot = _still_to_open(prompt, data.think_open) + reasoning + data.think_close
+    prompt, opening = open_prompt(tokenizer, trace.messages, data, trace.tools)
+    cot = opening + reasoning + data.think_close
     return prompt, cot, data.answer_open + answer + data.answer_close + tokenizer.eos_token
 
 
@@ -94,13 +69,3 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, str, str]) ->
     return SectionedTokens(
         encoding["input_ids"], num_prompt, num_until_answer - num_prompt, num_all - num_until_answer
     )
-
-
-def _still_to_open(prompt: str, think_open: str) -> str:
-    """What of think_open the prompt does not yet end with; the template's own blanks after the
-    marker are kept.
-    """
-    marker = think_open.strip()
-    if not marker or not prompt.rstrip().endswith(marker):
-        return think_open
-    return think_open.partition(marker)[2] if prompt.endswith(marker) else ""

@@ -9,22 +9,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kd.data.thought import Fault, split_thought
+from kd.data.turns import BadRow, Message, read_tools, read_turns, text_of
 from kd.errors import UserError
 
 Row = Mapping[str, Any]
-Message = dict[str, str]
-
-
-class BadRow(ValueError):
-    """A row that cannot be trained on; the message is the reason, the same for rows of a kind."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    # All before the last assistant turn: {"role": ..., "content": ...}
+    # All before the last assistant turn: {"role": ..., "content": ...}, and what of tool_calls,
+    # tool_call_id, name and reasoning_content the row has
     messages: tuple[Message, ...]
     reasoning: str
     answer: str
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,57 +48,82 @@ def read_row(source: Source, row: Row) -> Trace | None:
     except KeyError as missing:
         raise UserError(
             f"no column {missing}; the row has {', '.join(row)}; needed: "
-            f"{'; '.join(source.columns)}"
+            f"{'; '.join(source.columns)}. Say in [data.columns] which columns have other names"
         ) from None
 
 
 def _local(row: Row) -> Trace:
-    if row.get("messages") is None:
-        return Trace(_question(row["prompt"]), _text(row["reasoning"]), _text(row["answer"]))
-    *before, last = _messages(row["messages"])
+    turns, tools = _conversation(row), read_tools(row.get("tools"))
+    if turns is None:
+        question = _question(row["prompt"])
+        return Trace(question, text_of(row["reasoning"]), text_of(row["answer"]), tools)
+    *before, last = turns
     if last["role"] != "assistant":
-        return Trace((*before, last), _text(row["reasoning"]), _text(row["answer"]))
-    if row.get("reasoning") is None and row.get("answer") is None:
-        return Trace(tuple(before), *_split_think(last["content"]))
-    return Trace(tuple(before), _text(row["reasoning"]), _text(row["answer"]))
+        return Trace(turns, text_of(row["reasoning"]), text_of(row["answer"]), tools)
+    thought, answer = _thought_and_answer(last)
+    thought = _agreed("reasoning", row, thought)
+    if not thought:
+        raise BadRow("no <think> ... </think>")
+    return Trace(tuple(before), thought, _agreed("answer", row, answer), tools)
+
+
+def _conversation(row: Row) -> tuple[Message, ...] | None:
+    """The turns of a row that has any; its other columns must not say otherwise."""
+    given = [row[name] for name in ("messages", "conversations") if row.get(name) is not None]
+    if not given:
+        return None
+    turns = read_turns(given[0])
+    if any(read_turns(other) != turns for other in given[1:]):
+        raise BadRow("messages and conversations disagree")
+    texts = {(turn["role"], turn["content"].strip()) for turn in turns}
+    if row.get("prompt") is not None and not texts.issuperset(
+        (turn["role"], turn["content"].strip()) for turn in _question(row["prompt"])
+    ):
+        raise BadRow("the column prompt is not in the messages")
+    return turns
+
+
+def _agreed(column: str, row: Row, in_turn: str) -> str:
+    """What the column says, or else the turn; both must say the same."""
+    value = row.get(column)
+    in_column = "" if value is None else text_of(value)
+    if in_column.strip() and in_turn.strip() and in_column.strip() != in_turn.strip():
+        raise BadRow(f"the column {column} and the last assistant turn disagree")
+    return in_turn if in_turn.strip() else in_column
 
 
 def _stratos(row: Row) -> Trace:
     """Rows of Bespoke-Stratos, OpenThoughts and Sky-T1: a list of {from, value}."""
-    turns = row["conversations"]
-    names = {"from": "role", "value": "content"}
-    if not isinstance(turns, list) or not all(
-        isinstance(t, dict) and names.keys() <= t.keys() for t in turns
-    ):
+    if not isinstance(row["conversations"], list):
         raise BadRow("conversations is not a list of {from, value}")
-    *before, last = _messages([{names[key]: turn[key] for key in names} for turn in turns])
+    *before, last = read_turns(row["conversations"])
     if last["role"] != "assistant":
         raise BadRow("the last turn is not the assistant's")
-    reasoning, rest = _split(last["content"], "<|begin_of_thought|>", "<|end_of_thought|>")
-    answer, after = _split(rest, "<|begin_of_solution|>", "<|end_of_solution|>")
-    if after.strip():
-        raise BadRow("text after <|end_of_solution|>")
-    return Trace(tuple(before), reasoning, answer)
+    thought, answer = _thought_and_answer(last)
+    if not thought:
+        raise BadRow("no <|begin_of_thought|> ... <|end_of_thought|>")
+    return Trace(tuple(before), thought, answer, read_tools(row.get("tools")))
 
 
 def _synthetic_1(row: Row) -> Trace | None:
     if row["task_type"] != "verifiable_math":
         return None
-    return Trace(_question(_only(row["prompt"])), *_split_think(_text(_only(row["llm_response"]))))
+    response = text_of(_only(row["llm_response"]))
+    return Trace(_question(_only(row["prompt"])), *_split_think(response))
 
 
 def _nemotron_math(row: Row) -> Trace:
-    return Trace(_messages(row["input"]), *_split_think(_text(row["output"])))
+    return Trace(read_turns(row["input"]), *_split_think(text_of(row["output"])))
 
 
-_STRATOS_COLUMNS = ("conversations: list of {from, value}",)
+_STRATOS_COLUMNS = ("conversations: list of {from, value} or {role, content}",)
 SOURCES: dict[str, Source] = {
     "local": Source(
         _local,
         columns=(
             "prompt, reasoning, answer",
             "or messages, reasoning, answer",
-            "or messages ending with <think>",
+            "or messages (or conversations) whose last turn has <think> or reasoning_content",
         ),
     ),
     "bespoke_stratos": Source(_stratos, _STRATOS_COLUMNS, hub_id="bespokelabs/Bespoke-Stratos-17k"),
@@ -120,48 +144,64 @@ SOURCES: dict[str, Source] = {
 }
 
 
+_FAULTS: dict[Fault, str] = {
+    "unclosed": "no {0} ... {1}",
+    "reopened": "{0} or {1} more than once",
+    "text before": "text before {0}",
+}
+
+
+def _thought_and_answer(turn: Message) -> tuple[str, str]:
+    """Of the turn to be learned; the thought is empty where the turn has none."""
+    if "tool_calls" in turn:
+        raise BadRow("the last turn calls a tool: only a turn of text can be learned")
+    content, thought = turn["content"], turn.get("reasoning_content", "")
+    split = next((split for marker, split in _SPLITS.items() if marker in content), None)
+    if split is None:
+        return thought, content
+    if thought:
+        raise BadRow("the last turn has a thought both beside its content and in it")
+    return split(content)
+
+
 def _split_think(text: str) -> tuple[str, str]:
-    return _split(text, "<think>", "</think>")
+    # The opening marker may stand in the prompt instead
+    return _split(text, "<think>", "</think>", may_be_open=True)
 
 
-def _split(text: str, opening: str, closing: str) -> tuple[str, str]:
-    """Text between two markers, and after them. Each occurs once, the first at the start."""
-    before, opened, rest = text.partition(opening)
-    inside, closed, after = rest.partition(closing)
-    if not (opened and closed):
-        raise BadRow(f"no {opening} ... {closing}")
-    if opening in rest or closing in before + after:
-        raise BadRow(f"{opening} or {closing} more than once")
-    if before.strip():
-        raise BadRow(f"text before {opening}")
-    return inside, after
+def _split_stratos(text: str) -> tuple[str, str]:
+    thought, rest = _split(text, "<|begin_of_thought|>", "<|end_of_thought|>")
+    answer, after = _split(rest, "<|begin_of_solution|>", "<|end_of_solution|>")
+    if after.strip():
+        raise BadRow("text after <|end_of_solution|>")
+    return thought, answer
+
+
+# A marker that only a turn with a thought has, and how such a turn is divided
+_SPLITS = {
+    "<|begin_of_thought|>": _split_stratos,
+    "<|end_of_thought|>": _split_stratos,
+    "<think>": _split_think,
+    "</think>": _split_think,
+}
+
+
+def _split(text: str, opening: str, closing: str, *, may_be_open: bool = False) -> tuple[str, str]:
+    parts = split_thought(text, opening, closing)
+    if opening not in text and not may_be_open:
+        parts = "unclosed"
+    if isinstance(parts, str):
+        raise BadRow(_FAULTS[parts].format(opening, closing))
+    return parts
 
 
 def _question(value: Any) -> tuple[Message, ...]:
-    return ({"role": "user", "content": _text(value)},)
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise BadRow("no messages")
-    for message in value:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise BadRow("a message is not {role: text, content: text}")
-    return tuple({key: _text(message[key]) for key in ("role", "content")} for message in value)
+    """A question, or the messages up to it."""
+    if isinstance(value, list):
+        return read_turns(value)
+    return ({"role": "user", "content": text_of(value)},)
 
 
 def _only(value: Any) -> Any:
     """The element of a one-element list, or the value itself."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{type(value).__name__} where text is needed")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a pair, as "\ud800" in JSON, which no tokenizer takes
-        raise BadRow("text that is not valid Unicode") from None
-    return value

@@ -3,16 +3,23 @@ special tokens set.
 """
 
 import json
+import logging
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kd.data.sections import render_prompt
-from kd.data.sources import BadRow
+from kd.data.prompt import apply_template, render_prompt, variables_of
+from kd.data.turns import BadRow, Message
 from kd.errors import UserError
+from kd.files import read_text
 from kd.hub import find_file, hub_errors, resolve
-from kd.recipe import ModelSection, Recipe
+from kd.recipe import DataSection, ModelSection, Recipe
+
+log = logging.getLogger(__name__)
+
+MAX_TEMPLATE_BYTES = 2**20
 
 # Digits, blanks, LaTeX, code and scripts, where tokenizers over one vocabulary split differently.
 PROBE = (
@@ -33,31 +40,32 @@ def load_tokenizers(recipe: Recipe) -> PreTrainedTokenizerFast:
     missing or unusable.
     """
     tokenizer = load_tokenizer("student.model", recipe.student)
-    teacher_template = None
+    template_of = f"student.model = {recipe.student.model!r}"
     if recipe.teacher is not None:
         teacher = load_tokenizer("teacher.model", recipe.teacher)
         check_same_tokenizer(teacher, tokenizer)
-        teacher_template = teacher.chat_template
+        if teacher.chat_template is not None:
+            tokenizer.chat_template = teacher.chat_template
+            template_of = f"teacher.model = {recipe.teacher.model!r}"
     if recipe.data.chat_template is not None:
-        tokenizer.chat_template = find_file(
-            "data.chat_template", recipe.data.chat_template
-        ).read_text(encoding="utf-8")
-    elif teacher_template is not None:
-        tokenizer.chat_template = teacher_template
+        template_of = f"data.chat_template = {recipe.data.chat_template!r}"
+        path = find_file("data.chat_template", recipe.data.chat_template)
+        tokenizer.chat_template = _read_template(template_of, path)
     tokenizer.eos_token = _end_token(tokenizer, recipe.data.end_token)
     tokenizer.pad_token = _pad_token(tokenizer)
-    try:
-        render_prompt(tokenizer, [{"role": "user", "content": "1 + 1"}], recipe.data)
-    except BadRow as error:
-        raise UserError(f"data.chat_template, or that of the model: {error}") from None
+    _check_template(tokenizer, recipe.data, template_of)
     return tokenizer
 
 
 def load_tokenizer(field: str, model: ModelSection) -> PreTrainedTokenizerFast:
     """The tokenizer of recipe field `field`. Raises UserError when there is no fast one."""
+    name = resolve(field, model.model)
+    template = Path(name) / "chat_template.jinja"
+    if template.is_file():  # the library's own error would not say which file is not UTF-8
+        _read_template(f"{field} = {model.model!r}", template)
     with hub_errors(field, model.model):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(field, model.model),
+            name,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
         )
@@ -118,6 +126,59 @@ def _check_same_reading(teacher: PreTrainedTokenizerFast, student: PreTrainedTok
             f"({student.name_or_path}) {student.convert_ids_to_tokens(ours[behind])}: save the "
             "same tokenizer with both"
         )
+
+
+def _read_template(template_of: str, path: Path) -> str:
+    try:
+        return read_text(path, max_bytes=MAX_TEMPLATE_BYTES)
+    except UserError as error:
+        raise UserError(f"{template_of}: {error}") from None
+
+
+def _check_template(
+    tokenizer: PreTrainedTokenizerFast, data: DataSection, template_of: str
+) -> None:
+    """Raise UserError for what every row would meet. template_of: where the template comes from."""
+    question = {"role": "user", "content": "1 + 1"}
+    try:
+        render_prompt(tokenizer, [question], data)
+        variables = variables_of(tokenizer)
+    except BadRow as error:
+        remedy = "" if data.chat_template else "; data.chat_template names another one"
+        raise UserError(f"{template_of}: {error}{remedy}") from None
+    for name in data.template_kwargs:
+        if name not in variables:
+            raise UserError(
+                f"data.template_kwargs.{name}: the chat template ({template_of}) does not read it; "
+                f"it reads {', '.join(sorted(variables)) or 'none'}"
+            )
+    end = _end_of_turn(tokenizer, question, data)
+    if end not in (None, tokenizer.eos_token):
+        log.warning(
+            "the chat template ends a turn with %s, and answers are trained to end with %s: set "
+            "data.end_token = %r if the teacher ends its turns so",
+            end,
+            tokenizer.eos_token,
+            end,
+        )
+
+
+def _end_of_turn(
+    tokenizer: PreTrainedTokenizerFast, question: Message, data: DataSection
+) -> str | None:
+    """The first added token that the template writes after an assistant's text; None if it writes
+    none, or cannot render such a turn.
+    """
+    answer = "It is 2."
+    turns = [question, {"role": "assistant", "content": answer}]
+    try:
+        text = apply_template(tokenizer, turns, data, add_generation_prompt=False)
+    except BadRow:
+        return None
+    _, is_printed, end = text.rpartition(answer)
+    tokens = tokenizer.tokenize(end, add_special_tokens=False) if is_printed else []
+    added = tokenizer.get_added_vocab()
+    return next((token for token in tokens if token in added), None)
 
 
 def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str:

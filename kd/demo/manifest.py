@@ -7,12 +7,12 @@ writes manifest.json into the folder of --assets.
 
 import argparse
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from kd.files import write_json
 from kd.runs.environment import environment
+from kd.runs.records import EvaluationRecord, read_record
 
 SCORES = ("accuracy", "ci95", "num_problems", "unclosed_fraction")
 
@@ -36,8 +36,8 @@ def sha256(path: Path) -> str:
 
 
 def _scores(path: Path) -> dict[str, Any]:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    return {key: results[key] for key in SCORES}
+    found = read_record(path, EvaluationRecord, "evaluate the model again").as_read()
+    return {key: found[key] for key in SCORES}
 
 
 def main() -> None:

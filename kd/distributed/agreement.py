@@ -6,15 +6,12 @@ wait for each other. So the facts travel by the key-value store that torch's ren
 there is a process group.
 """
 
-import functools
 import json
 import socket
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store
-from torch.distributed.rendezvous import rendezvous
-
+from kd.distributed.rendezvous import store_of_run, wait_for
 from kd.errors import UserError
 
 REMEDIES = {
@@ -46,11 +43,38 @@ def gather_facts(facts: dict[str, Any], timeout: timedelta) -> list[dict[str, An
 
     Collective: every rank must call this.
     """
-    store, rank, world_size = _store(timeout)
+    store, rank, world_size = store_of_run(timeout)
     store.set(f"facts/{rank}", json.dumps({"host": socket.gethostname(), **facts}))
-    return (
-        None if rank else [json.loads(store.get(f"facts/{other}")) for other in range(world_size)]
-    )
+    if rank:
+        return None
+    missing = set(range(world_size))
+
+    def all_came() -> bool:
+        missing.difference_update(r for r in sorted(missing) if store.check([f"facts/{r}"]))
+        return not missing
+
+    def who_is_missing() -> str:
+        hosts: dict[str, list[int]] = {}
+        for other in range(world_size):
+            if other not in missing:
+                host = json.loads(store.get(f"facts/{other}"))["host"]
+                hosts.setdefault(host, []).append(other)
+        here = ", ".join(f"{host}: {_ranges(ranks)}" for host, ranks in hosts.items())
+        return f"rank {_ranges(sorted(missing))} of {world_size} has not come ({here} are here)"
+
+    wait_for(all_came, who_is_missing, timeout)
+    return [json.loads(store.get(f"facts/{other}")) for other in range(world_size)]
+
+
+def _ranges(ranks: list[int]) -> str:
+    """0-3, 6."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def agree(verdict: str | None, timeout: timedelta) -> str:
@@ -58,14 +82,23 @@ def agree(verdict: str | None, timeout: timedelta) -> str:
 
     Collective: every rank must call this.
     """
-    store, rank, world_size = _store(timeout)
+    store, rank, world_size = store_of_run(timeout)
     if rank == 0:
         store.set("verdict", verdict or "")
+    wait_for(
+        lambda: store.check(["verdict"]),
+        lambda: f"rank {rank}: not all ranks have come, says rank 0, which waits for them",
+        timeout,
+    )
     answer = store.get("verdict").decode()
     if store.add("verdict/readers", 1) == world_size:
         store.set("verdict/all_read", "yes")
     if rank == 0:
-        store.wait(["verdict/all_read"])
+        wait_for(
+            lambda: store.check(["verdict/all_read"]),
+            lambda: "rank 0: a rank that had come has not read what rank 0 found",
+            timeout,
+        )
     return answer
 
 
@@ -97,13 +130,3 @@ def describe_differences(everyone: list[dict[str, Any]]) -> str | None:
         lines += [f"  {value}" for value in values]
         lines += [f"  -> {remedy}"] if names else []
     return "\n".join(lines)
-
-
-@functools.cache
-def _store(timeout: timedelta) -> tuple[Store, int, int]:
-    """Kept for the life of the process: rank 0 serves it, and the process group will use the same
-    server.
-    """
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
-    return store, rank, world_size

@@ -16,11 +16,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Made before the slow imports: until then USR1 and TERM end the process at once."""
+    """Made before the slow imports, and armed when the ranks have met: until then there is nothing
+    to save, and USR1 and TERM end the process at once.
+    """
 
     def __init__(self) -> None:
         self._signalled = False
         self._launcher = _deepspeed_launcher()
+
+    def arm(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._note)
 

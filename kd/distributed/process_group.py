@@ -25,6 +25,9 @@ OF_SLURM = {
     "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
     "LOCAL_RANK": "SLURM_LOCALID",
 }
+# How launchers of MPI and SLURM say the same.
+WORLD_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 # How other launchers say that there are several processes, without saying what torch needs to know.
 OTHER_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -44,6 +47,7 @@ def find_ranks() -> None:
     if is_rank():
         if "RANK" not in os.environ:
             os.environ |= {name: os.environ[of_slurm] for name, of_slurm in OF_SLURM.items()}
+        _complete()
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise UserError(
@@ -60,6 +64,29 @@ def find_ranks() -> None:
             )
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def _complete() -> None:
+    """RANK stands alone with some launchers: the others are taken from what they say in their own
+    names. Raises UserError for one that nobody says, or that is no such number.
+    """
+    numbers = {"RANK": int(os.environ["RANK"]) if os.environ["RANK"].isdecimal() else -1}
+    for name, others in {"WORLD_SIZE": WORLD_SIZES, "LOCAL_RANK": LOCAL_RANKS}.items():
+        found = [value for key in (name, *others) if (value := os.environ.get(key)) is not None]
+        if not found and name == "LOCAL_RANK" and os.environ.get("WORLD_SIZE") == "1":
+            found = ["0"]
+        if not found:
+            raise UserError(
+                f"RANK = {os.environ['RANK']} is set and {name} is not: let the launcher set RANK, "
+                "WORLD_SIZE and LOCAL_RANK of each process, or start with deepspeed, torchrun or "
+                "srun"
+            )
+        os.environ[name] = found[0]
+        numbers[name] = int(found[0]) if found[0].isdecimal() else -1
+    rank, world_size, local_rank = (numbers[name] for name in OF_SLURM)
+    if not (0 <= rank < world_size and 0 <= local_rank < world_size):
+        said = ", ".join(f"{name} = {os.environ[name]!r}" for name in OF_SLURM)
+        raise UserError(f"{said}: RANK and LOCAL_RANK count from 0 to below WORLD_SIZE")
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> Layout:

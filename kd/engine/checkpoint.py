@@ -8,26 +8,37 @@ All ranks share the folder. What does not say rank 0 is collective: every rank m
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
+import reprlib
 import shutil
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from kd.distributed.device import device_type
 from kd.distributed.process_group import gather_objects, on_rank_zero
 from kd.engine.engine import Engine
 from kd.engine.hashed_files import hashed_files
+from kd.engine.pickles import check_pickles
 from kd.engine.universal import universal_checkpoint
 from kd.errors import UserError
-from kd.files import write_json
+from kd.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 # torch.save raises RuntimeError; of a missing parent where another rank has failed and removed it.
@@ -39,6 +50,27 @@ TORCH_SAVE_ERRORS = (
 )
 
 log = logging.getLogger(__name__)
+State = TypeVar("State")
+
+
+class FileEntry(BaseModel):
+    """Size and checksum of one file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    bytes: NonNegativeInt
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(BaseModel):
+    """What a checkpoint says of itself; state is the loop's own."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    step: NonNegativeInt
+    world_size: PositiveInt
+    state: Any
+    files: Annotated[dict[str, FileEntry], Field(min_length=1)]
 
 
 def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -57,7 +89,7 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
         with hashed_files(engine) as checksums:
             engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
         random_state = partial / f"rng_rank{rank}.safetensors"
-        save_file(_random_state(), random_state)
+        random_state.write_bytes(save(_random_state()))  # save_file() keeps it to its owner
         checksums[random_state] = _checksum(random_state, sync=True)
         mine = {str(path.relative_to(partial)): entry for path, entry in checksums.items()}
         files = {name: entry for part in gather_objects(mine) for name, entry in part.items()}
@@ -91,21 +123,22 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
         ) from error
 
 
-def choose_checkpoint(folder: Path, resume: str) -> Path | None:
+def choose_checkpoint(folder: Path, resume: str, state_type: type[Any]) -> Path | None:
     """The checkpoint of `folder` that a path or "auto" names: the newest whole one, or None.
+    state_type: what save_checkpoint was given as `state`, read back.
 
     Damaged ones that "auto" passes over are named in the log. Raises UserError for a path that is
     not a whole checkpoint of this folder.
     """
     if resume != "auto":
         path = Path(resume)
-        on_rank_zero(lambda: read_manifest(path))
+        on_rank_zero(lambda: read_manifest(path, state_type))
         if path.resolve().parent != folder.resolve():
             raise UserError(
                 f"--resume {resume} is not a checkpoint of this run ({folder}): to start from "
                 "another run's student, set student.model to its export"
             )
-        damage = damage_of(path)
+        damage = damage_of(path, state_type)
         if damage:
             raise UserError(
                 f"--resume {resume} is damaged ({damage}): choose an earlier one, or --resume auto"
@@ -113,7 +146,7 @@ def choose_checkpoint(folder: Path, resume: str) -> Path | None:
         return path
     paths = on_rank_zero(lambda: step_folders(folder))
     for path in reversed(paths):
-        damage = damage_of(path)
+        damage = damage_of(path, state_type)
         if damage is None:
             return path
         if dist.get_rank() == 0:
@@ -121,32 +154,35 @@ def choose_checkpoint(folder: Path, resume: str) -> Path | None:
     return None
 
 
-def damage_of(path: Path) -> str | None:
+def damage_of(path: Path, state_type: type[Any]) -> str | None:
     """What is wrong with a checkpoint, or None; the ranks share the reading."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
-        files = on_rank_zero(lambda: read_manifest(path)["files"])
+        files = on_rank_zero(lambda: read_manifest(path, state_type).files)
     except UserError as error:
         return str(error)
     try:
         mine = sorted(files)[rank::world_size]
-        damage = [name for name in mine if _checksum(path / name, files[name]) != files[name]]
+        damage = [name for name in mine if not _is_whole(path / name, files[name])]
         found = ", ".join(f"{name} differs from its checksum" for name in damage[:1])
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         found = str(error)
     return next((part for part in gather_objects(found) if part), None)
 
 
-def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
+def load_checkpoint(engine: Engine, path: Path, state_type: type[State]) -> State:
     """Restore weights, optimizer and random state from a whole checkpoint; returns the loop's
     state.
 
     One that another number of ranks wrote is converted first: weights and optimizer are then the
     same, and only a random state, which models with dropout use, begins anew on ranks that have
-    none.
+    none. Raises UserError, before anything is loaded, for files that torch, DeepSpeed and this
+    project do not write.
     """
-    manifest = on_rank_zero(lambda: read_manifest(path))
-    written_by, world_size = manifest["world_size"], dist.get_world_size()
+    manifest = on_rank_zero(lambda: read_manifest(path, state_type))
+    check_pickles(path)
+    written_by, world_size = manifest.world_size, dist.get_world_size()
+    random_state = _read_random_state(path, required=written_by == world_size)
     if written_by == world_size:
         _load_engine(engine, path)
     else:
@@ -158,24 +194,37 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
             engine._config.load_universal_checkpoint = True
             _load_engine(engine, converted)
             engine._config.load_universal_checkpoint = False
-    random_file = path / f"rng_rank{dist.get_rank()}.safetensors"
-    if random_file.exists():
-        _restore_random_state(load_file(random_file))
-    state: dict[str, Any] = manifest["state"]
+    if random_state:
+        _restore_random_state(random_state)
+    state: State = manifest.state
     return state
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises UserError when path holds none, or half of one. Rank 0."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return {key: manifest[key] for key in ("step", "world_size", "state", "files")}
-    except OSError:
+def read_manifest(path: Path, state_type: type[Any]) -> Manifest:
+    """A checkpoint's manifest, its state as a state_type. Raises UserError when path holds none, or
+    a damaged one. Rank 0.
+    """
+    if not (path / MANIFEST).exists():
         raise UserError(
             f"{path}: not a checkpoint (no {MANIFEST}); name a folder like checkpoints/step_40"
+        )
+    try:
+        manifest = Manifest.model_validate(read_json(path / MANIFEST))
+        state = TypeAdapter(state_type).validate_python(manifest.state, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "state"
+        value = reprlib.repr(first["input"])
+        raise UserError(
+            f"{path}: its {MANIFEST} is damaged: {where} = {value}: {first['msg']}"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: its {MANIFEST} is damaged") from None
+    except UserError as error:
+        raise UserError(f"{path}: its {MANIFEST} is damaged: {error}") from None
+    if getattr(state, "step", manifest.step) != manifest.step:
+        raise UserError(
+            f"{path}: its {MANIFEST} is damaged: step = {manifest.step}, state.step = {state.step}"
+        )
+    return manifest.model_copy(update={"state": state})
 
 
 def _load_engine(engine: Engine, path: Path) -> None:
@@ -226,17 +275,21 @@ def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _checksum(
-    path: Path, expected: dict[str, Any] | None = None, *, sync: bool = False
-) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file; one of an unexpected size is not read to its end."""
+def _checksum(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file."""
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
-        size = os.fstat(file.fileno()).st_size
-        if expected is not None and expected["bytes"] != size:
-            return {"bytes": size}
-        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def _is_whole(path: Path, entry: FileEntry) -> bool:
+    """One of an unexpected size is not read to its end; nor is a named pipe, which would wait."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size != entry.bytes:
+        return False
+    return _checksum(path) == entry.model_dump()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -249,6 +302,29 @@ def _random_state() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device_type() == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _read_random_state(path: Path, *, required: bool) -> dict[str, torch.Tensor] | None:
+    """What _random_state() returned on this rank, or None where it saved none and none is required.
+    Raises UserError on every rank when one of them finds something else.
+    """
+    file = path / f"rng_rank{dist.get_rank()}.safetensors"
+    state, problem = None, None
+    try:
+        if required or file.exists():
+            state = load_file(file)
+            for device, tensor in state.items():
+                torch.Generator(device).set_state(tensor)
+            torch.Generator().set_state(state["cpu"])
+    except (OSError, SafetensorError, RuntimeError, TypeError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        problem = (
+            f"{file}: holds no random state ({reason}): remove this checkpoint and resume from an "
+            "earlier one"
+        )
+    if found := [text for text in gather_objects(problem) if text]:
+        raise UserError(found[0])
     return state
 
 

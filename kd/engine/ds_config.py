@@ -1,10 +1,11 @@
 """DeepSpeed JSON from ds_configs/, and what the recipe decides: one home for each knob."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kd.engine.ds_schema import ZeroSection, check_ds_json
 from kd.errors import UserError
+from kd.files import read_json
 from kd.recipe import DS_CONFIGS_DIR, Recipe
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 Role = Literal["student", "teacher"]
 
+STAGES: dict[Role, tuple[int, ...]] = {"student": (1, 2, 3), "teacher": (3,)}
 # Keys of the JSON that the recipe decides, and where.
 RECIPE_KEYS = {
     "train_batch_size": "training.global_batch_size",
@@ -40,33 +42,16 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
     if path is None:
         known = ", ".join(sorted(p.name for p in DS_CONFIGS_DIR.glob("*.json")))
         raise UserError(f"deepspeed.{role} = {name!r}: no such file; ds_configs/ has {known}")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    _check_objects(config, path)
+    config = read_json(path)
     for key, home in RECIPE_KEYS.items():
-        if key in config:
+        if isinstance(config, dict) and key in config:
             raise UserError(
                 f"{path}: {key} = {config[key]!r} is decided by the recipe ({home}); remove it here"
             )
-    for key in _auto_keys(config):
-        raise UserError(
-            f'{path}: {key} = "auto" is dropped silently outside the HF Trainer; write a value'
-        )
-    stage = _stage(config)
-    if config.get("fp16", {}).get("enabled"):
-        raise UserError(f"{path}: fp16 needs loss scaling, which this loop does not do; use bf16")
-    if role == "teacher" and stage != 3:
-        raise UserError(
-            f"{path}: deepspeed.teacher needs zero_optimization.stage = 3, found {stage!r}"
-        )
-    if role == "student" and stage not in (1, 2, 3):
-        raise UserError(
-            f"{path}: deepspeed.student needs zero_optimization.stage 1, 2 or 3, found {stage!r}"
-        )
-    _check_hpz_size(config, role, path)
-    return config
+    check_ds_json(config, path)
+    _check_stage(config.get("zero_optimization", {}), role, path)
+    checked: dict[str, Any] = config
+    return checked
 
 
 def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict[str, Any]:
@@ -128,7 +113,8 @@ def is_bf16(config: dict[str, Any]) -> bool:
 
 
 def is_zero3(config: dict[str, Any]) -> bool:
-    return _stage(config) == 3
+    stage: int = config.get("zero_optimization", {}).get("stage", 0)
+    return stage == 3
 
 
 def hpz_size(config: dict[str, Any]) -> int:
@@ -161,45 +147,33 @@ def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: "Nodes") -> None
             )
 
 
-def _stage(config: dict[str, Any]) -> int:
-    stage: int = config.get("zero_optimization", {}).get("stage", 0)
-    return stage
-
-
-def _check_objects(config: Any, path: Path) -> None:
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds {config!r}; write an object with zero_optimization in it")
-    for key in ("zero_optimization", "bf16", "fp16"):
-        if not isinstance(config.get(key, {}), dict):
-            raise UserError(f"{path}: {key} = {config[key]!r}: write an object")
-    # DeepSpeed still reads it, and would cast a model that was loaded as fp32.
-    if "bfloat16" in config:
-        raise UserError(f'{path}: bfloat16 is the old name of the section: write "bf16"')
-
-
-def _check_hpz_size(config: dict[str, Any], role: Role, path: Path) -> None:
-    size = hpz_size(config)
-    if not isinstance(size, int) or size < 1:
+def _check_stage(zero: ZeroSection, role: Role, path: Path) -> None:
+    """Raise UserError for a stage that cannot serve the role, and for keys that do not suit it."""
+    stage, size = zero.get("stage", 0), zero.get("zero_hpz_partition_size", 1)
+    if stage not in STAGES[role]:
+        expected = " or ".join(map(str, STAGES[role]))
         raise UserError(
-            f"{path}: zero_hpz_partition_size = {size!r}: write the number of ranks per node, or "
-            "remove it"
+            f"{path}: deepspeed.{role} needs zero_optimization.stage = {expected}, found {stage}"
         )
     if size > 1 and role == "teacher":  # DeepSpeed's one group for it would be the student's too
         raise UserError(
             f"{path}: zero_hpz_partition_size = {size} is for deepspeed.student: remove it; "
             'teacher.shard = "node" keeps the teacher\'s gathers within a node'
         )
-    if size > 1 and not is_zero3(config):
+    if size > 1 and stage != 3:
         raise UserError(
-            f"{path}: zero_hpz_partition_size = {size} needs zero_optimization.stage = 3, found 2"
+            f"{path}: zero_hpz_partition_size = {size} needs zero_optimization.stage = 3, found "
+            f"{stage}"
         )
-
-
-def _auto_keys(config: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found += _auto_keys(value, f"{prefix}{key}.")
-        elif value == "auto":
-            found.append(f"{prefix}{key}")
-    return found
+    offload = zero.get("offload_param", {})
+    if offload.get("device", "none") != "none" and stage != 3:
+        raise UserError(
+            f"{path}: offload_param.device = {offload['device']!r} needs zero_optimization.stage = "
+            f"3, found {stage}"
+        )
+    for key, section in (("param", offload), ("optimizer", zero.get("offload_optimizer", {}))):
+        if section.get("device") == "nvme" and not section.get("nvme_path"):
+            raise UserError(
+                f"{path}: offload_{key}.device = 'nvme' needs offload_{key}.nvme_path: write a "
+                "folder on a disk of each node"
+            )

@@ -1,10 +1,14 @@
 """A ZeRO engine: the one place that calls deepspeed.initialize, and what is used of its result."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import Tensor, nn
+
+from kd.errors import UserError
 
 
 class Engine(Protocol):
@@ -31,6 +35,17 @@ class Engine(Protocol):
     def load_checkpoint(
         self, load_dir: str, *, tag: str, load_lr_scheduler_states: bool
     ) -> tuple[str | None, Any]: ...
+
+
+def check_ds_config(ds_config: dict[str, Any], file: str) -> None:
+    """Raise UserError if DeepSpeed itself does not accept a complete configuration, made from file:
+    what its version, the accelerator and keys that depend on each other rule out.
+    """
+    try:
+        DeepSpeedConfig(copy.deepcopy(ds_config))
+    except (ValueError, TypeError, LookupError, AssertionError, DeepSpeedConfigError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file}: DeepSpeed refuses it: {reason[:500]}") from None
 
 
 def initialize(module: nn.Module, ds_config: dict[str, Any]) -> Engine:

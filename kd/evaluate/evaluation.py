@@ -1,14 +1,19 @@
 """One model on one set of problems: responses, verdicts, and the two files that keep them."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd.evaluate.problems import Problem, load_problems, render_prompts
-from kd.evaluate.results import read_responses, response_rows, results, write_evaluation
+from kd.evaluate.results import (
+    read_responses,
+    read_results,
+    response_rows,
+    results,
+    write_evaluation,
+)
 from kd.evaluate.score import score
 from kd.evaluate.tasks import TASKS, load_task, parse_tasks
 from kd.generation.backends import Request, Subject, batch_size_of, version_of
@@ -61,18 +66,18 @@ def result_files(recipe: Recipe, folder: Path, label: str) -> list[Path]:
 
 
 def is_scored(recipe: Recipe, files: Sequence[Path]) -> bool:
-    """Whether these results are there, of the recipe's present [evaluation] and seed 0."""
-    expected = {
-        "judge": recipe.evaluation.judge,
-        "sampling": vars(sampling_of(recipe.evaluation, seed=0)),
-    }
+    """Whether these results are there, of the recipe's present [evaluation] and seed 0. Raises
+    UserError for a damaged file.
+    """
+    sampling = vars(sampling_of(recipe.evaluation, seed=0))
     for file in files:
-        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        source = TASKS[results["task"]].hub_id if results.get("task") else recipe.evaluation.path
-        if {name: results.get(name) for name in (*expected, "problems")} != {
-            **expected,
-            "problems": source,
-        }:
+        found = read_results(file)
+        if found is None:
+            return False
+        task = TASKS.get(found.task) if found.task else None
+        source = task.hub_id if task else recipe.evaluation.path
+        expected = (recipe.evaluation.judge, sampling, source)
+        if (found.judge, found.sampling, found.problems) != expected:
             return False
     return True
 

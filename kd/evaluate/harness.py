@@ -18,11 +18,13 @@ from kd.errors import UserError
 from kd.evaluate.problems import Problem
 from kd.evaluate.results import response_rows, results, write_evaluation
 from kd.evaluate.score import Verdict, summarise
+from kd.files import parse_json, read_json_lines, read_text
 from kd.generation.backends import Subject, version_of
 from kd.generation.generator import weights_sha256
 from kd.generation.responses import fingerprint
 from kd.generation.sampling import Response
 from kd.hub import resolve
+from kd.names import check_name
 from kd.recipe import Recipe
 
 HARNESS = "lm-eval"
@@ -96,13 +98,14 @@ def read_harness(raw: Path) -> list[tuple[str, dict[str, Any], list[dict[str, An
     if path is None:
         raise UserError(f"--harness {HARNESS}: it left no results in {raw}")
     date = path.stem.removeprefix("results_")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse_json(read_text(path), str(path))
+    if not isinstance(found, dict) or not isinstance(found.get("results"), dict):
+        raise UserError(f"{path}: results is missing or no object: run the harness again")
     tasks = []
     for task in found["results"]:
-        samples = path.with_name(f"samples_{task}_{date}.jsonl")
+        samples = path.with_name(f"samples_{check_name('the task', task)}_{date}.jsonl")
         if samples.exists():
-            with samples.open(encoding="utf-8") as lines:
-                tasks.append((task, found, [json.loads(line) for line in lines]))
+            tasks.append((task, found, [row for _, row in read_json_lines(samples)]))
     return tasks
 
 

@@ -1,4 +1,5 @@
-"""Mathematical equality of two answers, judged by math-verify in a process of its own.
+"""Mathematical equality of two answers, judged by `kd.evaluate.answers` and, where form does not
+tell, by math-verify, in a process of its own.
 
 Simplifying an expression may take hours or gigabytes, and math-verify's alarm cannot interrupt a
 computation inside one bytecode (9**9**9). The process is ended after JUDGE_TIMEOUT_S, the answer
@@ -17,6 +18,7 @@ import sys
 from types import TracebackType
 
 from kd.errors import UserError
+from kd.evaluate.answers import close_values, equal_answers
 from kd.recipe import ROOT
 
 START_TIMEOUT_S = 120.0
@@ -103,10 +105,24 @@ def answer_requests() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         expected, answer = json.loads(line)
-        gold, target = (
-            parse(text, parsing_timeout=0) for text in (f"\\boxed{{{expected}}}", answer)
-        )
-        print(json.dumps(bool(verify(gold, target, timeout_seconds=0))), flush=True)
+        print(json.dumps(equal_answers(expected, answer, _equal_expressions)), flush=True)
+
+
+def _equal_expressions(gold: str, answer: str) -> bool:
+    """math-verify's verdict; values are compared relatively, where it rounds to six places."""
+    from math_verify import parse, verify
+    from sympy import Expr
+
+    golds, answers = (parse(text, parsing_timeout=0) for text in (gold, answer))
+    if not verify(golds, answers, timeout_seconds=0):
+        return False
+    values = [
+        float(side[0].evalf())
+        for side in (golds, answers)
+        if side and isinstance(side[0], Expr) and side[0].is_number and side[0].is_extended_real
+    ]
+    is_small = len(values) == 2 and max(map(abs, values)) < 1e-3
+    return close_values(*values) if is_small else True
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Problems from a local JSONL file, checked row by row before any model is loaded."""
+"""Problems from a local JSONL file (.gz and .zst too), checked before any model is loaded."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from kd.data.sections import render_prompt
-from kd.data.sources import BadRow
+from kd.data.prompt import render_prompt
+from kd.data.turns import BadRow
 from kd.errors import UserError
+from kd.files import parse_json, read_lines
 from kd.hub import find_file
 from kd.recipe import DataSection
 
@@ -31,13 +34,11 @@ def load_problems(
     check_limit(limit)
     path = find_file(field, value)
     columns = ("prompt", "answer") if need_answers else ("prompt",)
-    problems: list[Problem] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if limit is not None and len(problems) == limit:
-                break
-            if line.strip():
-                problems.append(_parse(f"{field} = {value!r}: row {number}", line, number, columns))
+    where = f"{field} = {value!r}: row"
+    problems = []
+    for number, line in itertools.islice(read_lines(path), limit):
+        row = parse_json(line, f"{where} {number}")
+        problems.append(_problem(f"{where} {number}", row, number, columns))
     if not problems:
         raise UserError(f"{field} = {value!r}: no problems in it")
     _check_ids(f"{field} = {value!r}", problems)
@@ -66,11 +67,7 @@ def render_prompts(
     return prompts
 
 
-def _parse(where: str, line: str, number: int, columns: Sequence[str]) -> Problem:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+def _problem(where: str, row: Any, number: int, columns: Sequence[str]) -> Problem:
     if not isinstance(row, dict):
         raise UserError(f'{where} is not an object: write {{"prompt": ..., "answer": ...}}')
     try:

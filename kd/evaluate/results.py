@@ -2,7 +2,6 @@
 of all models.
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,14 +11,16 @@ from typing import Any
 
 from kd.evaluate.problems import Problem
 from kd.evaluate.score import Summary, Verdict
-from kd.files import write_json, write_jsonl
+from kd.files import read_json_lines, write_json, write_jsonl
 from kd.generation.backends import Subject
 from kd.generation.sampling import Response
 from kd.recipe import Recipe
 from kd.runs.environment import environment
+from kd.runs.records import EvaluationRecord, ResponseRecord, read_record, to_record
 
 HEADER = ("model", "accuracy", "95 % interval", "problems", "tokens", "unclosed")
 REPLACED = "replaced"
+REMEDY = "restore it, or remove it and evaluate the model again"
 
 
 def results(
@@ -90,12 +91,17 @@ def read_responses(folder: Path, label: str, fingerprint: str) -> list[Response]
     for place in (folder, folder / REPLACED / fingerprint):
         path = place / f"{label}.responses.jsonl"
         if _fingerprint_of(place / f"{label}.json") == fingerprint and path.exists():
-            with path.open(encoding="utf-8") as lines:
-                return [
-                    Response(row["response"], row["num_tokens"], row["ended"])
-                    for row in map(json.loads, lines)
-                ]
+            rows = [
+                to_record(row, ResponseRecord, f"{path}: line {number}", REMEDY)
+                for number, row in read_json_lines(path)
+            ]
+            return [Response(row.response, row.num_tokens, row.ended) for row in rows]
     return None
+
+
+def read_results(path: Path) -> EvaluationRecord | None:
+    """The results in LABEL.json, None where there is none. Raises UserError for a damaged file."""
+    return read_record(path, EvaluationRecord, REMEDY) if os.path.lexists(path) else None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -151,6 +157,5 @@ def _set_aside(folder: Path, label: str, fingerprint: str) -> None:
 
 def _fingerprint_of(path: Path) -> str | None:
     """None when there is no such file; "unknown" where results have none."""
-    if not path.exists():
-        return None
-    return str(json.loads(path.read_text(encoding="utf-8")).get("fingerprint", "unknown"))
+    found = read_results(path)
+    return found.fingerprint if found else None

@@ -1,8 +1,8 @@
 """From responses to one score: which answer a response gives, whether it is right, the share.
 
-The answer of a response, first that applies: 1. the last \\boxed{...} after the thought 2. the text
-after the thought, when there is any 3. the last \\boxed{...} anywhere: a thought that was never
-closed may still hold an answer
+The answer of a response, first that applies: 1. the last \\boxed{...} after the thought, with those
+that commas and "and" join to it 2. the text after the thought, when there is any 3. the same as 1.
+anywhere: a thought that was never closed may still hold an answer
 """
 
 import math
@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from kd.evaluate.boxes import BOXED, last_boxed
 from kd.evaluate.judge import MathJudge
 from kd.generation.sampling import Response
 from kd.recipe import EvaluationSection
 
-BOXED = "\\boxed{"
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
@@ -143,17 +143,6 @@ def extract_answer(response: str, marker: str) -> Answer | None:
     return None if boxed is None else Answer(boxed, boxed=True)
 
 
-def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} whose braces balance; None when there is none."""
-    start = text.rfind(BOXED)
-    while start >= 0:
-        content = _balanced(text[start + len(BOXED) :])
-        if content is not None:
-            return content.strip()
-        start = text.rfind(BOXED, 0, start)
-    return None
-
-
 def wilson_interval(num_correct: float, num_problems: float) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share (1927, eq. 4); (0, 1) without problems."""
     if num_problems == 0:
@@ -178,21 +167,6 @@ def _judge(response: str, expected: str, marker: str, judge: Callable[[str, str]
 
 def _exactly_equal(expected: str, answer: str) -> bool:
     return expected.strip() == answer.strip()
-
-
-def _balanced(text: str) -> str | None:
-    """The text up to the brace that closes one opened before it; an escaped brace does not
-    count.
-    """
-    depth = 1
-    escaped = False
-    for index, character in enumerate(text):
-        if not escaped:
-            depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:index]
-        escaped = character == "\\" and not escaped
-    return None
 
 
 def _powers_of_two(largest: int) -> list[int]:

@@ -13,9 +13,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+from kd.data.thought import split_thought
 from kd.errors import UserError
+from kd.files import parse_json, read_json_lines
 from kd.generation.sampling import Response
-from kd.recipe import DataSection
+from kd.recipe import DataSection, default_of
+
+
+class FinishedBatch(BaseModel):
+    """num_bytes: of the rows file after it. counts: its responses by fate."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    num_bytes: NonNegativeInt
+    counts: dict[str, NonNegativeInt]
 
 
 class TraceFile:
@@ -43,9 +55,10 @@ class TraceFile:
             self._check_settings(entries[0], settings)
         self.complete = output.exists()
         self.num_batches = len(entries[1:])
-        self.counts = sum((Counter(entry["counts"]) for entry in entries[1:]), Counter[str]())
-        if self.num_batches and not self.complete:
-            self._cut_rows(entries[-1]["num_bytes"])
+        batches = [self._batch(number, entry) for number, entry in enumerate(entries[1:], start=2)]
+        self.counts = sum((Counter(batch.counts) for batch in batches), Counter[str]())
+        if batches and not self.complete:
+            self._cut_rows(batches[-1].num_bytes)
 
     def append(self, rows: Iterable[dict[str, Any]], counts: Counter[str]) -> None:
         """Add one batch; it is on disk when this returns."""
@@ -60,28 +73,51 @@ class TraceFile:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the finished batches of a file that is not complete yet."""
-        with self.partial.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        return [row for _, row in read_json_lines(self.partial)]
 
     def discard(self) -> None:
         """Remove the rows and the journal: all that they hold stands elsewhere."""
         self.partial.unlink()
         self.journal.unlink()
 
-    def _read_journal(self) -> list[dict[str, Any]]:
+    def _read_journal(self) -> list[Any]:
         """The whole lines of the journal; a torn last line is cut from the file."""
         if not self.journal.exists():
             return []
         content = self.journal.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.truncate(self.journal, len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+        try:
+            return [
+                parse_json(line, f"{self.journal}: line {number}", strict=True)
+                for number, line in enumerate(whole.splitlines(), start=1)
+            ]
+        except UserError as error:
+            raise UserError(f"{error}: {self._remedy()}") from None
 
-    def _check_settings(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        changed = [key for key in settings if found.get(key) != settings[key]]
+    def _batch(self, number: int, entry: Any) -> FinishedBatch:
+        try:
+            return FinishedBatch.model_validate(entry)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise UserError(
+                f"{self.journal}: line {number}: {field} = {problem['input']!r}: {problem['msg']}: "
+                f"{self._remedy()}"
+            ) from None
+
+    def _remedy(self) -> str:
+        return f"restore it, or remove it and {self.partial} to begin anew"
+
+    def _check_settings(self, found: Any, settings: dict[str, Any]) -> None:
+        if not isinstance(found, dict):
+            raise UserError(f"{self.journal}: line 1 holds no settings: {self._remedy()}")
+        # What the settings of an earlier version lack was as a recipe without that key has it
+        before = {key: found.get(key, default_of(f"data.{key}")) for key in settings}
+        changed = [key for key in settings if before[key] != settings[key]]
         if changed:
             details = "\n".join(
-                f"  {key}: {found.get(key)!r} before, {settings[key]!r} now" for key in changed
+                f"  {key}: {before[key]!r} before, {settings[key]!r} now" for key in changed
             )
             raise UserError(
                 f"--output {self.output} was begun with other settings:\n{details}\nUse those "
@@ -104,13 +140,10 @@ def split_response(response: Response, data: DataSection, keep: str) -> tuple[st
     A response may begin with the marker that opens the thought or, when the chat template wrote it,
     behind it. keep: "ended" drops an answer that max_new_tokens cut off, "closed" keeps it.
     """
-    opening, closing = data.think_open.strip(), data.think_close.strip()
-    if closing not in response.text:
-        return "unclosed"
-    reasoning, _, answer = response.text.partition(closing)
-    reasoning, answer = reasoning.strip().removeprefix(opening).strip(), answer.strip()
-    if closing in answer or (opening and opening in reasoning + answer):
-        return "reopened"
+    parts = split_thought(response.text, data.think_open.strip(), data.think_close.strip())
+    if isinstance(parts, str):
+        return "unclosed" if parts == "unclosed" else "reopened"
+    reasoning, answer = (part.strip() for part in parts)
     answer = (
         answer.removeprefix(data.answer_open.strip())
         .removesuffix(data.answer_close.strip())

@@ -1,11 +1,15 @@
-"""Checks of the loss's arguments: every refusal is a ValueError that names argument, value and
-remedy.
+"""Checks of the loss's arguments: every refusal is a ValueError, or a TypeError for another type,
+that names argument, value and remedy.
+
+The host never reads values of tensors that are not on the CPU, since it would wait for the device:
+there the same conditions are asynchronous assertions.
 
 Shapes: ... any leading shape, N supervised rows, H hidden size, V rows of a head.
 """
 
 import difflib
-import math
+from fractions import Fraction
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -13,20 +17,69 @@ from torch import Tensor
 from kd.losses.targets import Head
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+HIDDEN_DTYPES = (torch.float16, *LOGITS_DTYPES)
+FLOAT32 = torch.finfo(torch.float32)
+# Probabilities of one row that are rounded to bfloat16 sum to a little more than 1.
+MAX_SUM = 1.05
+OPTIONAL = ("teacher_hidden", "teacher_head", "token_weights", "row_index")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise a ValueError that names the nearest choice unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{name}={value!r} is not one of {', '.join(choices)}; did you mean {nearest!r}?"
         )
 
 
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raise an error for an argument, given by its name, that is no dense tensor; some may be
+    None.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None and (name in OPTIONAL or name.endswith("_bias")):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} is a {type(tensor).__module__}.{type(tensor).__qualname__}; pass a tensor "
+                "(torch.as_tensor makes one)"
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} has the layout {tensor.layout}; pass {name}.to_dense()")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise a TypeError for what tensors are not multiplied by: a bool, a fraction, a tensor, a
+    text.
+    """
+    if isinstance(value, bool | Fraction) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} is a {type(value).__qualname__}; pass a float")
+
+
+def check_positive(name: str, value: float, remedy: str) -> None:
+    """Raise an error for a number that is not positive and finite, in float32 as well."""
+    check_number(name, value)
+    if not FLOAT32.tiny <= value <= FLOAT32.max:
+        raise ValueError(f"{name}={value!r} must be positive and finite in float32; {remedy}")
+
+
+def check_integer(name: str, value: int) -> None:
+    """Raise an error for what is no integer of 64 bits; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}={value!r} is a {type(value).__qualname__}; pass an int")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={value!r} must fit into 64 bits")
+
+
 def check_model(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
     """Raise a ValueError for shapes, dtypes, devices or numbers of one model that do not fit."""
     weight, bias = head.weight_VH, head.bias_V
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(
+            f"{side}_hidden is {_shape(hidden)}; its last dimension, the hidden size, must be at "
+            "least 1"
+        )
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"{side}_hidden is {_shape(hidden)} and labels {_shape(labels)}; labels must have the "
@@ -37,10 +90,12 @@ def check_model(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
             f"{side}_head is {_shape(weight)} and {side}_hidden {_shape(hidden)}; the head must be "
             f"(vocabulary, {hidden.shape[-1]}), gathered if it is sharded"
         )
-    if not hidden.is_floating_point() or weight.dtype != hidden.dtype:
+    if weight.shape[0] == 0:
+        raise ValueError(f"{side}_head is {_shape(weight)}; it needs a row per token")
+    if hidden.dtype not in HIDDEN_DTYPES or weight.dtype != hidden.dtype:
         raise ValueError(
             f"{side}_head is {weight.dtype} and {side}_hidden {hidden.dtype}; cast one, so that "
-            "both are of the same floating dtype"
+            f"both are of one of {HIDDEN_DTYPES}"
         )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(
@@ -50,19 +105,17 @@ def check_model(side: str, hidden: Tensor, head: Head, labels: Tensor) -> None:
     _check_device(f"{side}_hidden", hidden, labels)
     _check_device(f"{side}_head", weight, labels)
     _check_device(f"{side}_bias", bias, labels)
-    if head.softcap is not None and not 0 < head.softcap < math.inf:
-        raise ValueError(
-            f"{side}_softcap={head.softcap!r} must be positive and finite; None is no cap"
-        )
-    if not 0 < head.scale < math.inf:
-        raise ValueError(
-            f"{side}_scale={head.scale!r} must be positive and finite; 1.0 is no scale"
-        )
+    if head.softcap is not None:
+        check_positive(f"{side}_softcap", head.softcap, "None is no cap")
+    check_positive(f"{side}_scale", head.scale, "1.0 is no scale")
 
 
 def check_size(name: str, size: int | None) -> None:
-    """Raise a ValueError for a size below 1."""
-    if size is not None and size < 1:
+    """Raise an error for a size that is no integer, or below 1."""
+    if size is None:
+        return
+    check_integer(name, size)
+    if size < 1:
         raise ValueError(f"{name}={size!r} must be at least 1; None chooses it")
 
 
@@ -83,6 +136,8 @@ def check_rows(labels: Tensor, token_weights: Tensor | None, row_index: Tensor |
             f"token_weights is {_shape(token_weights)} and labels {_shape(labels)}; give one "
             "weight per label"
         )
+    if token_weights is not None and token_weights.is_complex():
+        raise ValueError(f"token_weights is {token_weights.dtype}; pass real numbers")
     if row_index is not None and (row_index.dim() != 1 or row_index.dtype != torch.int64):
         raise ValueError(
             f"row_index is {row_index.dtype} {_shape(row_index)}; give torch.int64 (N) indices of "
@@ -90,6 +145,30 @@ def check_rows(labels: Tensor, token_weights: Tensor | None, row_index: Tensor |
         )
     _check_device("token_weights", token_weights, labels)
     _check_device("row_index", row_index, labels)
+
+
+def check_row_index(row_index_N: Tensor, num_labels: int) -> None:
+    """Raise a ValueError for an index of no label, or of one twice; off the CPU assert it without
+    waiting.
+    """
+    _check_all(
+        (row_index_N >= 0) & (row_index_N < num_labels),
+        f"row_index must lie in [0, {num_labels}), the number of labels; give indices of flat "
+        "labels, without negative ones",
+    )
+    sorted_N = row_index_N.sort().values
+    _check_all(sorted_N[1:] != sorted_N[:-1], "row_index holds an index twice; give each row once")
+
+
+def check_weights(weights_N: Tensor) -> None:
+    """Raise a ValueError for a weight of a supervised row that is negative or not finite; off the
+    CPU assert it without waiting.
+    """
+    _check_all(
+        (weights_N >= 0) & weights_N.isfinite(),
+        f"token_weights of supervised rows must be at least 0 and finite in {weights_N.dtype}; 0 "
+        "leaves a row out",
+    )
 
 
 def check_labels(labels_N: Tensor, vocab_size: int) -> None:
@@ -108,7 +187,12 @@ def check_labels(labels_N: Tensor, vocab_size: int) -> None:
 
 
 def check_top_k(
-    ids: Tensor, logprobs: Tensor, labels: Tensor, row_index_N: Tensor, vocab_size: int
+    ids: Tensor,
+    logprobs: Tensor,
+    labels: Tensor,
+    row_index_N: Tensor,
+    vocab_size: int,
+    tail: str,
 ) -> None:
     """Raise a ValueError for a teacher's K tokens that do not fit labels and vocabulary, of
     supervised rows alone.
@@ -147,6 +231,18 @@ def check_top_k(
         logprobs_NK <= 1e-3,
         "teacher_logprobs must be log-probabilities, at most 0 and not NaN; take log_softmax",
     )
+    sum_N = logprobs_NK.float().exp().sum(1)
+    _check_all(
+        sum_N <= MAX_SUM,
+        "teacher_logprobs of a row have probabilities that sum to more than 1; take log_softmax "
+        "of the teacher's whole vocabulary, at the loss's temperature",
+    )
+    if tail == "ignore":
+        _check_all(
+            sum_N > 0,
+            "teacher_logprobs of a row are all -inf, and tail='ignore' drops the rest; leave the "
+            "row out of labels and row_index",
+        )
 
 
 def _check_all(holds: Tensor, message: str) -> None:

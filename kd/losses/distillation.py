@@ -5,7 +5,6 @@ Shapes: ... any leading shape, N supervised rows, H hidden size (the student's a
 differ), V rows of a head (likewise), or the shared vocabulary once the heads are sliced to it.
 """
 
-import functools
 import importlib.util
 import logging
 import os
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kd.constants import IGNORE_INDEX
-from kd.losses.checks import check_choice, check_size
+from kd.losses.checks import check_choice, check_size, check_tensors
 from kd.losses.chunk_plan import ChunkPlan, plan_chunks
 from kd.losses.chunked import chunked_loss
 from kd.losses.divergences import Divergence, Objective
@@ -169,10 +168,23 @@ def distillation_loss(
             diagnostics are None without a teacher, or with kd_weight=0.
 
     Raises:
-        ValueError: an argument out of range or of the wrong shape, dtype or device; a backend that
-            is not available; on the CPU a label outside the shared vocabulary, elsewhere an
-            asynchronous assertion.
+        ValueError: an argument out of range or of the wrong shape, dtype, layout or device; a
+            backend that is not available; on the CPU a label outside the shared vocabulary, an
+            index in row_index that is no label's or stands there twice, a token weight that is
+            negative or not finite. Elsewhere these are asynchronous assertions.
+        TypeError: an argument of another type, such as an array of NumPy or a bool for a number.
     """
+    check_tensors(
+        student_hidden=student_hidden,
+        student_head=student_head,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+        labels=labels,
+        token_weights=token_weights,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        row_index=row_index,
+    )
     check_choice("backend", backend, BACKENDS)
     check_choice("reduction", reduction, ("sum", "mean"))
     check_size("chunk_size", chunk_size)
@@ -214,7 +226,8 @@ def distillation_loss(
                 has_teacher=has_teacher,
                 chunk_size=chunk_size,
             )
-            _log_plan(name, plan, inputs.vocab_size, inputs.logits_dtype)
+            num_rows = inputs.labels_N.numel()
+            _log_plan(name, plan, num_rows, inputs.vocab_size, inputs.logits_dtype)
             result, diagnostics = chunked_loss(
                 inputs, plan, row_function, with_diagnostics=return_diagnostics
             )
@@ -252,15 +265,27 @@ def _row_function(backend: str, device: torch.device) -> tuple[str, RowFunction]
     return name, triton_rows
 
 
-@functools.cache
-def _log_plan(backend: str, plan: ChunkPlan, vocab_size: int, logits_dtype: torch.dtype) -> None:
-    """Say once per plan what the loss will hold."""
+_LOGGED: set[tuple[object, ...]] = set()
+
+
+def _log_plan(
+    backend: str, plan: ChunkPlan, num_rows: int, vocab_size: int, logits_dtype: torch.dtype
+) -> None:
+    """Say once per plan what the loss will hold. num_rows: of the first call."""
+    key = (backend, plan, vocab_size, logits_dtype)
+    if key in _LOGGED:
+        return
+    _LOGGED.add(key)
+    dtype = str(logits_dtype).removeprefix("torch.")
     size_gib = sum(plan) * vocab_size * logits_dtype.itemsize / 2**30
+    if num_rows <= min(rows for rows in plan if rows):
+        log.info("loss: backend %s, logits in %s, of all rows at once", backend, dtype)
+        return
     log.info(
         "loss: backend %s, logits in %s, chunks of %d student and %d teacher rows of %d tokens (at "
         "most %.2f GiB)",
         backend,
-        str(logits_dtype).removeprefix("torch."),
+        dtype,
         plan.student_rows,
         plan.teacher_rows,
         vocab_size,

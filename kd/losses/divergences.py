@@ -21,12 +21,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from kd.losses.checks import check_choice
+from kd.losses.checks import check_choice, check_number
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
 ]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+# Between them T^2 and logits / T are finite in float32, and T^2 is not 0.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-18, 1e18
 
 
 class DivergenceSpec(NamedTuple):
@@ -161,6 +163,7 @@ class Objective:
 
     Raises:
         ValueError: a field that is out of its range or not finite.
+        TypeError: a field that is no number.
     """
 
     divergence: Divergence = "forward_kl"
@@ -174,14 +177,19 @@ class Objective:
     def __post_init__(self) -> None:
         check_choice("divergence", self.divergence, tuple(DIVERGENCE_TABLE))
         spec = self.spec
-        if spec.parameter is not None and not spec.allows(self.parameter):
-            raise ValueError(f"{spec.parameter}={self.parameter!r} {spec.rule}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        if spec.parameter is not None:
+            check_number(spec.parameter, self.parameter)
+            if not spec.allows(self.parameter):
+                raise ValueError(f"{spec.parameter}={self.parameter!r} {spec.rule}")
+        check_number("temperature", self.temperature)
+        if not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
             raise ValueError(
-                f"temperature={self.temperature!r} must be positive and finite; 1.0 is neutral"
+                f"temperature={self.temperature!r} must be positive and finite, from "
+                f"{MIN_TEMPERATURE} to {MAX_TEMPERATURE}; 1.0 is neutral"
             )
         for name, weight in (("kd_weight", self.kd_weight), ("ce_weight", self.ce_weight)):
-            if not (weight >= 0 and math.isfinite(weight)):
+            check_number(name, weight)
+            if not 0 <= weight <= torch.finfo(torch.float32).max:
                 raise ValueError(
                     f"{name}={weight!r} must be finite and not negative; 0 drops the term"
                 )

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from kd.losses.checks import (
+    check_integer,
     check_labels,
     check_logits_dtype,
     check_model,
+    check_row_index,
     check_rows,
     check_size,
+    check_weights,
 )
 from kd.losses.divergences import Objective
 from kd.losses.targets import Head
@@ -76,12 +79,15 @@ def supervised_inputs(
         num_shared = min(num_shared, teacher_head.weight_VH.shape[0])
         dtypes.append(teacher_hidden.dtype)
     check_size("vocab_size", vocab_size)
+    check_integer("ignore_index", ignore_index)
     check_logits_dtype(logits_dtype)
 
     num_shared = min(num_shared, vocab_size or num_shared)
     logits_dtype = logits_dtype or (torch.float64 if torch.float64 in dtypes else torch.float32)
     if row_index is None:
         row_index = (labels.flatten() != ignore_index).nonzero().squeeze(1)
+    else:
+        check_row_index(row_index, labels.numel())
     labels_N = labels.flatten().index_select(0, row_index)
     check_labels(labels_N, num_shared)
     sums_dtype = torch.promote_types(logits_dtype, torch.float32)
@@ -116,6 +122,7 @@ def _row_weights(
         weights_N = torch.ones(row_index_N.shape, dtype=dtype, device=row_index_N.device)
     else:
         weights_N = token_weights.detach().flatten().index_select(0, row_index_N).to(dtype)
+        check_weights(weights_N)
     if reduction == "mean":
         weights_N = weights_N / weights_N.sum().clamp_min(torch.finfo(dtype).tiny)
     return weights_N

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kd.constants import IGNORE_INDEX
-from kd.losses.checks import check_choice, check_size, check_top_k
+from kd.losses.checks import check_choice, check_size, check_tensors, check_top_k
 from kd.losses.chunk_plan import plan_chunks
 from kd.losses.chunked import chunked_loss
 from kd.losses.divergences import Divergence, Objective
@@ -78,9 +78,21 @@ def sparse_distillation_loss(
         backend: "torch", "reference" (full logits, plain autograd), or "auto", which is "torch".
 
     Raises:
-        ValueError: as `distillation_loss`; positive log-probabilities, or ids that repeat or leave
-            the vocabulary (on the CPU; elsewhere an asynchronous assertion).
+        ValueError: as `distillation_loss`; log-probabilities that are positive or NaN, sum to more
+            than 1 or, with tail "ignore", are all -inf; ids that repeat or leave the vocabulary (on
+            the CPU; elsewhere an asynchronous assertion).
+        TypeError: as `distillation_loss`.
     """
+    check_tensors(
+        student_hidden=student_hidden,
+        student_head=student_head,
+        teacher_ids=teacher_ids,
+        teacher_logprobs=teacher_logprobs,
+        labels=labels,
+        token_weights=token_weights,
+        student_bias=student_bias,
+        row_index=row_index,
+    )
     check_choice("backend", backend, ("auto", "reference", "torch"))
     check_choice("reduction", reduction, ("sum", "mean"))
     check_choice("tail", tail, TAILS)
@@ -107,7 +119,9 @@ def sparse_distillation_loss(
             vocab_size=vocab_size,
             logits_dtype=logits_dtype,
         )
-        check_top_k(teacher_ids, teacher_logprobs, labels, inputs.row_index_N, inputs.vocab_size)
+        check_top_k(
+            teacher_ids, teacher_logprobs, labels, inputs.row_index_N, inputs.vocab_size, tail
+        )
         top_NK, logprobs_NK = (
             tensor.detach().reshape(-1, tensor.shape[-1]).index_select(0, inputs.row_index_N)
             for tensor in (teacher_ids, teacher_logprobs)

@@ -13,11 +13,11 @@ from kd.engine.checkpoint import step_folders
 from kd.errors import UserError
 from kd.plan import MemoryPlan
 from kd.preflight.verdict import Check, fail, ok, size
+from kd.runs.shared_folder import not_shared, ranks_without
 
 GIB = 2**30
 MAX_BYTES = 256 * 2**20  # written by each rank
 BLOCK_BYTES = 2**20
-PATIENCE_SECONDS = 5.0  # a network file system may show another host's new file late
 # DeepSpeed's launcher kills ranks so long after it told them to end.
 LAUNCHER_SECONDS = 30
 
@@ -26,24 +26,14 @@ def check_disk(plan: MemoryPlan, layout: Layout) -> list[Check]:
     """Makes run.output_dir, and leaves nothing in it. Collective: every rank must call this."""
     output_dir = plan.recipe.run.output_dir
     folder = Path(output_dir).resolve()
+    where = f"run.output_dir = {output_dir!r}"
     try:
-        name = on_rank_zero(lambda: _write_token(folder))
+        problems = ranks_without(folder, layout)
     except UserError as error:
-        return [fail("shared folder", f"run.output_dir = {output_dir!r}: {error}")]
+        return [fail("shared folder", f"{where}: {error}")]
+    if problems:
+        return [fail("shared folder", f"{where}: {not_shared(problems, layout)}")]
     me = f"rank {layout.rank} on {socket.gethostname()}"
-    problems = gather_objects(_problem_of(folder / name, me))
-    if layout.rank == 0:
-        (folder / name).unlink()
-    found = [problem for problem in problems if problem]
-    if found:
-        return [
-            fail(
-                "shared folder",
-                f"run.output_dir = {output_dir!r}: {found[0]}; {len(found)} of {len(problems)} "
-                "ranks do not see what rank 0 writes: put it on a file system that all hosts "
-                "mount at the same path",
-            )
-        ]
     shared = ok("shared folder", f"{folder}: all ranks read what rank 0 writes")
     free, there = on_rank_zero(
         lambda: (shutil.disk_usage(folder).free, _bytes_of_run(plan.recipe.run_dir))
@@ -61,28 +51,6 @@ def check_disk(plan: MemoryPlan, layout: Layout) -> list[Check]:
         ok("free space", needs),
         _check_speed(plan, folder, free, me, layout.world_size),
     ]
-
-
-def _write_token(folder: Path) -> str:
-    name = f".preflight_{uuid.uuid4().hex}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    except OSError as error:
-        raise UserError(f"rank 0 on {socket.gethostname()} cannot write there: {error}") from None
-    return name
-
-
-def _problem_of(token: Path, me: str) -> str | None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            same = token.read_text() == token.name
-            return None if same else f"{me} reads other contents"
-        except OSError as error:
-            if time.monotonic() > deadline:
-                return f"{me}: {error.strerror}"
-            time.sleep(0.1)
 
 
 def _bytes_of_run(run_dir: Path) -> int:

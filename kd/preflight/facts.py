@@ -12,7 +12,8 @@ from huggingface_hub import snapshot_download
 from kd.distributed.agreement import describe_differences
 from kd.distributed.device import device_type
 from kd.distributed.nodes import divide, node_key, size_to_plan
-from kd.engine.ds_config import Role, read_ds_config
+from kd.engine.ds_config import Role, read_ds_config, student_ds_config, teacher_ds_config
+from kd.engine.engine import check_ds_config
 from kd.errors import UserError
 from kd.hub import hub_errors, resolve
 from kd.models.loading import choose_attention, load_config
@@ -80,6 +81,9 @@ def _problem_with(look: Callable[[], T]) -> T | str:
 
 def _check_inputs(recipe: Recipe) -> None:
     check_recipe(recipe)
+    check_ds_config(student_ds_config(recipe, 1, device_type()), recipe.deepspeed.student)
+    if recipe.teacher:
+        check_ds_config(teacher_ds_config(recipe), recipe.deepspeed.teacher)
     for role in _roles(recipe):
         _check_weights(getattr(recipe, role), role)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from kd.distributed.agreement import agree, gather_facts
 from kd.distributed.peers import watching
 from kd.distributed.process_group import find_ranks, init_distributed, on_rank_zero
-from kd.errors import LostPeer, UserError
+from kd.errors import LostPeer, NotMet, UserError
 from kd.plan import memory_plan
 from kd.preflight.disk import check_disk
 from kd.preflight.facts import Facts, facts_of_rank, judge, num_nodes_and_gpus
@@ -55,6 +55,8 @@ def check_ranks(recipe: Recipe, *, timeout_seconds: float, min_bandwidth: float)
             stage = "bandwidth"
             passed &= _show(check_bandwidth(plan, layout, timeout_seconds / 60, min_bandwidth))
             return on_rank_zero(lambda: passed)
+    except NotMet as error:
+        return _show([fail(stage, str(error))], is_everyones=False)
     except UserError:
         return False  # of the recipe, which judge has shown
     except LostPeer as error:

@@ -11,9 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kd.cluster.hostfile import check_address, read_hostfile
 from kd.cluster.local import LAUNCHER, local_launch
 from kd.distributed.ports import port_of_run
-from kd.errors import UserError
 from kd.preflight.verdict import Check, fail, ok
 from kd.recipe import ROOT, Recipe
 
@@ -36,6 +36,7 @@ def start_on_hosts(recipe: Recipe, hostfile: Path, arguments: list[str]) -> int:
     UserError for a hostfile that is none.
     """
     hosts = read_hostfile(hostfile)
+    check_address(os.environ.get("MASTER_ADDR", hosts[0]), "MASTER_ADDR")
     with ThreadPoolExecutor(max_workers=32) as pool:
         checks = list(pool.map(check_ssh, hosts))
     for check in checks:
@@ -52,26 +53,6 @@ def start_on_hosts(recipe: Recipe, hostfile: Path, arguments: list[str]) -> int:
     how += ["--master_port", os.environ.get("MASTER_PORT") or str(port_of_run(recipe.run_dir))]
     command = [*LAUNCHER, *how, str(SCRIPT), *map(_through_pdsh, arguments)]
     return subprocess.call(command, env=environment, stdin=subprocess.DEVNULL)
-
-
-def read_hostfile(path: Path) -> list[str]:
-    """The names of its hosts. Raises UserError for a line that is not `NAME slots=N`."""
-    if not path.is_file():
-        raise UserError(f"--hostfile {path}: no such file; launch/hostfile.example shows one")
-    hosts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        text = line.partition("#")[0].strip()
-        found = re.fullmatch(r"(\S+)\s+slots=[1-9]\d*", text)
-        if found:
-            hosts.append(found[1])
-        elif text:
-            raise UserError(
-                f"--hostfile {path}, line {number}: {line!r}: write NAME slots=N, as "
-                "launch/hostfile.example"
-            )
-    if not hosts:
-        raise UserError(f"--hostfile {path} names no host; launch/hostfile.example shows how")
-    return hosts
 
 
 def check_ssh(host: str) -> Check:

@@ -1,12 +1,13 @@
 """Evaluations as the report reads them: the run's own student, or a reference beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.errors import UserError
-from kd.report.fields import field, flatten, read_json
+from kd.files import read_json
+from kd.report.fields import REMEDY, flatten
+from kd.runs.records import EvaluationRecord, RecordedRecipe, read_record
 
 # What a reference's file says of it -> how the report calls it.
 ROLES = {"teacher": "teacher", "student-before": "student before training"}
@@ -37,9 +38,13 @@ class Evaluation:
         return self.num_correct / self.num_responses
 
 
-def read_evaluations(folder: Path) -> list[Evaluation]:
+def evaluation_files(folder: Path) -> list[Path]:
     """LABEL.json, and TASK/LABEL.json."""
-    paths = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))]
+    return [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))]
+
+
+def read_evaluations(paths: Iterable[Path]) -> list[Evaluation]:
+    """Those of the files that are evaluations. Raises UserError for a damaged one."""
     return [evaluation for path in paths for evaluation in _read_evaluation(path)]
 
 
@@ -73,12 +78,12 @@ def _is_export(model: str, export: str, folder: Path, run_name: str) -> bool:
     return path.parent.parent.name == run_name or path.parent.resolve() == folder / "export"
 
 
-def role_of(evaluation: Evaluation, recipe: dict[str, Any]) -> str | None:
+def role_of(evaluation: Evaluation, recipe: RecordedRecipe) -> str | None:
     if evaluation.label in ROLES:
         return ROLES[evaluation.label]
     models = {
-        "teacher": (recipe.get("teacher") or {}).get("model"),
-        "student-before": recipe["student"]["model"],
+        "teacher": recipe.teacher and recipe.teacher.model,
+        "student-before": recipe.student.model,
     }
     return next(
         (ROLES[label] for label, model in models.items() if model == evaluation.model), None
@@ -86,35 +91,26 @@ def role_of(evaluation: Evaluation, recipe: dict[str, Any]) -> str | None:
 
 
 def _read_evaluation(path: Path) -> Iterator[Evaluation]:
-    """Nothing for a JSON that is no evaluation: one has a label and a model."""
+    """Nothing for a JSON that is no evaluation: one has a label, a model or a count."""
     content = read_json(path)
-    if not {"label", "model"} <= content.keys():
+    if isinstance(content, dict) and not content.keys() & {"label", "model", "num_correct"}:
         return
-    num_problems, num_correct = (
-        field(path, content, key) for key in ("num_problems", "num_correct")
-    )
-    num_samples = content.get("num_samples", 1)
-    num_responses = num_problems * num_samples
-    if not 0 <= num_correct <= num_responses or num_responses == 0:
-        raise UserError(
-            f"{path}: num_correct = {num_correct} of {num_responses} responses: evaluate the model "
-            "again"
-        )
+    found = read_record(path, EvaluationRecord, REMEDY)
     settings: dict[str, Any] = {
         key: content[key] for key in ("problems", "judge", "backend") if key in content
     }
-    settings |= {"num_problems": num_problems, "num_samples": num_samples}
-    sampling = {key: value for key, value in content.get("sampling", {}).items() if key != "seed"}
+    settings |= {"num_problems": found.num_problems, "num_samples": found.num_samples}
+    sampling = {key: value for key, value in found.sampling.items() if key != "seed"}
     yield Evaluation(
         path,
-        content["label"],
-        content["model"],
-        content.get("task") or field(path, content, "problems"),
-        num_problems,
-        num_samples,
-        num_correct,
-        tuple(field(path, content, "ci95")),
-        field(path, content, "mean_response_tokens"),
-        field(path, content, "unclosed_fraction"),
+        found.label,
+        found.model,
+        found.task or found.problems,
+        found.num_problems,
+        found.num_samples,
+        found.num_correct,
+        (found.ci95[0], found.ci95[1]),
+        found.mean_response_tokens,
+        found.unclosed_fraction,
         dict(flatten("", {**settings, "sampling": sampling})),
     )

@@ -6,25 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from kd.report.compare import Family, Score, SeedGroup
-from kd.report.read_runs import Costs, Run, StudyCell
+from kd.report.read_runs import Costs, Damaged, Run, RunsRead
 
 
-def numbers(
-    families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell], output: Path
-) -> dict[str, Any]:
+def numbers(families: Sequence[Family], found: RunsRead, output: Path) -> dict[str, Any]:
     """Paths are relative to `output`; null is not recorded, or not comparable."""
     return {
         "comparisons": [_family(family, output) for family in families],
-        "runs": [_run(run, output) for run in runs],
+        "runs": [_run(run, output) for run in found.runs],
         "not_done": [
             {
                 "study": _relative(cell.study, output),
                 **{key: getattr(cell, key) for key in ("name", "axes")},
             }
             | {"status": cell.status, "text": cell.text}
-            for cell in cells
+            for cell in found.cells
         ],
+        **_left_out(found.damaged, output),
     }
+
+
+def _left_out(damaged: Sequence[Damaged], output: Path) -> dict[str, Any]:
+    rows = [
+        {"name": name, "file": _relative(path, output), "reason": reason}
+        for name, path, reason in damaged
+    ]
+    return {"left_out": rows} if rows else {}
 
 
 def _family(family: Family, output: Path) -> dict[str, Any]:

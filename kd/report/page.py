@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from kd.report import plots, report_tables
 from kd.report.blocks import Block, Entry, PageSection, Plot, by_name
 from kd.report.compare import Family
-from kd.report.read_runs import Run, StudyCell, Variant
+from kd.report.read_runs import Run, RunsRead, Variant
 
 READING = (
     "Runs are compared where teacher, student and data are the same, and finished runs alone are "
@@ -46,17 +46,16 @@ DIFFERENCES = (
 )
 
 
-def sections(
-    families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell]
-) -> list[PageSection]:
+def sections(families: Sequence[Family], found: RunsRead) -> list[PageSection]:
     parts = [section for family in families for section in _family(family)]
-    environments = PageSection(2, "Hardware, versions, commits", [report_tables.environments(runs)])
-    return [_what_was_read(families, runs, cells), *parts, environments]
+    environments = PageSection(
+        2, "Hardware, versions, commits", [report_tables.environments(found.runs)]
+    )
+    return [_what_was_read(families, found), *parts, environments]
 
 
-def _what_was_read(
-    families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell]
-) -> PageSection:
+def _what_was_read(families: Sequence[Family], found: RunsRead) -> PageSection:
+    runs, cells, damaged = found
     num_finished = sum(run.is_finished for run in runs)
     counts = (
         f"Runs: {len(runs)}, finished: {num_finished}, pairs of models and data: {len(families)}. "
@@ -68,6 +67,8 @@ def _what_was_read(
     left_out = report_tables.not_compared(runs, cells)
     if left_out:
         blocks += [Entry("Not compared:"), left_out]
+    if damaged:
+        blocks += [Entry("Left out, for a file is damaged:"), report_tables.left_out(damaged)]
     return PageSection(2, "What was read", blocks)
 
 

@@ -1,8 +1,8 @@
 """Run folders as the report sees them: axes, costs, scores, curves, and the facts that a fair
 comparison shares.
 
-Files are read as plain JSON and not as recipes of today, so that runs of earlier versions can be
-reported on.
+Files are read as records of any version and not as recipes of today, so that runs of earlier
+versions can be reported on.
 """
 
 import math
@@ -13,10 +13,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd.errors import UserError
-from kd.recipe import check_format_version, facts_of
-from kd.report.evaluations import Evaluation, own_scores, read_evaluations, role_of
-from kd.report.fields import field, flatten, read_json
-from kd.runs.records import read_metrics
+from kd.recipe import facts_of
+from kd.report.evaluations import (
+    Evaluation,
+    evaluation_files,
+    own_scores,
+    read_evaluations,
+    role_of,
+)
+from kd.report.fields import REMEDY, flatten
+from kd.runs.records import (
+    DataRecord,
+    EnvironmentRecord,
+    RecordedEngines,
+    RecordedRecipe,
+    StepRecord,
+    StudyRecord,
+    read_record,
+    read_steps,
+)
 
 NOT_RECORDED = "not recorded"
 SECTIONS = ("prompt", "cot", "answer")
@@ -98,27 +113,67 @@ class StudyCell:
     text: str
 
 
-def read_runs(roots: Sequence[Path]) -> tuple[list[Run], list[StudyCell]]:
+class Damaged(NamedTuple):
+    """A run that is left out, or another file of a study, and why: the reason names file, field
+    and value.
+    """
+
+    name: str
+    path: Path
+    reason: str
+
+
+class RunsRead(NamedTuple):
+    """Below the roots of a report: runs, cells that left none, and what cannot be read."""
+
+    runs: list[Run]
+    cells: list[StudyCell]
+    damaged: list[Damaged]
+
+
+def read_runs(roots: Sequence[Path]) -> RunsRead:
     """Every run at or below the roots, named by its path below the folder that holds them all, and
     cells not done.
 
-    Raises UserError when a root holds no run, and for a file that cannot be read or lacks a field.
+    Raises UserError when a root holds no run. One with a damaged file is left out and named.
     """
     folders = sorted({folder for root in roots for folder in _find_runs(root)})
     base = Path(os.path.commonpath([folder.parent for folder in folders]))
     studies = sorted({folder.parent for folder in folders} | {root.resolve() for root in roots})
-    runs = [_read_run(folder, str(folder.relative_to(base))) for folder in folders]
+    runs: list[Run] = []
+    cells: list[StudyCell] = []
+    damaged: list[Damaged] = []
+    shared = {}
+    for study in studies:
+        folder, name = study / "references", os.path.relpath(study, base)
+        shared[study], unread = _read_references(folder, name)
+        damaged += unread
+        path = study / "study.json"
+        if os.path.lexists(path):
+            try:
+                cells += _cells_not_done(study)
+            except UserError as error:
+                damaged.append(Damaged(f"{name}/study.json", path, str(error)))
+    for folder in folders:
+        name = str(folder.relative_to(base))
+        try:
+            runs.append(_read_run(folder, name, shared[folder.parent]))
+        except UserError as error:
+            damaged.append(Damaged(name, folder / "recipe.json", str(error)))
     finished = {run.folder for run in runs if run.is_finished}
-    cells = [
-        cell
-        for study in studies
-        if (study / "study.json").is_file()
-        for cell in _cells_not_done(study)
-    ]
     # A job of SLURM trains a cell, and tells its study nothing.
-    return runs, [
-        cell for cell in cells if cell.status != "pending" or cell.study / cell.name not in finished
-    ]
+    left = [c for c in cells if c.status != "pending" or c.study / c.name not in finished]
+    return RunsRead(runs, left, damaged)
+
+
+def _read_references(folder: Path, name: str) -> tuple[list[Evaluation], list[Damaged]]:
+    found, damaged = [], []
+    for path in evaluation_files(folder):
+        try:
+            found += read_evaluations([path])
+        except UserError as error:
+            damaged.append(Damaged(f"{name}/references/{path.name}", path, str(error)))
+    return found, damaged
 
 
 def _find_runs(root: Path) -> list[Path]:
@@ -137,42 +192,29 @@ def _find_runs(root: Path) -> list[Path]:
 
 
 def _cells_not_done(study: Path) -> Iterator[StudyCell]:
-    path = study / "study.json"
-    for cell in field(path, read_json(path), "cells"):
-        if field(path, cell, "status") != "done":
-            yield StudyCell(
-                study,
-                field(path, cell, "name"),
-                cell.get("axes", {}),
-                cell["status"],
-                cell.get("text", ""),
-            )
+    for cell in read_record(study / "study.json", StudyRecord, REMEDY).cells:
+        if cell.status != "done":
+            yield StudyCell(study, cell.name, cell.axes, cell.status, cell.text)
 
 
-def _read_run(folder: Path, name: str) -> Run:
-    path = folder / "recipe.json"
-    recipe = read_json(path)
-    check_format_version(path, recipe)
-    records = _read_records(folder / "metrics.jsonl")
-    evaluations = read_evaluations(folder / "evaluation")
-    shared = read_evaluations(folder.parent / "references")
-    run_name = field(path, recipe, "run.name")
-    scores, notes = own_scores(evaluations, folder, Path(run_name).name)
+def _read_run(folder: Path, name: str, shared: Sequence[Evaluation]) -> Run:
+    recipe = read_record(folder / "recipe.json", RecordedRecipe, REMEDY)
+    records = read_steps(folder / "metrics.jsonl")
+    evaluations = read_evaluations(evaluation_files(folder / "evaluation"))
+    scores, notes = own_scores(evaluations, folder, Path(recipe.run.name).name)
     kl_curve, is_of_validation = _kl_curve(records)
     return Run(
         name,
         folder,
         _state(folder, len(records)),
         len(records),
-        _pair(path, recipe),
-        _variant(path, recipe),
-        field(path, recipe, "truncation.keep_fraction"),
-        field(path, recipe, "run.seed"),
+        _pair(recipe),
+        _variant(recipe),
+        recipe.truncation.keep_fraction,
+        recipe.run.seed,
         _costs(records),
-        _binned([CurvePoint(r["step"], r["loss"]) for r in records if r["loss"] is not None]),
-        tuple(
-            CurvePoint(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None
-        ),
+        _binned([CurvePoint(r.step, r.loss) for r in records if r.loss is not None]),
+        tuple(CurvePoint(r.step, r.val_loss) for r in records if r.val_loss is not None),
         kl_curve,
         is_of_validation,
         scores,
@@ -189,39 +231,36 @@ def _state(folder: Path, num_steps: int) -> str:
     return f"{why} after step {num_steps}"
 
 
-def _pair(path: Path, recipe: dict[str, Any]) -> ComparedPair:
-    teacher = field(path, recipe, "teacher.model") if recipe.get("teacher") else "no teacher"
-    data = field(path, recipe, "data")
+def _pair(recipe: RecordedRecipe) -> ComparedPair:
+    teacher = recipe.teacher.model if recipe.teacher else "no teacher"
+    data = " + ".join(table.path or table.source for table in recipe.data.sources)
     return ComparedPair(
-        teacher,
-        field(path, recipe, "student.model"),
-        data.get("path") or field(path, recipe, "data.source"),
+        teacher, recipe.student.model, data or recipe.data.path or recipe.data.source
     )
 
 
-def _variant(path: Path, recipe: dict[str, Any]) -> Variant:
+def _variant(recipe: RecordedRecipe) -> Variant:
     """Windows that keep the same tokens are one: all of them at keep_fraction = 1, and "head" with
     any context.
     """
-    truncation = field(path, recipe, "truncation")
-    sections = field(path, recipe, "data.loss_sections")
-    max_tokens = truncation.get("max_tokens")
-    window = truncation.get("window", "head")
-    if truncation.get("keep_fraction") == 1.0 and max_tokens is None:
+    truncation, sections = recipe.truncation, recipe.data.loss_sections
+    window = truncation.window
+    if truncation.keep_fraction == 1.0 and truncation.max_tokens is None:
         window = "head"
-    if window != "head" and truncation.get("window_context") == "keep":
+    if window != "head" and truncation.window_context == "keep":
         window += " with context"
-    return Variant("+".join(name for name in SECTIONS if name in sections), window, max_tokens)
+    joined = "+".join(name for name in SECTIONS if name in sections)
+    return Variant(joined, window, truncation.max_tokens)
 
 
-def _costs(records: list[dict[str, Any]]) -> Costs:
-    flops: list[Any] = [record.get("flops") for record in records]
+def _costs(records: list[StepRecord]) -> Costs:
+    flops = [record.flops for record in records if record.flops is not None]
     return Costs(
-        training_s=sum(record["step_ms"] for record in records) / 1000,
-        peak_memory_gib=max((record["peak_memory_gib"] for record in records), default=0.0),
-        flops=None if None in flops else math.fsum(flops),
-        num_input_tokens=sum(record["num_input_tokens"] for record in records),
-        num_supervised_tokens=sum(record["num_supervised_tokens"] for record in records),
+        training_s=sum(record.step_ms for record in records) / 1000,
+        peak_memory_gib=max((record.peak_memory_gib for record in records), default=0.0),
+        flops=math.fsum(flops) if len(flops) == len(records) else None,
+        num_input_tokens=sum(record.num_input_tokens for record in records),
+        num_supervised_tokens=sum(record.num_supervised_tokens for record in records),
     )
 
 
@@ -235,53 +274,38 @@ def _binned(points: list[CurvePoint]) -> tuple[CurvePoint, ...]:
     )
 
 
-def _kl_curve(records: list[dict[str, Any]]) -> tuple[tuple[CurvePoint, ...], bool]:
+def _kl_curve(records: list[StepRecord]) -> tuple[tuple[CurvePoint, ...], bool]:
     """By position in the whole trace, of the last validation, else of the last step; and whether of
     a validation.
     """
-    for key in ("val_diagnostics", "diagnostics"):
-        recorded = [record[key]["by_position"] for record in records if record.get(key)]
-        if recorded:
-            means = [part["forward_kl"] if part else None for part in recorded[-1]]
-            points = [
-                CurvePoint((i + 0.5) / len(means), mean)
-                for i, mean in enumerate(means)
-                if mean is not None
-            ]
-            return tuple(points), key == "val_diagnostics"
-    return (), False
+    validated = [record.val_diagnostics for record in records if record.val_diagnostics]
+    recorded = validated or [record.diagnostics for record in records if record.diagnostics]
+    if not recorded:
+        return (), False
+    parts = recorded[-1].by_position
+    points = [
+        CurvePoint((i + 0.5) / len(parts), part.forward_kl)
+        for i, part in enumerate(parts)
+        if part is not None and part.forward_kl is not None
+    ]
+    return tuple(points), bool(validated)
 
 
-def _facts(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
+def _facts(folder: Path, recipe: RecordedRecipe) -> dict[str, str]:
     """All that may differ between runs and should not, by name."""
-    sections = {name: values for name, values in recipe.items() if name != "format_version"}
+    content = recipe.as_read()
+    sections = {name: values for name, values in content.items() if name != "format_version"}
     facts = {key: value for key, value in flatten("", sections) if _is_compared(key)}
-    for name in ("environment", "ds_config"):
+    for name, kind in (("environment", EnvironmentRecord), ("ds_config", RecordedEngines)):
         path = folder / f"{name}.json"
-        if path.exists():
-            facts |= flatten(f"{name}.", read_json(path))
-    if (folder / "data.json").exists():
-        facts["data.fingerprint"] = field(
-            folder / "data.json", read_json(folder / "data.json"), "fingerprint"
-        )
+        if os.path.lexists(path):
+            facts |= flatten(f"{name}.", read_record(path, kind, REMEDY).as_read())
+    path = folder / "data.json"
+    if os.path.lexists(path):
+        facts["data.fingerprint"] = read_record(path, DataRecord, REMEDY).fingerprint
     return facts
 
 
 def _is_compared(key: str) -> bool:
     facts = facts_of(key)
     return facts.is_compared and not facts.is_axis
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    records = read_metrics(path)
-    for record in records:
-        for key in (
-            "step",
-            "loss",
-            "step_ms",
-            "peak_memory_gib",
-            "num_input_tokens",
-            "num_supervised_tokens",
-        ):
-            field(path, record, key)
-    return records

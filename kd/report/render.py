@@ -22,7 +22,7 @@ from kd.report.blocks import Plot
 from kd.report.compare import Family, compare
 from kd.report.numbers import numbers
 from kd.report.page import sections
-from kd.report.read_runs import Run, StudyCell, read_runs
+from kd.report.read_runs import RunsRead, read_runs
 
 TITLE = "Truncated traces: accuracy kept, cost saved"
 KIND = "distill-trunc report"
@@ -33,17 +33,17 @@ TEMPLATES = Path(__file__).with_name("templates")
 def write_report(roots: Sequence[Path], output: Path) -> None:
     """Read all runs at or below the roots and write the report into the folder `output`.
 
-    Raises UserError for a root without runs, an unreadable file, and an output that holds anything
-    but a report.
+    A run with a damaged file is named and left out. Raises UserError for a root without runs, and
+    an output that holds anything but a report.
     """
     stale = _plots_of_earlier(output)
-    runs, cells = read_runs(roots)
-    families = compare(runs)
+    found = read_runs(roots)
+    families = compare(found.runs)
     try:
         (output / PLOTS).mkdir(parents=True, exist_ok=True)
         for name in stale:
             (output / PLOTS / name).unlink(missing_ok=True)
-        _write(families, runs, cells, output)
+        _write(families, found, output)
     except OSError as error:
         raise UserError(f"--output = {str(output)!r}: cannot write there: {error}") from error
 
@@ -64,11 +64,9 @@ def _plots_of_earlier(output: Path) -> list[str]:
     )
 
 
-def _write(
-    families: Sequence[Family], runs: Sequence[Run], cells: Sequence[StudyCell], output: Path
-) -> None:
+def _write(families: Sequence[Family], found: RunsRead, output: Path) -> None:
     with matplotlib.rc_context(plots.STYLE):
-        parts = sections(families, runs, cells)
+        parts = sections(families, found)
         drawn = [block for section in parts for block in section.blocks if isinstance(block, Plot)]
         names = {plot: f"{index:02}_{plot.name}" for index, plot in enumerate(drawn, start=1)}
         images = {plot: _image(plot.figure, "svg") for plot in drawn}
@@ -79,7 +77,7 @@ def _write(
     # First of the three: it is what tells that the folder is a report's.
     write_json(
         output / "report.json",
-        {"kind": KIND, "plots": sorted(files), **numbers(families, runs, cells, output)},
+        {"kind": KIND, "plots": sorted(files), **numbers(families, found, output)},
     )
     jinja = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),

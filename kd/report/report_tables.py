@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from kd.report.blocks import Entry, Link, Table, by_name, metrics_of, scores_of
 from kd.report.compare import Family, Score, SeedGroup
-from kd.report.read_runs import NOT_RECORDED, Run, StudyCell, Variant
+from kd.report.read_runs import NOT_RECORDED, Damaged, Run, StudyCell, Variant
 
 ABSENT = Entry("-")
 AXES = ["loss sections", "window", "keep_fraction"]
@@ -130,6 +130,11 @@ def not_compared(runs: Sequence[Run], cells: Sequence[StudyCell]) -> Table | Non
             ]
         )
     return Table(["run", "axes", "why"], rows) if rows else None
+
+
+def left_out(damaged: Sequence[Damaged]) -> Table:
+    rows = [[Entry("", (Link(name, name, path),)), Entry(reason)] for name, path, reason in damaged]
+    return Table(["what", "why"], rows)
 
 
 def environments(runs: Sequence[Run]) -> Table:

@@ -2,8 +2,11 @@
 submission ask.
 """
 
+import os
+
 from kd.engine.ds_config import read_ds_config
-from kd.hub import find_file, find_model, resolve
+from kd.errors import UserError
+from kd.hub import find_data_files, find_file, find_model, resolve
 from kd.recipe import Recipe
 
 
@@ -11,9 +14,14 @@ def check_recipe(recipe: Recipe) -> None:
     """Raises UserError naming the field and its value when a model, a file or a DeepSpeed JSON
     cannot be what it is.
     """
+    _check_run_dir(recipe)
     for field, value in inputs(recipe).items():
-        find = find_file if field in ("data.chat_template", "evaluation.path") else resolve
-        find(field, value)
+        if field.startswith("data.") and field.endswith("path"):
+            find_data_files(field, value)
+        elif field in ("data.chat_template", "evaluation.path"):
+            find_file(field, value)
+        else:
+            resolve(field, value)
     for role in ("student", "teacher") if recipe.teacher else ("student",):
         read_ds_config(recipe, role)
     models = {"student.model": recipe.student, "teacher.model": recipe.teacher}
@@ -29,8 +37,24 @@ def inputs(recipe: Recipe) -> dict[str, str]:
         "student.model": recipe.student.model,
         "teacher.model": recipe.teacher.model if recipe.teacher else None,
         "data.path": recipe.data.path,
+        **{f"data.sources[{i}].path": t.path for i, t in enumerate(recipe.data.sources)},
         "data.validation_path": recipe.data.validation_path,
         "data.chat_template": recipe.data.chat_template,
         "evaluation.path": recipe.evaluation.path,
     }
     return {field: value for field, value in found.items() if value is not None}
+
+
+def _check_run_dir(recipe: Recipe) -> None:
+    """Whether the run's folder is there or can be made."""
+    for path in (recipe.run_dir, *recipe.run_dir.parents):
+        if os.path.lexists(path):
+            problem = None if path.is_dir() else "is not a folder"
+            if problem is None and not os.access(path, os.W_OK | os.X_OK):
+                problem = "cannot be written to"
+            if problem:
+                raise UserError(
+                    f"run.output_dir = {recipe.run.output_dir!r}: {path} {problem}: name another "
+                    "folder"
+                )
+            return

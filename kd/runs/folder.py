@@ -12,7 +12,7 @@ SUCCESS            written last
 INTERRUPTED        in its place when a signal stopped the run
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,19 @@ from kd.engine.checkpoint import remove_partial, step_folders
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
 from kd.files import write_json
-from kd.recipe import Recipe, check_format_version, facts_of
+from kd.recipe import Recipe, default_of, facts_of
 from kd.runs.environment import environment
 from kd.runs.lock import hold
-from kd.runs.records import read_metrics
+from kd.runs.records import (
+    DataRecord,
+    RecordedEngines,
+    RecordedRecipe,
+    read_metrics,
+    read_record,
+)
 
 SUCCESS, INTERRUPTED, METRICS = "SUCCESS", "INTERRUPTED", "metrics.jsonl"
+REMEDY = "restore it, or begin another run with --set run.name=NAME"
 
 
 def open_run(recipe: Recipe, resume: str | None) -> None:
@@ -76,8 +83,14 @@ def check_same_run(recipe: Recipe) -> None:
     if not _has_begun(folder):
         return
     read_metrics(folder / METRICS)
+    there = {
+        "recipe.json": read_record(folder / "recipe.json", RecordedRecipe, REMEDY),
+        "ds_config.json": read_record(folder / "ds_config.json", RecordedEngines, REMEDY),
+    }
     changed = [
-        c for name, new in _facts(recipe).items() for c in _differences(_read(folder / name), new)
+        difference
+        for name, new in _facts(recipe).items()
+        for difference in _differences(there[name].as_read(), new)
     ]
     if changed:
         listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
@@ -88,17 +101,25 @@ def check_same_run(recipe: Recipe) -> None:
         )
 
 
-def record_data(folder: Path, report: str, fingerprint: str) -> None:
+def record_data(folder: Path, report: str, fingerprints: Mapping[int, str]) -> None:
     """Write data.json, or check that a run that is continued has the data that it began with. Rank
     0 calls it.
+
+    fingerprints: by format_version of data.json, the oldest of which states none.
     """
     path = folder / "data.json"
-    if _has_begun(folder) and path.exists() and _read(path)["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{folder} began with other data: its rows or their tokens have changed since. Restore "
-            f"them, or --set run.name=NAME\nthere:\n{_read(path)['report']}\nhere:\n{report}"
-        )
-    write_json(path, {"fingerprint": fingerprint, "report": report})
+    if _has_begun(folder):
+        there = read_record(path, DataRecord, REMEDY)
+        if there.fingerprint != fingerprints[there.format_version]:
+            raise UserError(
+                f"{folder} began with other data: its rows or their tokens have changed since. "
+                "Restore them, or --set run.name=NAME\n"
+                f"there:\n{there.report}\nhere:\n{report}"
+            )
+    version = max(fingerprints)
+    write_json(
+        path, {"format_version": version, "fingerprint": fingerprints[version], "report": report}
+    )
 
 
 def _has_begun(folder: Path) -> bool:
@@ -117,12 +138,6 @@ def _ds_configs(recipe: Recipe) -> dict[str, Any]:
     return {"student": read_ds_config(recipe, "student"), **teacher}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    check_format_version(path, content)
-    return content
-
-
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(section.key, old, new) of what differs and matters."""
     found = []
@@ -130,6 +145,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
         before, after = old.get(section) or {}, new[section] or {}
         for key in sorted(before.keys() | after.keys()):
             name = f"{section}.{key}"
-            if before.get(key) != after.get(key) and not facts_of(name).may_change:
-                found.append((name, before.get(key), after.get(key)))
+            was = before.get(key, default_of(name))  # a file from before there was that key
+            if was != after.get(key) and not facts_of(name).may_change:
+                found.append((name, was, after.get(key)))
     return sorted(found, key=lambda difference: difference[0])

@@ -5,8 +5,8 @@ crossed.
 """
 
 import itertools
-import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,8 +15,11 @@ from typing import Any, Literal, get_args
 from kd.errors import UserError
 from kd.files import write_json
 from kd.recipe import Recipe, SectionName, TruncationSection, load_recipe
+from kd.runs.records import StudyRecord, read_record
 
 AXES = ("keep_fraction", "sections", "window")
+MAX_SEEDS = 1000
+REMEDY = "restore it, or remove it: cells that are trained and scored stay as they are"
 WINDOWS = get_args(TruncationSection.model_fields["window"].annotation)
 
 
@@ -75,8 +78,8 @@ def parse_axes(
     keep: str | None, sections: str | None, windows: str | None, num_seeds: int, cross: bool
 ) -> Axes:
     """Axes from text, as "0.5,1.0", "cot,prompt+cot", "head,tail". Raises UserError."""
-    if num_seeds < 1:
-        raise UserError(f"--seeds {num_seeds}: at least 1 is needed")
+    if not 1 <= num_seeds <= MAX_SEEDS:
+        raise UserError(f"--seeds {num_seeds}: write a number from 1 to {MAX_SEEDS}")
     return Axes(
         parse_fractions(keep),
         tuple(_names(text) for text in _split("--sections", sections)),
@@ -111,6 +114,7 @@ def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None 
             f"{base.truncation.keep_fraction:g} nothing is cut, and all windows are one: --set "
             "truncation.keep_fraction=0.5, or --cross with --keep"
         )
+    _check_names(points)
     cells = tuple(Cell(point, _recipe_at(base, point, folder)) for point in points)
     return Study(base.run.name, folder, cells)
 
@@ -118,8 +122,8 @@ def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None 
 def write_study(study: Study, outcomes: Mapping[Point, Outcome] = MappingProxyType({})) -> None:
     """study.json, and each cell's recipe; cells of an earlier start stay."""
     path = study.folder / "study.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
-    rows = {row["name"]: row for row in earlier}
+    earlier = read_record(path, StudyRecord, REMEDY).cells if os.path.lexists(path) else []
+    rows = {row.name: row.as_read() for row in earlier}
     for cell in study.cells:
         name, outcome = cell.point.name, outcomes.get(cell.point)
         if outcome or name not in rows:
@@ -167,6 +171,19 @@ def _recipe_at(base: Recipe, point: Point, folder: Path) -> Recipe:
             "run.output_dir": str(folder),
         }
     )
+
+
+def _check_names(points: Iterable[Point]) -> None:
+    """A cell is a folder: two that are named alike would be one."""
+    named: dict[str, Point] = {}
+    for point in points:
+        other = named.setdefault(point.name, point)
+        if other is not point:
+            raise UserError(
+                f"--keep {other.keep_fraction!r},{point.keep_fraction!r}: both are "
+                f"{point.keep_fraction:g} in the name of a cell: choose values that differ in six "
+                "digits"
+            )
 
 
 def _split(flag: str, text: str | None) -> list[str]:

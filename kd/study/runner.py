@@ -7,7 +7,6 @@ STUDY/references/      scores of the teacher, and of the student before training
 """
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ from kd.data.dataset import load_data
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import Interrupted, NothingToLearn, UserError
 from kd.evaluate.evaluation import is_scored, result_files
+from kd.evaluate.results import read_results
 from kd.evaluate.tasks import check_evaluation
 from kd.recipe import ROOT
 from kd.runs.check import check_recipe
@@ -49,8 +49,9 @@ def check_study(study: Study) -> None:
 class Runner:
     """Runs the cells of a study in turn on this machine, or on a hostfile's hosts."""
 
-    def __init__(self, study: Study, hostfile: Path | None = None) -> None:
-        self.study, self.hostfile = study, hostfile
+    def __init__(self, study: Study, hostfile: Path | None = None, restarts: int = 0) -> None:
+        """restarts: of each cell on the hosts, as launch/hosts.sh has it."""
+        self.study, self.hostfile, self.restarts = study, hostfile, restarts
         self.outcomes: dict[Point, Outcome] = {}
         self._child: subprocess.Popen[bytes] | None = None
         self._num_told = 0
@@ -87,6 +88,7 @@ class Runner:
             scores = result_files(cell.recipe, run / "evaluation", f"export-{export.name}")
             if not is_scored(cell.recipe, scores):
                 self._call(*self._score_command(cell, export), name, leaves=scores)
+            text = ", ".join(map(describe, scores))
         except NothingToLearn as error:
             return Outcome("no_supervised_token", str(error))
         except UserError as error:
@@ -94,7 +96,7 @@ class Runner:
         finally:
             if self._num_told:
                 self._wait_for(run)
-        return Outcome("done", ", ".join(map(describe, scores)))
+        return Outcome("done", text)
 
     def _score_references(self) -> None:
         """With the recipe of the first cell: they do not depend on what is trained on."""
@@ -128,9 +130,8 @@ class Runner:
     def _train_command(self, cell: Cell) -> tuple[list[str], dict[str, str]]:
         recipe = ["--recipe", str(recipe_file(self.study, cell))]
         if self.hostfile is not None:
-            return ["bash", str(ROOT / "launch" / "hosts.sh"), str(self.hostfile), *recipe], dict(
-                os.environ
-            )
+            script = ["bash", str(ROOT / "launch" / "hosts.sh"), "--restarts", str(self.restarts)]
+            return [*script, str(self.hostfile), *recipe], dict(os.environ)
         command, environment = local_launch(cell.recipe, ROOT / "launch" / "train.py")
         return [*command, *recipe, "--resume", "auto"], environment
 
@@ -228,7 +229,8 @@ def _processes_of(session: int) -> list[psutil.Process]:
 
 def describe(scores: Path) -> str:
     """0.943 (0.911-0.964), with the task's name before it."""
-    content = json.loads(scores.read_text(encoding="utf-8"))
-    low, high = content["ci95"]
-    name = f"{content['task']} " if content.get("task") else ""
-    return f"{name}{content['accuracy']:.3f} ({low:.3f}-{high:.3f})"
+    found = read_results(scores)
+    if found is None:
+        raise UserError(f"{scores}: no such file: evaluate the model again")
+    (low, high), name = found.ci95, f"{found.task} " if found.task else ""
+    return f"{name}{found.accuracy:.3f} ({low:.3f}-{high:.3f})"

@@ -41,6 +41,7 @@ def build_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher | None:
     section = recipe.teacher
     if section is None:
         return None
+    log.info("loading the teacher, %s", section.model)
     ds_config = teacher_ds_config(recipe)
     reference = _reference_of(section, ds_config, role="teacher")
     run: TeacherModule | Engine
@@ -67,6 +68,7 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
     Collective: every rank must call this.
     """
     section = recipe.student
+    log.info("loading the student, %s", section.model)
     if section.init == "random":
         model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
         reference = reference_of(model, role="student")

@@ -5,6 +5,8 @@ to look at it: run_steps() takes anything that does what RunActions does.
 import math
 from typing import NamedTuple, Protocol
 
+from pydantic import FiniteFloat, NonNegativeInt
+
 from kd.recipe import TrainingSection
 from kd.training.step import StepResult, Validation
 
@@ -12,10 +14,10 @@ from kd.training.step import StepResult, Validation
 class Progress(NamedTuple):
     """What the loop itself must remember between a checkpoint and its resumption."""
 
-    step: int = 0
-    num_skipped: int = 0
-    best_step: int | None = None
-    best_loss: float | None = None
+    step: NonNegativeInt = 0
+    num_skipped: NonNegativeInt = 0
+    best_step: NonNegativeInt | None = None
+    best_loss: FiniteFloat | None = None
 
     def after(self, result: StepResult) -> "Progress":
         """One step further."""

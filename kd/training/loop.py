@@ -2,7 +2,6 @@
 loop, kd.training.step one step of it.
 """
 
-import hashlib
 import logging
 import time
 from datetime import timedelta
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from kd.constants import FORMAT_VERSION
 from kd.data.collate import Batch
 from kd.data.dataset import Data, Examples, load_data
+from kd.data.fingerprints import data_fingerprints
 from kd.data.loader import Loader, check_fills_a_batch, validation_batches
 from kd.data.tokenizers import load_tokenizers
 from kd.distributed.agreement import check_same_everywhere
@@ -38,7 +38,8 @@ from kd.engine.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from kd.engine.ds_config import check_hpz, student_ds_config
+from kd.engine.ds_config import check_hpz, student_ds_config, teacher_ds_config
+from kd.engine.engine import check_ds_config
 from kd.engine.export import set_generation_config
 from kd.errors import Interrupted, UserError
 from kd.files import write_json
@@ -50,6 +51,7 @@ from kd.plan.lengths import batch_shape
 from kd.recipe import Recipe
 from kd.runs.environment import facts_of_rank
 from kd.runs.folder import INTERRUPTED, SUCCESS, open_run, record_data
+from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_student, build_teacher, choose_layout
 from kd.training.decisions import Progress, run_steps
@@ -72,24 +74,29 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
     """
     find_ranks()
     with watching([]):
-        timeout_minutes = recipe.run.collective_timeout_minutes
-        check_same_everywhere(facts_of_rank(recipe), timedelta(minutes=timeout_minutes))
-        layout = init_distributed(timeout_minutes)
+        meeting = timedelta(minutes=recipe.run.rendezvous_timeout_minutes)
+        check_same_everywhere(facts_of_rank(recipe), meeting)
+        layout = init_distributed(recipe.run.collective_timeout_minutes)
         peers = gather_peers()
+        interruption.arm()
     with watching(peers):
         configure_logging(layout.rank)
         ds_config = student_ds_config(recipe, layout.data_parallel_size, layout.device.type)
+        check_ds_config(ds_config, recipe.deepspeed.student)
+        if recipe.teacher:
+            check_ds_config(teacher_ds_config(recipe), recipe.deepspeed.teacher)
         check_hpz(recipe, ds_config, layout.nodes)
         _check_loss_backend(recipe, layout.device)
         num_embedded = on_rank_zero(lambda: check_models(recipe))
         on_rank_zero(lambda: open_run(recipe, resume))
+        check_shared(f"run.output_dir = {recipe.run.output_dir!r}", recipe.run_dir, layout)
         checkpoint = _choose_checkpoint(recipe.run_dir, resume)
 
+        log.info("reading the data, and tokenising what is not in %s", recipe.data.cache_dir)
         tokenizer, data = _load_data(recipe, layout)
         on_rank_zero(lambda: check_data_ids(data, tokenizer, num_embedded))
         check_fills_a_batch(data.train, recipe.training.global_batch_size)
-        fingerprint = data_fingerprint(data)
-        on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), fingerprint))
+        on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), data_fingerprints(data)))
         teacher = build_teacher(recipe, layout)
         student = build_student(recipe, ds_config, layout)
         shape = batch_shape(recipe, choose_layout(recipe, student, teacher))
@@ -98,7 +105,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         torch.manual_seed(recipe.run.seed + layout.rank)  # for dropout; a checkpoint restores it
         progress = Progress()
         if checkpoint:
-            progress = Progress(**load_checkpoint(student.engine, checkpoint))
+            progress = load_checkpoint(student.engine, checkpoint, Progress)
 
         run = TrainingRun(
             recipe,
@@ -184,7 +191,7 @@ class TrainingRun:
         return result
 
     def validate(self) -> Validation | None:
-        """None without a validation set."""
+        """None without a validation set, and when the run was interrupted meanwhile."""
         if self.validation is None:
             return None
         batches = validation_batches(
@@ -194,7 +201,7 @@ class TrainingRun:
             self.tokenizer.pad_token_id,
         )
         with self.wall_time.spent_on("validation"):
-            return validate(self.student, self.teacher, batches, self.layout)
+            return validate(self.student, self.teacher, batches, self.layout, self.is_interrupted)
 
     def record(self, validation: Validation | None) -> None:
         """Rank 0 writes the line of the step just taken, and sends it to the monitors."""
@@ -203,6 +210,12 @@ class TrainingRun:
         record = dict(self._record)
         if validation is not None:
             record |= {f"val_{name}": value for name, value in validation._asdict().items()}
+        for name in ("diagnostics", "val_diagnostics"):
+            if (found := record.get(name)) and "by_source" in found:
+                names = [table.name for table in self.recipe.data.tables]
+                record[name] = found | {
+                    "by_source": dict(zip(names, found["by_source"], strict=True))
+                }
         if self.report:
             self.report.add(record)
         self.metrics.write(record)
@@ -253,9 +266,9 @@ class TrainingRun:
         best = self.checkpoints / f"step_{progress.best_step}"
         damage = None
         if progress.best_step not in (None, progress.step):
-            damage = damage_of(best)
+            damage = damage_of(best, Progress)
             if damage is None:
-                load_checkpoint(self.student.engine, best)
+                load_checkpoint(self.student.engine, best, Progress)
         if damage is None:
             self.student.export(self.tokenizer, exports / "best")
         elif self.layout.rank == 0:
@@ -282,15 +295,6 @@ def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerFast,
     return tokenizer, data
 
 
-def data_fingerprint(data: Data) -> str:
-    """SHA-256 of which rows are trained and validated on, and of the length of their sections."""
-    digest = hashlib.sha256()
-    for examples in (data.train, data.validation):
-        if examples is not None:
-            digest.update(examples.row_N.tobytes() + examples.num_tokens_N3.tobytes())
-    return digest.hexdigest()
-
-
 def _check_loss_backend(recipe: Recipe, device: torch.device) -> None:
     """Before a model is loaded."""
     try:
@@ -302,7 +306,7 @@ def _check_loss_backend(recipe: Recipe, device: torch.device) -> None:
 def _choose_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
-    path = choose_checkpoint(folder / "checkpoints", resume)
+    path = choose_checkpoint(folder / "checkpoints", resume, Progress)
     if path is None:
         log.info("--resume auto: %s has no whole checkpoint, starting fresh", folder)
     else:

@@ -21,8 +21,13 @@ from kd.training.diagnostics import flatten
 log = logging.getLogger(__name__)
 
 
+# Between two lines on progress in a log, where there is no terminal for a bar
+LINE_SECONDS = 30.0
+
+
 class MetricsLog:
-    """Rank 0's view of a run: appends records to metrics.jsonl and moves the progress bar.
+    """Rank 0's view of a run: appends records to metrics.jsonl, and tells of progress: by a bar on
+    a terminal, by lines elsewhere.
 
     Steps are counted from 1, as checkpoints are. A run that was interrupted after its last
     checkpoint, `start_step`, repeats steps: their records from before move to
@@ -38,19 +43,29 @@ class MetricsLog:
         write_jsonl(path, [record for record in records if record["step"] <= start_step])
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
-        # In a log file each refresh is a line: one in half a minute is enough there.
-        interval = 0.1 if sys.stderr.isatty() else 30.0
+        self._total_steps, self._next_line = total_steps, 0.0
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
             unit="step",
-            mininterval=interval,
             dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
         )
 
     def write(self, record: dict[str, Any]) -> None:
         self._unwritten += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
         self._write_what_fits()
+        now, is_last = time.monotonic(), record["step"] == self._total_steps
+        if self._bar.disable and (now >= self._next_line or is_last):
+            self._next_line = now + LINE_SECONDS
+            log.info(
+                "step %d of %d: loss %.4f, lr %.1e, %.0f tokens/s",
+                record["step"],
+                self._total_steps,
+                record["loss"],
+                record["lr"],
+                record["tokens_per_second"],
+            )
         with contextlib.suppress(OSError):  # whoever watched may have gone, and ssh with it
             self._bar.set_postfix_str(
                 f"loss {record['loss']:.4f} lr {record['lr']:.1e}", refresh=False

@@ -103,7 +103,7 @@ class PlanReport:
             self.write()
 
     def write(self, shares: Mapping[str, float] | None = None) -> None:
-        """The file, and a line of the log. Without a step there is nothing to write.
+        """The file, and a table in the log. Without a step there is nothing to write.
 
         shares: of wall time, once the run has ended.
         """
@@ -170,5 +170,7 @@ def _describe(report: dict[str, dict[str, Any]]) -> str:
         return "-" if value is None else f"{value:.4g}"
 
     planned, measured = report["planned"], report["measured"]
-    parts = [f"{name} {text(planned[name])} / {text(measured[name])}" for name in planned]
-    return f"plan / measured: {', '.join(parts)}"
+    width = max(map(len, planned))
+    rows = [("", "planned", "measured")]
+    rows += [(name, text(planned[name]), text(measured[name])) for name in planned]
+    return "\n".join(f"{name:{width}}  {one:>9}  {two:>9}" for name, one, two in rows)

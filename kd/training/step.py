@@ -1,7 +1,7 @@
 """One optimizer step, and one validation: read train_step() from top to bottom."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,10 @@ from kd.distributed.layout import Layout
 from kd.distributed.process_group import all_reduce_sum, sum_over_ranks
 from kd.models.student import BatchLoss, Student
 from kd.teachers.teacher import Teacher, targets_of
-from kd.training.diagnostics import NUM_SUMS, region_sums, summarise
+from kd.training.diagnostics import region_sums, summarise
+
+# Batches of a validation between two looks at signals, which take a collective each
+ASK_EVERY = 8
 
 
 class StepResult(NamedTuple):
@@ -42,12 +45,13 @@ class Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.losses = torch.zeros(3, dtype=torch.float64, device=device)  # loss, kd, ce
-        self.regions = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
+        self.regions = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, result: BatchLoss) -> None:
         losses = torch.stack([result.loss.detach(), result.kd, result.ce])
         self.losses += losses.double()
-        self.regions += region_sums(result.rows_MN, batch.region_index)
+        sums = region_sums(result.rows_MN, batch.region_index, batch.num_sources)
+        self.regions = self.regions + sums
 
     def over_all_ranks(self, layout: Layout, **more: Tensor | float | None) -> dict[str, Any]:
         """{"loss", "kd", "ce", "regions", and more}; None counts as 0.
@@ -119,15 +123,23 @@ def train_step(
 
 @torch.no_grad()
 def validate(
-    student: Student, teacher: Teacher | None, batches: Iterable[Batch], layout: Layout
-) -> Validation:
-    """The loss of this rank's batches and all others'.
+    student: Student,
+    teacher: Teacher | None,
+    batches: Iterable[Batch],
+    layout: Layout,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """The loss of this rank's batches and all others'; None when is_interrupted(), asked now and
+    then, says that a rank is to stop, so that a save keeps the time that is left.
 
     Collective: every rank must call this, with the same number of batches.
     """
     student.engine.eval()
     sums, num_here = Sums(layout.device), 0
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
+        if number % ASK_EVERY == 0 and is_interrupted():
+            student.engine.train()
+            return None
         batch = batch.to(layout.device)
         with targets_of(teacher, batch) as targets:
             sums.add(batch, student.loss(batch, targets))

@@ -96,7 +96,13 @@ def test_rows_are_tokenised_once_for_all_truncations_losses_and_seeds(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"system_prompt": "Think."}, {"think_open": "<think>"}, {"think_close": "</think>"}],
+    [
+        {"system_prompt": "Think."},
+        {"think_open": "<think>"},
+        {"think_close": "</think>"},
+        {"template_kwargs": {"enable_thinking": True}},
+        {"date": "2025-01-01"},
+    ],
     ids=str,
 )
 def test_what_changes_a_token_is_tokenised_anew(
@@ -135,7 +141,7 @@ def test_a_file_whose_tokens_are_in_the_cache_is_hashed_and_not_read(
     made = recipe(data={"path": str(tmp_path / name)})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(good_rows(20)), tmp_path / "rows.parquet")
     expected = rows_of(load_data(made, tiny).train)
-    monkeypatch.setattr(kd.data.trace_rows, "_read_file", refuse)
+    monkeypatch.setattr(kd.data.trace_rows.TraceRows, "read", refuse)
     assert rows_of(load_data(made, tiny).train) == expected
     with (tmp_path / name).open("ab") as file:
         file.write(b"\n")
@@ -180,8 +186,12 @@ def test_the_loser_of_a_race_reads_what_the_winner_wrote(
 
 @pytest.mark.process
 def test_two_processes_tokenise_as_one_does(
-    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+    recipe: MakeRecipe,
+    tiny: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(kd.data.tokenised, "_CHUNK_ROWS", 2)  # more chunks than may be pending
     one = load_data(recipe(), tiny).train
     two = load_data(recipe(data={"num_proc": 2, "cache_dir": str(tmp_path / "cache2")}), tiny).train
     assert rows_of(one) == rows_of(two)
@@ -223,8 +233,21 @@ def test_a_bad_row_is_an_error_if_the_recipe_says_so(
     for _ in range(2):
         with pytest.raises(UserError) as caught:
             load_data(recipe(data={"on_bad_row": "error"}), tiny)
-        assert "row 4 (counted from 1): empty reasoning" in str(caught.value)
+        assert "rows.jsonl: line 4: empty reasoning" in str(caught.value)
         assert "prompt, reasoning, answer" in str(caught.value)
+
+
+@pytest.mark.process
+def test_a_process_that_is_ended_from_outside_is_one_error_and_leaves_no_cache(
+    recipe: MakeRecipe,
+    tiny: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kd.data.tokenised, "_tokenise_row", lambda *_: os._exit(1))
+    with pytest.raises(UserError, match="ended from outside.*data.num_proc = 2"):
+        load_data(recipe(data={"num_proc": 2}), tiny)
+    assert os.listdir(tmp_path / "cache") == []
 
 
 @pytest.mark.process
@@ -235,9 +258,8 @@ def test_a_row_without_a_column_is_an_error_with_number_and_columns(
     write_jsonl(tmp_path / "rows.jsonl", [*good_rows(6), {"prompt": "1?", "solution": "1"}])
     with pytest.raises(UserError) as caught:
         load_data(recipe(data={"num_proc": num_proc}), tiny)
-    assert (
-        "row 7 (counted from 1): no column 'reasoning'; the row has prompt, solution; needed"
-        in str(caught.value)
+    assert "rows.jsonl: line 7: no column 'reasoning'; the row has prompt, solution; needed" in str(
+        caught.value
     )
 
 
@@ -256,7 +278,7 @@ def test_lines_may_differ_in_type_and_hold_line_separators(
         ("absent.jsonl", None, "no such file"),
         ("rows.csv", "prompt,answer", "name a .jsonl or a .parquet file"),
         ("empty.jsonl", "\n", "the file is empty"),
-        ("bad.jsonl", '{"prompt": 1', "row 1 (counted from 1): not valid JSON"),
+        ("bad.jsonl", '{"prompt": 1', "bad.jsonl: line 1: not valid JSON"),
         ("list.jsonl", "[1, 2]", "a JSON object is needed"),
         ("bad.parquet", "PAR?", "not a .parquet file"),
         ("folder.jsonl", "FOLDER", "name a .jsonl or a .parquet file"),
@@ -301,6 +323,41 @@ def test_parquet_rows_serve_as_json_lines_do(
     )
     assert rows_of(lines) == rows_of(parquet)
     assert all(np.array_equal(lines[i].input_ids, parquet[i].input_ids) for i in range(20))
+
+
+def test_conversations_give_the_same_tokens_from_parquet_which_fills_them_with_nulls(
+    recipe: MakeRecipe, qwen3: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    function = {"name": "calc", "arguments": '{"x": 1}'}
+    tool = {"type": "function", "function": {"name": "calc", "description": "adds"}}
+    said = {"role": "gpt", "content": "<think>\nSo.\n</think>\n\n3"}
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [
+                {"role": "User", "content": "Use it: 1+2?"},
+                {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]},
+                {"role": "observation", "content": "3", "name": "calc"},
+                {"role": "assistant", "content": "3", "reasoning_content": "So."},
+            ],
+            "tools": [tool],
+        },
+        {"messages": [{"role": "human", "content": "1+2?"}, said]},
+        {"messages": [{"role": "critic", "content": "1+2?"}, said]},
+    ]
+    write_jsonl(tmp_path / "talk.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "talk.parquet")
+    found = []
+    for name in ("talk.jsonl", "talk.parquet"):
+        data = load_data(recipe(data={"path": str(tmp_path / name)}), qwen3)
+        (reason,) = data.report.files[0].read.bad_rows
+        assert reason.startswith("unknown role 'critic'")
+        assert sorted(rows_of(data.train)) == [0, 1]
+        found.append({data.train[i].row: data.train[i].input_ids.tolist() for i in range(2)})
+    assert found[0] == found[1]
+    whole = qwen3.decode(found[0][0])
+    assert '"description": "adds"' in whole
+    assert '<tool_call>\n{"name": "calc", "arguments": {"x": 1}}\n</tool_call>' in whole
+    assert whole.endswith("<think>\nSo.\n</think>\n\n3<|im_end|>")
 
 
 def test_long_rows_are_dropped_before_the_split(
@@ -366,6 +423,47 @@ def test_a_validation_file_leaves_all_rows_for_training(
     limited = load_data(recipe(data={"validation_path": path, "num_validation": 2}), tiny)
     assert limited.validation is not None
     assert (len(limited.train), rows_of(limited.validation)) == (20, [0, 1])
+
+
+def test_prompts_of_validation_in_training_are_counted_and_left_out_if_the_recipe_says_so(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [{**row, "reasoning": f"{i}"} for i in range(3) for row in good_rows(5)]
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, *good_rows(20)[5:]])
+    wanted = {"num_validation": 6}
+    data = load_data(recipe(data=wanted), tiny)
+    assert data.validation is not None
+    held_out = {row % 5 if row < 15 else row for row in rows_of(data.validation)}
+    shared = [row for row in rows_of(data.train) if row < 15 and row % 5 in held_out]
+    assert data.report.num_shared_prompts == len(shared) > 0
+    assert f"warning: {len(shared)} training rows have a prompt that is also in" in str(data.report)
+    without = load_data(recipe(data=wanted | {"exclude_validation_prompts": True}), tiny)
+    assert without.validation is not None
+    assert rows_of(without.validation) == rows_of(data.validation)
+    assert rows_of(without.train) == [row for row in rows_of(data.train) if row not in shared]
+    assert (without.report.num_shared_prompts, without.report.num_excluded) == (0, len(shared))
+    assert "warning" not in str(without.report)
+
+
+def test_prompts_of_a_validation_file_are_looked_for_in_training(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    held_out = [{"prompt": "x?", "reasoning": "x", "answer": "1"}, good_rows(3)[2]]
+    path = str(write_jsonl(tmp_path / "held_out.jsonl", held_out))
+    assert load_data(recipe(data={"validation_path": path}), tiny).report.num_shared_prompts == 1
+    wanted = {"validation_path": path, "exclude_validation_prompts": True}
+    assert sorted(rows_of(load_data(recipe(data=wanted), tiny).train)) == [0, 1, *range(3, 20)]
+    with pytest.raises(UserError, match="19 are left .* and 1 with a prompt of validation"):
+        load_data(recipe(data=wanted | {"num_train": 20}), tiny)
+
+
+def test_only_training_rows_that_are_taken_count_as_shared(
+    recipe: MakeRecipe, tiny: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", good_rows(1) * 10)
+    data = load_data(recipe(data={"num_validation": 2, "num_train": 3}), tiny)
+    assert data.report.num_shared_prompts == 3
+    assert load_data(recipe(), tiny).report.num_shared_prompts == 0
 
 
 def test_the_random_mask_is_for_training_alone(

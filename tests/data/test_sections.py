@@ -5,8 +5,10 @@ import pytest
 from data_samples import ROWS
 from transformers import PreTrainedTokenizerFast
 
-from kd.data.sections import SectionedTokens, render, render_prompt, tokenise
-from kd.data.sources import SOURCES, BadRow, Trace, read_row
+from kd.data.prompt import render_prompt
+from kd.data.sections import SectionedTokens, render, tokenise
+from kd.data.sources import SOURCES, Trace, read_row
+from kd.data.turns import BadRow
 from kd.errors import UserError
 from kd.recipe import DataSection, load_recipe
 

@@ -65,6 +65,125 @@ def test_an_unusable_template_fails_before_any_row(
         load_tokenizers(recipe())
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xff\xfe{{ 1 }}", "line 1: byte 0xff is not UTF-8"),
+        (b"", "does not print the text of role user"),
+        (b"{{ 1/0 }}", "ZeroDivisionError"),
+        (b"{{ 'x' + messages | length }}", "TypeError"),
+        (b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        (b"{% include '/etc/passwd' %}", "no loader"),
+        (b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "end"),
+        (b"{{ messages[-1].content }}<think>\n\n</think>\n", "set data.template_kwargs"),
+        (b" " * 2**20 + b"{{ 1 }}", "at most 1048576 are read"),
+    ],
+)
+def test_a_template_file_that_cannot_serve_is_named_with_its_key(
+    recipe: MakeRecipe, models: Path, content: bytes, problem: str
+) -> None:
+    path = models / "own.jinja"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_tokenizers(recipe(data={"chat_template": str(path)}))
+    assert f"data.chat_template = '{path}': " in str(caught.value)
+    assert problem in str(caught.value)
+
+
+def test_a_models_own_template_that_is_not_utf8_is_named_with_its_file(
+    recipe: MakeRecipe, models: Path
+) -> None:
+    (models / "teacher" / "chat_template.jinja").write_bytes(b"\n\xff")
+    with pytest.raises(UserError) as caught:
+        load_tokenizers(recipe())
+    assert f"teacher.model = '{models}/teacher': " in str(caught.value)
+    assert "chat_template.jinja: line 2: byte 0xff" in str(caught.value)
+
+
+def test_a_template_file_may_have_a_byte_order_mark(recipe: MakeRecipe, models: Path) -> None:
+    (models / "own.jinja").write_text("{{ messages[-1].content }}", encoding="utf-8-sig")
+    tokenizer = load_tokenizers(recipe(data={"chat_template": str(models / "own.jinja")}))
+    assert tokenizer.chat_template == "{{ messages[-1].content }}"
+
+
+@pytest.mark.parametrize(("kwargs", "opens"), [({"enable_thinking": True}, True), ({}, False)])
+def test_a_template_that_thinks_only_on_demand_is_told_by_the_recipe(
+    recipe: MakeRecipe, models: Path, kwargs: dict, opens: bool
+) -> None:
+    (models / "own.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is defined and "
+        "enable_thinking %}{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    )
+    made = recipe(data={"chat_template": str(models / "own.jinja"), "template_kwargs": kwargs})
+    if opens:
+        assert load_tokenizers(made).chat_template
+    else:
+        with pytest.raises(UserError, match=r"data\.template_kwargs, as enable_thinking = true"):
+            load_tokenizers(made)
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused(
+    recipe: MakeRecipe, models: Path
+) -> None:
+    (models / "own.jinja").write_text(
+        "{% if thinking %}{% endif %}{{ bos_token }}{{ messages[-1].content }}"
+    )
+    made = recipe(
+        data={"chat_template": str(models / "own.jinja"), "template_kwargs": {"thinkin": True}}
+    )
+    with pytest.raises(
+        UserError, match=r"data\.template_kwargs\.thinkin: .*own\.jinja.* it reads thinking$"
+    ):
+        load_tokenizers(made)
+
+
+def ends_with(models: Path, end: str) -> None:
+    """Both models' templates end each turn with it; their eos is <eos>."""
+    for role in ("teacher", "student"):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}" + end + "{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        )
+        tokenizer.save_pretrained(models / role)
+
+
+@pytest.mark.parametrize(
+    ("end", "end_token", "warns"),
+    [
+        ("<pad>", None, True),
+        (" \n<pad>\n", None, True),
+        ("<pad>", "<pad>", False),
+        ("<eos>", "<pad>", True),
+        ("<eos>", None, False),
+        ("{{ eos_token }}", "<unk>", False),
+        ("", None, False),
+        ("\n\n", None, False),
+    ],
+)
+def test_a_turn_that_the_template_ends_otherwise_is_a_warning(
+    recipe: MakeRecipe,
+    models: Path,
+    end: str,
+    end_token: str | None,
+    warns: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ends_with(models, end)
+    tokenizer = load_tokenizers(recipe(data={"end_token": end_token}))
+    assert tokenizer.eos_token == (end_token or "<eos>")
+    written = f"set data.end_token = {end.strip()!r}"
+    assert [written in record.message for record in caplog.records] == [True] * warns
+
+
+def test_a_template_that_refuses_an_answer_has_no_end_to_compare(
+    recipe: MakeRecipe, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends_with(models, "{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}<pad>")
+    load_tokenizers(recipe())
+    assert not caplog.records
+
+
 def test_a_missing_template_file_is_named(recipe: MakeRecipe, models: Path) -> None:
     with pytest.raises(UserError, match=r"data\.chat_template = 'absent\.jinja': no such file"):
         load_tokenizers(recipe(data={"chat_template": "absent.jinja"}))
@@ -158,8 +277,11 @@ def test_padding_is_never_the_end_token_nor_a_new_one(
     assert len(tokenizer) == len(build_tokenizer())
 
 
-def test_real_tokenizers_get_a_pad_of_their_own(
-    recipe: MakeRecipe, qwen3: PreTrainedTokenizerFast, deepseek: PreTrainedTokenizerFast
+def test_real_tokenizers_get_a_pad_of_their_own_and_end_as_their_templates_do(
+    recipe: MakeRecipe,
+    qwen3: PreTrainedTokenizerFast,
+    deepseek: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for tokenizer in (qwen3, deepseek):
         made = load_tokenizers(
@@ -167,6 +289,7 @@ def test_real_tokenizers_get_a_pad_of_their_own(
         )
         assert made.pad_token_id not in (made.eos_token_id, None)
         assert len(made) == len(tokenizer)
+    assert not [record for record in caplog.records if record.name.startswith("kd")]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from kd.distributed.interruption import Interruption
 interruption = Interruption()
+interruption.arm()
 print("rank", interruption.is_requested(), flush=True)
 deadline = time.monotonic() + 20
 while not interruption.is_requested() and time.monotonic() < deadline:
@@ -38,7 +39,10 @@ def handlers():
 def test_a_signal_asks_and_a_second_one_does_no_harm(
     handlers: None, number: signal.Signals
 ) -> None:
+    before = signal.getsignal(number)
     interruption = Interruption()
+    assert signal.getsignal(number) is before  # has its effect while ranks wait for one another
+    interruption.arm()
     assert not interruption.is_requested()
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)

@@ -1,10 +1,13 @@
-"""Run by the launcher on every rank: what loading a checkpoint gives back.
+"""Run by the launcher on every rank: what loading a checkpoint gives back, and what is refused.
 
-checkpoint_worker.py MODELS OUTPUT      writes {case: bool}
+checkpoint_worker.py MODELS OUTPUT      writes {case: result}
 """
 
+import hashlib
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,52 @@ import torch.distributed as dist
 
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
-from kd.distributed.process_group import init_distributed
-from kd.engine.checkpoint import choose_checkpoint, load_checkpoint, save_checkpoint
+from kd.distributed.layout import Layout
+from kd.distributed.process_group import gather_objects, init_distributed
+from kd.engine.checkpoint import MANIFEST, choose_checkpoint, load_checkpoint, save_checkpoint
 from kd.engine.ds_config import student_ds_config
+from kd.engine.pickles import check_pickles, pickle_files
+from kd.engine.universal import universal_checkpoint
 from kd.engine.zero3 import consolidated_state_dict
+from kd.errors import UserError
+from kd.models.student import Student
 from kd.recipe import Recipe
 from kd.training.build import build_student
 from kd.training.step import train_step
+
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+class Runs:
+    """A pickle of it runs a command when it is loaded."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.system, (self.command,)
 
 
 def main() -> None:
     models, output = Path(sys.argv[1]), Path(sys.argv[2])
     layout = init_distributed()
+    results: dict[str, Any] = {}
+    for stage, dtype in ((1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32")):
+        student = build(models, stage, dtype, layout)
+        folder = output.parent / f"stage{stage}_{dtype}"
+        results |= {
+            f"stage {stage} {dtype}: {case}": result
+            for case, result in go_back(student, folder, layout).items()
+        }
+        results[f"stage {stage} {dtype}: names"] = names_in(folder / "step_2")
+    results |= convert(output.parent / "stage2_fp32" / "step_2")
+    results["refused"] = refuse(student, folder, output.parent / "was_run")
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    dist.barrier()
+
+
+def build(models: Path, stage: int, dtype: str, layout: Layout) -> Student:
     recipe = Recipe.model_validate(
         {
             "student": {"model": str(models / "tied"), "gradient_checkpointing": False},
@@ -35,9 +72,14 @@ def main() -> None:
             "deepspeed": {"student": "zero3_cpu.json"},
         }
     )
-    student = build_student(recipe, student_ds_config(recipe, 2, "cpu"), layout)
+    ds_config = student_ds_config(recipe, 2, "cpu")
+    ds_config["zero_optimization"]["stage"] = stage
+    return build_student(recipe, ds_config | (BF16 if dtype == "bf16" else {}), layout)
+
+
+def go_back(student: Student, folder: Path, layout: Layout) -> dict[str, bool]:
+    """Train, save, train on, load, and train the same again."""
     engine = student.engine
-    folder = output.parent / "checkpoints"
 
     def steps(numbers: range) -> list[float]:
         return [train_step(student, None, [_batch(i)], 0.1, layout).loss for i in numbers]
@@ -47,18 +89,84 @@ def main() -> None:
     save_checkpoint(engine, folder, 2, {"note": "two steps"})
     losses = steps(range(2, 5))
     changed = _state(engine)
-    state = load_checkpoint(engine, choose_checkpoint(folder, "auto"))
+    path = choose_checkpoint(folder, "auto", dict)
+    assert path == folder / "step_2"
+    state = load_checkpoint(engine, path, dict)
     restored = _state(engine)
-    repeated = steps(range(2, 5))
-    if dist.get_rank() == 0:
-        results = {
-            "training changed the weights": not _equal(saved, changed),
-            "the weights come back": _equal(saved, restored),
-            "the state of the loop comes back": state == {"note": "two steps"},
-            "the same steps give the same losses": losses == repeated,
+    return {
+        "training changed the weights": not _equal(saved, changed),
+        "the weights come back": _equal(saved, restored),
+        "the state of the loop comes back": state == {"note": "two steps"},
+        "the same steps give the same losses": losses == steps(range(2, 5)),
+    }
+
+
+def convert(path: Path) -> dict[str, Any]:
+    with universal_checkpoint(path) as converted:
+        check_pickles(converted)
+        return {
+            "universal: files": len(pickle_files(converted)),
+            "universal: names": names_in(path),
         }
-        output.write_text(json.dumps(results))
-    dist.barrier()
+
+
+def names_in(folder: Path) -> list[str]:
+    """What the pickles of a folder name, besides what torch lets pass."""
+    scan = torch.serialization.get_unsafe_globals_in_checkpoint
+    return sorted({name for path in pickle_files(folder) for name in scan(str(path))})
+
+
+def refuse(student: Student, folder: Path, was_run: Path) -> dict[str, list[str]]:
+    """{case: what each rank says} of step_4, whose manifest is made to match; it is chosen, for its
+    checksums are right, or else step_2.
+    """
+
+    def foreign(path: Path) -> None:
+        torch.save(Runs(f"touch {was_run}"), path / "mp_rank_00_model_states.pt")
+
+    def random_state(path: Path) -> None:
+        (path / "rng_rank1.safetensors").write_bytes(b"garbage")
+
+    def no_random_state(path: Path) -> None:
+        (path / "rng_rank1.safetensors").unlink()
+
+    def negative_step(path: Path) -> None:
+        manifest = json.loads((path / MANIFEST).read_text())
+        (path / MANIFEST).write_text(json.dumps(manifest | {"step": -4}))
+
+    found = {}
+    for damage in (foreign, random_state, no_random_state, negative_step):
+        save_checkpoint(student.engine, folder, 4, {"note": "four steps"})
+        if dist.get_rank() == 0:
+            damage(folder / "step_4")
+            if damage is not negative_step:
+                match(folder / "step_4")
+        dist.barrier()
+        path = choose_checkpoint(folder, "auto", dict)
+        assert path is not None
+        try:
+            said = f"{load_checkpoint(student.engine, path, dict)} of {path.name}"
+        except UserError as error:
+            said = str(error)
+        found[damage.__name__] = gather_objects(said)
+        if dist.get_rank() == 0:
+            (folder / "step_4").rename(folder / damage.__name__)
+        dist.barrier()
+    return found
+
+
+def match(path: Path) -> None:
+    """Give a changed checkpoint a manifest with the sizes and checksums that its files have."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"] = {
+        file.name: {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for file in path.iterdir()
+        if file.name != MANIFEST
+    }
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def _batch(index: int) -> Batch:
@@ -72,6 +180,7 @@ def _batch(index: int) -> Batch:
 
 
 def _state(engine: Any) -> dict[str, torch.Tensor]:
+    """The whole weights, on rank 0."""
     state = consolidated_state_dict(engine)
     return {name: tensor.clone() for name, tensor in (state or {}).items()}
 

@@ -141,7 +141,7 @@ def resume(
 
     save_checkpoint(student.engine, output / "checkpoints", NUM_STEPS, {})
     first = losses()
-    load_checkpoint(student.engine, output / "checkpoints" / f"step_{NUM_STEPS}")
+    load_checkpoint(student.engine, output / "checkpoints" / f"step_{NUM_STEPS}", dict)
     return [first, losses()]
 
 

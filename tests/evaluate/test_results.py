@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from kd.errors import UserError
+from kd.evaluate.evaluation import is_scored
 from kd.evaluate.problems import Problem
 from kd.evaluate.results import read_responses, response_rows, results, table, write_evaluation
 from kd.evaluate.score import Summary, Verdict
@@ -131,3 +133,49 @@ def test_rows_keep_characters_beyond_ascii(tmp_path: Path) -> None:
     assert (tmp_path / "rows.jsonl").read_text(
         encoding="utf-8"
     ) == '{"response": "\u03c0"}\n{"response": "2"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", r"holds \[\], not an object"),
+        ('{"label": "half"}', "model is missing"),
+    ],
+)
+def test_damaged_results_are_named_and_not_replaced(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "half.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"half.json: {message}.*evaluate the model again"):
+        write_evaluation(tmp_path, CONTENT, ROWS)
+    with pytest.raises(UserError, match="half.json: "):
+        read_responses(tmp_path, "half", "f1")
+    with pytest.raises(UserError, match="half.json: "):
+        is_scored(RECIPE, [path])
+    assert path.read_text() == text
+
+
+def test_a_damaged_response_is_named_with_its_line(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, CONTENT, [*ROWS[:1], {**ROWS[1], "num_tokens": "3"}])
+    with pytest.raises(UserError, match="half.responses.jsonl: line 2: num_tokens = '3'"):
+        read_responses(tmp_path, "half", "f1")
+
+
+def test_a_model_is_scored_where_problems_judge_and_sampling_are_the_recipes(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "half.json"
+    assert not is_scored(RECIPE, [path])
+    sampling = {"max_new_tokens": 32768, "temperature": 0.6, "top_p": 0.95, "seed": 0}
+    recipe = RECIPE.with_values({"evaluation.path": "report.jsonl"})
+    fitting = {**CONTENT, "judge": "math", "sampling": sampling}
+    for changes, expected in (
+        ({}, True),
+        ({"judge": "exact"}, False),
+        ({"sampling": {**sampling, "top_p": 1.0}}, False),
+        ({"problems": "others.jsonl"}, False),
+    ):
+        write_json(path, {**fitting, **changes})
+        assert is_scored(recipe, [path]) == expected

@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from kd.errors import UserError
+from kd.evaluate.boxes import last_boxed
 from kd.evaluate.judge import MathJudge
 from kd.evaluate.score import (
     Answer,
     accuracy_interval,
     extract_answer,
-    last_boxed,
     mean_pass_at_k,
     score,
     wilson_interval,

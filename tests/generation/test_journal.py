@@ -92,6 +92,13 @@ def test_other_settings_are_an_error_that_names_the_change(begun: Path) -> None:
         TraceFile(begun, {**SETTINGS, "seed": 1})
 
 
+def test_settings_from_before_a_key_was_there_had_its_default(begun: Path) -> None:
+    later = {**SETTINGS, "template_kwargs": {}, "date": "2024-07-26"}
+    assert TraceFile(begun, later).num_batches == 3
+    with pytest.raises(UserError, match="date: '2024-07-26' before, '2025-01-01' now"):
+        TraceFile(begun, {**later, "date": "2025-01-01"})
+
+
 def test_a_run_that_finished_no_batch_leaves_nothing_to_agree_with(tmp_path: Path) -> None:
     TraceFile(tmp_path / "traces.jsonl", SETTINGS)
     other = TraceFile(tmp_path / "traces.jsonl", {**SETTINGS, "seed": 1})
@@ -110,3 +117,24 @@ def test_rows_that_went_missing_are_an_error(begun: Path) -> None:
     begun.with_name("traces.jsonl.partial").write_text("")
     with pytest.raises(UserError, match="shorter than"):
         TraceFile(begun, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("garbage", "line 3: not valid JSON"),
+        ('{"num_bytes": -1, "counts": {}}', "line 3: num_bytes = -1"),
+        ('{"num_bytes": true, "counts": {}}', "line 3: num_bytes = True"),
+        ('{"num_bytes": 9, "counts": 5}', "line 3: counts = 5"),
+        ("[]", "line 3"),
+    ],
+)
+def test_a_damaged_journal_is_named_with_its_line_and_nothing_is_cut(
+    begun: Path, line: str, message: str
+) -> None:
+    journal, rows = (begun.with_name(f"traces.jsonl.{end}") for end in ("progress", "partial"))
+    lines, size = journal.read_text().splitlines(), rows.stat().st_size
+    journal.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
+    with pytest.raises(UserError, match=f"traces.jsonl.progress: {message}"):
+        TraceFile(begun, SETTINGS)
+    assert rows.stat().st_size == size

@@ -35,7 +35,7 @@ def preflight(
 
 
 def test_all_checks_pass_on_two_hosts(preflight):
-    done = preflight("--set", f"data.system_prompt={TEXT}")
+    done = preflight("--set", f"data.answer_close={TEXT}")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "FAIL" not in done.stdout
     for expected in (

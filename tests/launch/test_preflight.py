@@ -14,8 +14,9 @@ import pytest
 from forked import Forked, with_launcher
 from tiny import ROOT, disk_of_its_own, free_port, write_tiny_recipe
 
+from kd.cluster.hostfile import read_hostfile
 from kd.errors import UserError
-from kd.preflight.start import check_ssh, read_hostfile
+from kd.preflight.start import check_ssh
 
 PREFLIGHT = "launch/preflight.py"
 CHECKS = [
@@ -177,8 +178,8 @@ def test_a_rank_that_does_not_come_is_a_line_and_no_hang(recipe):
     output, errors = rank.communicate(timeout=100)
     assert rank.returncode == 1, errors[-3000:]
     assert statuses(output) == {"port": "ok", "rendezvous": "FAIL"}
-    assert "rank 0 on" in line_of(output, "rendezvous")
-    assert "did all start, and does a firewall" in line_of(output, "rendezvous")
+    assert "rank 1 of 2 has not come" in line_of(output, "rendezvous")
+    assert "did it start, and can hosts reach each other" in line_of(output, "rendezvous")
 
 
 @pytest.mark.dist
@@ -187,7 +188,7 @@ def test_a_master_that_is_not_there_is_a_line_of_the_rank_that_looked_for_it(rec
     output, errors = rank.communicate(timeout=100)
     assert rank.returncode == 1, errors[-3000:]
     assert statuses(output) == {"rendezvous": "FAIL"}
-    assert "rank 1 on" in line_of(output, "rendezvous")
+    assert "rank 1: rank 0 does not answer at 127.0.0.1:" in line_of(output, "rendezvous")
 
 
 @pytest.mark.dist
@@ -229,6 +230,14 @@ def test_a_host_that_ssh_does_not_reach_ends_it_before_anything_is_started(recip
         ("node-1 slots=eight\n", "line 1: 'node-1 slots=eight': write NAME slots=N"),
         ("node-1\n", "line 1: 'node-1': write NAME slots=N"),
         ("# nothing\n", "names no host"),
+        ("a slots=0\n", "line 1: 'a slots=0': write NAME slots=N"),
+        ("a slots = 1\n", "line 1: 'a slots = 1': write NAME slots=N"),
+        ("a slots=1 slots=2\n", "line 1: 'a slots=1 slots=2': write NAME slots=N"),
+        ("a slots=1\r\n\nb slots=1\na slots=2", "line 4: 'a slots=2': a stands on line 1 already"),
+        ("root@10.0.0.1 slots=1\n", "line 1: 'root@10.0.0.1 slots=1': a user is for ssh alone"),
+        ("-oProxyCommand=x slots=1\n", "is no name or address of a host"),
+        ("$(reboot) slots=1\n", "is no name or address of a host"),
+        ("localhost slots=1\n127.0.0.1 slots=1\n", "localhost and 127.0.0.1 are one host"),
     ],
 )
 def test_a_hostfile_that_is_none_is_an_error(tmp_path, text, message):

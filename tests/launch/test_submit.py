@@ -161,11 +161,11 @@ def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments
 
 def test_an_input_that_only_the_repository_has_does_not_reach_a_copy_of_it(recipe, tmp_path):
     assert_refused(
-        submit(recipe, *ON_CPUS, "--set=data.path=README.md", cwd=tmp_path),
-        f"data.path = 'README.md' is in {ROOT}, and jobs run from a copy of its code: submit from "
-        f"there",
+        submit(recipe, *ON_CPUS, "--set=evaluation.path=README.md", cwd=tmp_path),
+        f"evaluation.path = 'README.md' is in {ROOT}, and jobs run from a copy of its code: submit "
+        f"from there",
     )
-    assert submit(recipe, *ON_CPUS, "--set=data.path=README.md", "--dry-run").returncode == 0
+    assert submit(recipe, *ON_CPUS, "--set=evaluation.path=README.md", "--dry-run").returncode == 0
     # Which are copied
     models = (
         "--set=student.model=recipes/assets/tiny/student_base",

@@ -50,4 +50,14 @@ def test_a_plan_is_logged_once_whatever_the_number_of_rows(make_problem, caplog)
             )
     (record,) = caplog.records
     assert "backend torch, logits in float64" in record.getMessage()
-    assert "student and" in record.getMessage()
+    assert "of all rows at once" in record.getMessage()
+
+
+def test_a_plan_for_more_rows_than_a_chunk_says_how_many_there_are(make_problem, caplog):
+    p = make_problem((13,), vocab_sizes=(37, 37))
+    with caplog.at_level(logging.INFO, "kd.losses"):
+        distillation_loss(
+            *(p.student_hidden, p.student_head, p.teacher_hidden, p.teacher_head, p.labels),
+            chunk_size=5,
+        )
+    assert "chunks of 5 student and" in caplog.text

@@ -108,11 +108,11 @@ def write_evaluation(
         "judge": "exact",
     }
     numbers = {
-        "accuracy": num_correct / num_problems,
+        "accuracy": num_correct / num_problems / changes.get("num_samples", 1),
         "num_correct": num_correct,
         "num_problems": num_problems,
     }
-    responses = {
+    responses: dict[str, Any] = {
         "mean_response_tokens": 70.0,
         "unclosed_fraction": 0.0,
         "ci95": [0.0, 1.0],

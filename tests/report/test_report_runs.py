@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from kd.report.read_runs import Run, read_runs
 
 
 def read_one(folder: Path) -> Run:
-    (run,), _ = read_runs([folder])
+    found = read_runs([folder])
+    assert found.damaged == []
+    (run,) = found.runs
     return run
 
 
@@ -148,9 +151,9 @@ def test_runs_are_found_at_any_depth_once_and_named_below_the_folder_that_holds_
     write_run(tmp_path / "one" / "a")
     write_run(tmp_path / "two" / "deep" / "a")
     write_run(tmp_path / "one" / "a" / "slurm" / "0")
-    runs, _ = read_runs([tmp_path, tmp_path / "one"])
+    runs, _, _ = read_runs([tmp_path, tmp_path / "one"])
     assert [run.name for run in runs] == ["one/a", "two/deep/a"]
-    runs, _ = read_runs([tmp_path / "one" / "a"])
+    runs, _, _ = read_runs([tmp_path / "one" / "a"])
     assert [run.name for run in runs] == ["a"]
 
 
@@ -169,7 +172,7 @@ def test_a_run_without_success_says_how_far_it_came(tmp_path, marker):
 
 
 def test_a_study_names_its_cells_that_are_not_done(tmp_path):
-    _, cells = read_runs([write_study(tmp_path / "tiny")])
+    _, cells, _ = read_runs([write_study(tmp_path / "tiny")])
     assert [(cell.name, cell.status) for cell in cells] == [
         ("keep0.25_answer", "no_supervised_token"),
         ("keep0.5", "pending"),
@@ -182,7 +185,7 @@ def test_a_cell_that_a_job_trained_and_told_no_study_of_is_no_longer_pending(tmp
         {"name": name, "axes": {}, "status": "pending", "text": ""} for name in (run.name, "keep1")
     ]
     write_json(tmp_path / "tiny" / "study.json", {"recipe": "tiny", "cells": cells})
-    _, cells = read_runs([tmp_path / "tiny"])
+    _, cells, _ = read_runs([tmp_path / "tiny"])
     assert [cell.name for cell in cells] == ["keep1"]
 
 
@@ -194,39 +197,132 @@ def test_a_folder_without_runs_is_named(tmp_path, root):
         read_runs([tmp_path / root])
 
 
+def change(run: Path, file: str, **changes: object) -> None:
+    """In a JSON file, or in the first line of a JSONL file; section__key changes a nested one."""
+    path = run / file
+    first, newline, rest = path.read_text().partition("\n" if file.endswith("l") else "\0")
+    content = json.loads(first)
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (content[section] if section else content)[key] = value
+    path.write_text(json.dumps(content) + newline + rest)
+
+
+def damage_of(folder: Path) -> str:
+    """The reason why a run is left out, next to a whole one that is read."""
+    whole = write_run(folder.parent / "whole", num_correct=1)
+    found = read_runs([folder, whole])
+    assert [run.name for run in found.runs] == ["whole"]
+    ((name, _, reason),) = found.damaged
+    assert name == folder.name
+    return reason
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("recipe.json", "{", r"recipe.json: not valid JSON .*restore it"),
-        ("recipe.json", "[]", r"recipe.json: holds '\[\]', not an object"),
+        ("recipe.json", "{", r"recipe.json: not valid JSON: .*: restore it"),
+        ("recipe.json", "[]", r"recipe.json: holds \[\], not an object"),
         (
             "recipe.json",
-            '{"run": {"name": "a"}}',
+            '{"run": {"name": "a", "seed": 0}, "student": {"model": "s"}}',
             "recipe.json: data is missing: restore it, or leave the run out",
         ),
-        ("metrics.jsonl", "{\n", "metrics.jsonl: a line is not valid JSON"),
-        ("metrics.jsonl", '{"step": 1, "loss": 1}\n', "metrics.jsonl: step_ms is missing"),
-        ("evaluation/a.json", '{"label": "a", "model": "b"}', "a.json: num_problems is missing"),
+        ("data.json", '{"fingerprint": 5, "report": ""}', "data.json: fingerprint = 5"),
+        ("environment.json", '{"packages": 7}', "environment.json: packages = 7"),
+        ("ds_config.json", "[1]", r"ds_config.json: holds \[1\], not an object"),
+        ("metrics.jsonl", "{\n", "metrics.jsonl: line 1: not valid JSON"),
+        ("metrics.jsonl", "\0\0garbage\n{}\n", "metrics.jsonl: line 1: not valid JSON"),
+        ("metrics.jsonl", "[3]\n", r"metrics.jsonl: line 1: holds \[3\], not an object"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1}\n', "metrics.jsonl: line 1: step_ms is missing"),
+        ("evaluation/a.json", '{"label": "a", "model": "b"}', "a.json: problems is missing"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, file, text, message):
+def test_a_run_with_a_damaged_file_is_named_and_left_out(tmp_path, file, text, message):
     run = write_run(tmp_path / "a", num_correct=1)
     (run / file).write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_one(run)
+    assert re.search(message, damage_of(run))
 
 
-@pytest.mark.parametrize(("num_correct", "num_problems"), [(11, 10), (-1, 10), (0, 0)])
-def test_an_impossible_count_is_named(tmp_path, num_correct, num_problems):
+@pytest.mark.parametrize("value", [float("nan"), "1.0", True, [1.0], 1e300, 10**400])
+@pytest.mark.parametrize("key", ["step", "loss", "step_ms", "flops", "peak_memory_gib", "val_loss"])
+def test_a_number_of_a_step_that_is_none_is_named(tmp_path, key, value):
     run = write_run(tmp_path / "a", num_correct=1)
-    path = run / "evaluation" / "student-after.json"
-    content = json.loads(path.read_text()) | {
-        "num_correct": num_correct,
-        "num_problems": num_problems,
-    }
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"num_correct = {num_correct} of {num_problems} responses"):
-        read_one(run)
+    change(run, "metrics.jsonl", **{key: value})
+    expected = "NaN" if value != value else f"{key} = "
+    assert f"metrics.jsonl: line 1: {expected}" in damage_of(run).replace("not valid JSON: ", "")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("recipe.json", {"run__name": 5}),
+        ("recipe.json", {"run__seed": "0"}),
+        ("recipe.json", {"truncation__keep_fraction": "half"}),
+        ("recipe.json", {"truncation__keep_fraction": True}),
+        ("recipe.json", {"truncation__keep_fraction": 0.0}),
+        ("recipe.json", {"data__loss_sections": "cot"}),
+        ("recipe.json", {"student__model": None}),
+        ("recipe.json", {"monitor": 5}),
+        ("evaluation/student-after.json", {"ci95": [0.0]}),
+        ("evaluation/student-after.json", {"ci95": "wide"}),
+        ("evaluation/student-after.json", {"num_problems": "100"}),
+        ("evaluation/student-after.json", {"num_problems": 0}),
+        ("evaluation/student-after.json", {"num_correct": -1}),
+        ("evaluation/student-after.json", {"model": ["m"]}),
+        ("evaluation/student-after.json", {"label": {}}),
+        ("evaluation/student-after.json", {"sampling": "greedy"}),
+        ("evaluation/student-after.json", {"mean_response_tokens": None}),
+    ],
+)
+def test_a_field_of_another_type_is_named(tmp_path, file, changes):
+    run = write_run(tmp_path / "a", num_correct=1)
+    change(run, file, **changes)
+    (name,) = changes
+    reason = damage_of(run)
+    assert f"{run / file}: {name.replace('__', '.')}" in reason
+    assert reason.endswith("restore it, or leave the run out")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink(path, path)])
+def test_metrics_that_are_a_pipe_or_a_loop_of_links_are_named(tmp_path, make):
+    run = write_run(tmp_path / "a", num_correct=1)
+    (run / "metrics.jsonl").unlink()
+    make(run / "metrics.jsonl")
+    assert "metrics.jsonl: " in damage_of(run)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"cells": 5}', '{"cells": [{"name": 3}]}'])
+def test_a_damaged_study_is_named_and_its_runs_are_read(tmp_path, text):
+    write_run(tmp_path / "tiny" / "keep1", num_correct=1)
+    (tmp_path / "tiny" / "study.json").write_text(text)
+    runs, cells, damaged = read_runs([tmp_path / "tiny"])
+    assert (len(runs), cells) == (1, [])
+    assert "study.json" in damaged[0].reason
+
+
+def test_a_damaged_reference_is_named_and_the_runs_beside_it_are_read(tmp_path):
+    run = write_run(tmp_path / "keep1", num_correct=1)
+    (tmp_path / "references").mkdir()
+    (tmp_path / "references" / "teacher.json").write_text('{"label": "teacher"}')
+    found = read_runs([run])
+    assert len(found.runs) == 1
+    assert [damage.name for damage in found.damaged] == ["./references/teacher.json"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_correct": 11, "num_problems": 10},
+        {"num_correct": 10, "num_problems": 100, "accuracy": 0.9},
+        {"ci95": [0.9, 0.1]},
+        {"num_samples": 4, "num_correct": 4, "ci95": [0.0, 1.0]},
+    ],
+)
+def test_numbers_of_an_evaluation_that_cannot_be_together_are_named(tmp_path, changes):
+    run = write_run(tmp_path / "a", num_correct=1)
+    change(run, "evaluation/student-after.json", **changes)
+    assert re.search(r"student-after.json: (num_correct|accuracy|ci95) = ", damage_of(run))
 
 
 def test_a_run_is_found_through_a_link(tmp_path):

@@ -10,6 +10,9 @@ from kd.runs.records import read_metrics
 PART = {"forward_kl": 0.5, "num_tokens": 3}
 OLD = {
     "step": 1,
+    "loss": None,
+    "step_ms": 5.5,
+    "peak_memory_gib": 1,
     "num_tokens": 7,
     "num_input_tokens": 9,
     "diagnostics": {**PART, "by_section": {"cot": PART}, "by_position": [None, PART]},
@@ -27,6 +30,9 @@ def test_records_of_version_1_have_todays_names_at_every_depth(tmp_path):
     assert record == {
         "format_version": 2,
         "step": 1,
+        "loss": None,
+        "step_ms": 5.5,
+        "peak_memory_gib": 1,
         "num_supervised_tokens": 7,
         "num_input_tokens": 9,
         "diagnostics": {**part, "by_section": {"cot": part}, "by_position": [None, part]},

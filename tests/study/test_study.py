@@ -5,6 +5,7 @@ left alone.
 import json
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -119,11 +120,12 @@ def interrupted(recipe) -> tuple[Path, int, str]:
         "step 3 of the second",
         200,
     )
-    ranks = [
-        p
-        for p in psutil.process_iter()
-        if f"{DONE[1]}.json" in " ".join(p.cmdline()) and "-u" in p.cmdline()
-    ]
+    ranks = []
+    for other in psutil.process_iter():
+        with suppress(psutil.Error):  # it ended just now
+            command = other.cmdline()
+            if f"{DONE[1]}.json" in " ".join(command) and "-u" in command:
+                ranks.append(other)
     for rank in ranks:
         rank.suspend()  # so that training is not over before the next start
     process.send_signal(signal.SIGKILL)

@@ -90,7 +90,8 @@ def test_text_of_the_command_line_becomes_axes():
         ),
         ((None, "cot+cot", None, 1, False), "--sections cot\\+cot: join any of"),
         ((None, None, "left", 1, False), "--windows left: choose from head, middle, tail"),
-        ((None, None, None, 0, False), "--seeds 0: at least 1 is needed"),
+        ((None, None, None, 0, False), "--seeds 0: write a number from 1 to 1000"),
+        ((None, None, None, 10**9, False), "--seeds 1000000000: write a number from 1 to 1000"),
     ],
 )
 def test_values_that_are_none_are_refused(arguments: tuple, message: str):
@@ -124,3 +125,18 @@ def test_the_file_of_a_study_keeps_cells_of_earlier_starts_and_their_outcomes(
         (1.0, "pending"),
         (0.25, "pending"),
     ]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"cells": 5}', '{"recipe": "tiny"}'])
+def test_a_damaged_file_of_a_study_is_named_and_stays_as_it_is(
+    recipe: str, tmp_path: Path, text: str
+):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(UserError, match="study.json: .*: restore it, or remove it"):
+        write_study(make_study(recipe, [], Axes(), tmp_path))
+    assert (tmp_path / "study.json").read_text() == text
+
+
+def test_cells_that_would_share_a_folder_are_refused(recipe: str):
+    with pytest.raises(UserError, match=r"--keep 0\.1234561,0\.1234562"):
+        make_study(recipe, [], Axes(keep_fraction=(0.1234561, 0.1234562)))

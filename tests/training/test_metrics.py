@@ -6,6 +6,8 @@ from typing import Any
 from kd.runs.records import read_metrics
 from kd.training.metrics import MetricsLog
 
+COSTS = {"step_ms": 1.0, "peak_memory_gib": 1.0, "num_input_tokens": 2, "num_supervised_tokens": 1}
+
 
 def refuse(constant: str) -> Any:
     raise AssertionError(f"{constant} is not JSON")
@@ -16,12 +18,15 @@ def test_what_is_not_finite_is_null_at_any_depth(tmp_path: Path) -> None:
     nested = {
         "forward_kl": math.inf,
         "by_section": {"cot": {"forward_kl": math.nan, "num_supervised_tokens": 3}},
+        "by_position": [None],
     }
     parts = [None, {"forward_kl": -math.inf}, {"forward_kl": 0.5}]
     metrics.write(
-        {
+        COSTS
+        | {
             "step": 1,
             "loss": math.nan,
+            "tokens_per_second": 2.0,
             "lr": 0.1,
             "skipped": True,
             "diagnostics": nested,
@@ -30,14 +35,16 @@ def test_what_is_not_finite_is_null_at_any_depth(tmp_path: Path) -> None:
     )
     metrics.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line, parse_constant=refuse) == {
+    assert json.loads(line, parse_constant=refuse) == COSTS | {
         "step": 1,
         "loss": None,
+        "tokens_per_second": 2.0,
         "lr": 0.1,
         "skipped": True,
         "diagnostics": {
             "forward_kl": None,
             "by_section": {"cot": {"forward_kl": None, "num_supervised_tokens": 3}},
+            "by_position": [None],
         },
         "parts": [None, {"forward_kl": None}, {"forward_kl": 0.5}],
     }
@@ -46,7 +53,7 @@ def test_what_is_not_finite_is_null_at_any_depth(tmp_path: Path) -> None:
 
 def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, monkeypatch, caplog):
     log = MetricsLog(tmp_path / "metrics.jsonl", start_step=0, total_steps=3)
-    record = {"loss": 1.0, "lr": 0.1}
+    record = COSTS | {"loss": 1.0, "lr": 0.1, "tokens_per_second": 2.0}
     log.write(record | {"step": 1})
 
     class FullDisk:

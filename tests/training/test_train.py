@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kd.runs.records import read_metrics
 
 pytestmark = pytest.mark.dist
+SECRET_NAMES = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DB_PASSWORD")
+SECRETS = {name: f"secret-of-{name.lower()}" for name in SECRET_NAMES}
 MONITORS = ("--set", "monitor.csv=true", "--set", "monitor.tensorboard=true")
 
 
@@ -30,7 +32,8 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole_run(launch, recipe) -> Path:
     """The run folder of 40 steps without interruption."""
-    done = launch("launch/train.py", "--recipe", str(recipe), "--set", "run.name=whole", *MONITORS)
+    arguments = ["--recipe", str(recipe), "--set", "run.name=whole", *MONITORS]
+    done = launch("launch/train.py", *arguments, **SECRETS)
     assert done.returncode == 0, done.stderr[-4000:]
     return recipe.parent / "runs" / "whole"
 
@@ -104,6 +107,22 @@ def test_a_run_leaves_what_the_readme_says(whole_run):
         records[9]["val_kd"], rel=1e-4
     )
     assert records[-1]["loss"] < 0.9 * records[0]["loss"], "the student learned nothing"
+
+
+def test_no_file_of_a_run_holds_a_secret_of_the_environment(whole_run):
+    files = [path for path in whole_run.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        content = path.read_bytes()
+        assert not any(secret.encode() in content for secret in SECRETS.values()), path
+
+
+def test_every_file_of_a_run_has_the_mode_of_the_umask(whole_run):
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in whole_run.rglob("*"):
+        bits = 0o777 if path.is_dir() else 0o666  # DeepSpeed leaves a script to run
+        assert path.stat().st_mode & bits == bits & ~mask, path
 
 
 def test_deepspeeds_monitor_writes_what_the_recipe_switches_on(whole_run):
