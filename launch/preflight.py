@@ -6,11 +6,26 @@ srun python launch/preflight.py --recipe NAME                 in a job: srun sta
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
 from kd.cli import recipe_parser, run
-from kd.recipe import load_recipe
+from kd.errors import UserError
+from kd.files import read_text
+from kd.recipe import SHIPPED_DIR, load_recipe
+
+
+def read_nodes_env() -> dict[str, str]:
+    """What a job gets besides: KEY=VALUE lines of launch/nodes.env, or of DS_ENV_FILE."""
+    path = Path(os.environ.get("DS_ENV_FILE") or SHIPPED_DIR / "launch" / "nodes.env")
+    if not path.is_file():
+        return {}
+    lines = [line for line in read_text(path).splitlines() if line]
+    for line in lines:
+        if not re.match(r"[A-Za-z_][A-Za-z_0-9]*=", line):
+            raise UserError(f"{path}: {line}: write KEY=VALUE")
+    return dict(line.split("=", 1) for line in lines)
 
 
 def main() -> None:
@@ -31,6 +46,8 @@ def main() -> None:
     from kd.distributed.process_group import is_rank  # imports torch and deepspeed
 
     if is_rank():
+        if "SLURM_PROCID" in os.environ:  # else the launcher has brought them
+            os.environ |= read_nodes_env()
         from kd.logs import configure_logging
         from kd.preflight.ranks import check_ranks
 

@@ -13,10 +13,19 @@ from pathlib import Path
 
 from kd.cli import axis_arguments, run
 from kd.cluster.sbatch import JobRequest
-from kd.cluster.submit import Submission, prepare, read_recipes, submit
+from kd.cluster.submit import (
+    Submission,
+    left_to_do,
+    prepare,
+    read_recipes,
+    submit,
+    why_pending,
+)
 from kd.errors import UserError
 from kd.recipe import Recipe
 from kd.study.cells import Axes, Study, make_study, parse_axes, write_study
+
+CPUS_PER_GPU = 4
 
 
 def main() -> None:
@@ -30,15 +39,33 @@ def main() -> None:
                 arguments.recipe, arguments.overrides, arguments.array_over
             )
         else:
-            folder, recipes = study.folder, unfinished(study)
-        submission = prepare(folder, recipes, request, arguments.evaluate)
+            folder, recipes = study.folder, tuple(cell.recipe for cell in study.cells)
+        submissions = make_submissions(folder, recipes, request, arguments)
     if arguments.dry_run:
-        print(submission.train, *([submission.evaluate] if submission.evaluate else []), sep="\n")
+        scripts = [text for s in submissions for text in (s.script, s.evaluate) if text]
+        print(*scripts, sep="\n")
         return
-    ids = submit(submission)
     if study is not None:
         write_study(study)
-    print(how_to_follow(submission, ids))
+    for submission in submissions:
+        print(how_to_follow(submission, submit(submission)))
+
+
+def make_submissions(
+    folder: Path, recipes: tuple[Recipe, ...], request: JobRequest, arguments: argparse.Namespace
+) -> list[Submission]:
+    """What is to be trained, and what is trained already and only to be evaluated; or, with
+    --preflight, a look at what the first would have.
+    """
+    if arguments.preflight:
+        return [prepare(folder, recipes[:1], request, preflight=True)]
+    train, score = left_to_do(recipes, arguments.evaluate)
+    submissions = []
+    if train:
+        submissions.append(prepare(folder, train, request, evaluate=arguments.evaluate))
+    if score:
+        submissions.append(prepare(folder, score, request, train=False, evaluate=True))
+    return submissions
 
 
 def study_of(arguments: argparse.Namespace) -> Study | None:
@@ -87,6 +114,32 @@ def parse_args(words: list[str]) -> argparse.Namespace:
         help="how long before the limit a job is told to save; default 600",
     )
     parser.add_argument(
+        "--cpus-per-task",
+        type=int,
+        help=f"cores of a rank, for Python, autograd and NCCL; {CPUS_PER_GPU} beside a GPU, else "
+        "what the cluster gives",
+    )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        help="how often a run goes on by itself after a rank was killed or failed, each time only "
+        "if the start before it left a new checkpoint; default 3",
+    )
+    parser.add_argument(
+        "--srun-arg",
+        dest="srun_options",
+        action="append",
+        default=[],
+        metavar="--FLAG=VALUE",
+        help="a flag for srun, as in --srun-arg=--mpi=pmix; may be repeated",
+    )
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="submit launch/preflight.py in the place of the run, with all that the run would have",
+    )
+    parser.add_argument(
         "--setup", type=Path, help="a file that the job sources first: modules, an environment"
     )
     parser.add_argument("--container", metavar="IMAGE", help="run in this image by apptainer")
@@ -105,18 +158,6 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(words[: len(words) - len(options) - ("--" in words)])
     arguments.sbatch_options = options
     return arguments
-
-
-def unfinished(study: Study) -> tuple[Recipe, ...]:
-    """The recipes of the cells that are still to be trained. Raises UserError when none is."""
-    recipes = tuple(
-        cell.recipe for cell in study.cells if not (cell.recipe.run_dir / "SUCCESS").exists()
-    )
-    if not recipes:
-        raise UserError(
-            f"{study.folder}: all {len(study.cells)} cells are trained: launch/report.py shows them"
-        )
-    return recipes
 
 
 def request_of(arguments: argparse.Namespace) -> JobRequest:
@@ -152,19 +193,41 @@ def request_of(arguments: argparse.Namespace) -> JobRequest:
         account=arguments.account,
         constraint=arguments.constraint,
         more_options=tuple(arguments.sbatch_options),
+        srun_options=srun_options_of(arguments),
+        restarts=arguments.restarts,
+        cpus_per_task=cpus_of(arguments),
         setup=setup and setup.absolute(),
         container=container,
     )
 
 
+def srun_options_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    for option in arguments.srun_options:
+        if not option.startswith("-"):
+            raise UserError(
+                f"--srun-arg {option}: write a flag of srun, as in --srun-arg=--mpi=pmix"
+            )
+    return tuple(arguments.srun_options)
+
+
+def cpus_of(arguments: argparse.Namespace) -> int | None:
+    asked: int | None = arguments.cpus_per_task
+    is_said = any(option.startswith("--cpus-per-") for option in arguments.sbatch_options)
+    return asked or (CPUS_PER_GPU if arguments.gpus_per_node and not is_said else None)
+
+
 def how_to_follow(submission: Submission, ids: list[str]) -> str:
     job, folder = submission.job, submission.job.folder
-    lines = list(submission.plans)
-    lines += [f"job {ids[0]} trains {', '.join(map(str, job.runs))}"]
+    lines, runs = list(submission.plans), ", ".join(map(str, job.runs))
+    kind = submission.kind
+    does = {"train": "trains", "evaluate": "evaluates", "preflight": "looks before"}[kind]
+    lines += [f"job {ids[0]} {does} {runs}"]
     lines += [f"job {ids[1]} evaluates after its success"] if len(ids) > 1 else []
+    if reason := why_pending(ids[0]):
+        lines.append(f"  SLURM does not start it as it was asked for: {reason}")
     lines += [f"  squeue --jobs={','.join(ids)}"]
     logs = [
-        f"train-{ids[0]}{f'_{i}' if len(job.runs) > 1 else ''}.out" for i in range(len(job.runs))
+        f"{kind}-{ids[0]}{f'_{i}' if len(job.runs) > 1 else ''}.out" for i in range(len(job.runs))
     ]
     lines += [f"  tail -F {shlex.quote(str(folder / log))}" for log in logs]
     # SLURM kills what is left KillWait after its TERM, 30 s unless the cluster says otherwise.

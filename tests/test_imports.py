@@ -48,7 +48,7 @@ ALLOWED = {
     },
     "cluster": {"cli", "distributed", "evaluate", "plan", "runs"},
     "preflight": {"cluster", "distributed", "engine", "models", "plan", "runs"},
-    "study": {"cluster", "data", "evaluate", "runs"},
+    "study": {"cli", "cluster", "data", "evaluate", "runs"},
     "report": {"evaluate", "runs"},
 }
 PACKAGES = sorted(name for name in ALLOWED if (ROOT / "kd" / name).is_dir())

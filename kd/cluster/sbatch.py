@@ -30,18 +30,23 @@ class JobRequest:
     account: str | None = None
     constraint: str | None = None
     more_options: tuple[str, ...] = ()
+    srun_options: tuple[str, ...] = ()
+    restarts: int = 3  # after a failure that left a new checkpoint
+    cpus_per_task: int | None = None
     setup: Path | None = None
     container: str | None = None
 
     def __post_init__(self) -> None:
         numbers = {
-            "nodes": self.num_nodes,
-            "tasks-per-node": self.tasks_per_node,
-            "signal-seconds": self.signal_seconds,
+            "nodes": (self.num_nodes, 1),
+            "tasks-per-node": (self.tasks_per_node, 1),
+            "signal-seconds": (self.signal_seconds, 1),
+            "cpus-per-task": (1 if self.cpus_per_task is None else self.cpus_per_task, 1),
+            "restarts": (self.restarts, 0),
         }
-        for flag, number in numbers.items():
-            if number < 1:
-                raise UserError(f"--{flag} {number}: at least 1 is needed")
+        for flag, (number, least) in numbers.items():
+            if number < least:
+                raise UserError(f"--{flag} {number}: at least {least} is needed")
         if self.time is not None and seconds_of(self.time) <= self.signal_seconds + EARLY_SECONDS:
             raise UserError(
                 f"--time {self.time} is over when the signal comes, {self.signal_seconds} s "
@@ -78,9 +83,20 @@ def train_script(job: Job, request: JobRequest) -> str:
         "nodes": request.num_nodes,
         "ntasks-per-node": request.tasks_per_node,
         "gpus-per-node": request.gpus_per_node or None,
+        "cpus-per-task": request.cpus_per_task,
         "signal": f"B:USR1@{request.signal_seconds}",  # to the batch script alone, which tells srun
     }
     return _script("train", job, request, options)
+
+
+def preflight_script(job: Job, request: JobRequest) -> str:
+    options: dict[str, object] = {
+        "nodes": request.num_nodes,
+        "ntasks-per-node": request.tasks_per_node,
+        "gpus-per-node": request.gpus_per_node or None,
+        "cpus-per-task": request.cpus_per_task,
+    }
+    return _script("preflight", job, request, options)
 
 
 def evaluate_script(job: Job, request: JobRequest) -> str:
@@ -88,6 +104,7 @@ def evaluate_script(job: Job, request: JobRequest) -> str:
         "nodes": 1,
         "ntasks": 1,
         "gpus-per-node": min(request.gpus_per_node, 1) or None,
+        "cpus-per-task": request.cpus_per_task,
         "signal": f"B:USR1@{EARLY_SECONDS}",
     }
     return _script("evaluate", job, request, options)
@@ -160,6 +177,9 @@ def _variables(job: Job, request: JobRequest) -> list[str]:
         f"python_dir={_quote(Path(sys.executable).parent)}",
         f"setup={_quote(request.setup or '')}",
         f"container={_array(container)}",
+        f"folder={_quote(job.folder)}",
+        f"restarts={request.restarts}",
+        f"srun_options={_array(request.srun_options)}",
         f"runs={_array(job.runs)}",
         f"recipes={_array(job.recipes)}",
     ]

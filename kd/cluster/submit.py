@@ -18,13 +18,24 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from kd.cluster.sbatch import Job, JobRequest, evaluate_script, train_script
+from kd.cluster.sbatch import (
+    EARLY_SECONDS,
+    Job,
+    JobRequest,
+    evaluate_script,
+    preflight_script,
+    seconds_of,
+    train_script,
+)
 from kd.errors import UserError
+from kd.evaluate.problems import load_problems
 from kd.evaluate.tasks import check_evaluation
 from kd.files import write_json, write_text
 from kd.recipe import ROOT, Recipe, load_recipe
 from kd.runs.check import check_recipe, inputs
+from kd.runs.lock import hold
 
 COPIED = ("kd", "launch", "recipes", "ds_configs")
 
@@ -36,8 +47,9 @@ class Submission:
     job: Job
     recipes: tuple[Recipe, ...]
     plans: tuple[str, ...]  # a line for each recipe
-    train: str
-    evaluate: str | None
+    kind: Literal["train", "evaluate", "preflight"]
+    script: str  # of that kind
+    evaluate: str | None  # after training
 
 
 def read_recipes(
@@ -69,14 +81,55 @@ def read_recipes(
     )
 
 
+def left_to_do(
+    recipes: tuple[Recipe, ...], evaluate: bool
+) -> tuple[tuple[Recipe, ...], tuple[Recipe, ...]]:
+    """Those that are to be trained, and those that are trained and only to be evaluated. Raises
+    UserError when nothing is left.
+    """
+    from kd.evaluate.evaluation import is_scored, result_files  # import torch
+    from kd.runs.folder import NOTHING_TO_LEARN, SUCCESS
+
+    train, score = [], []
+    for recipe in recipes:
+        run = recipe.run_dir
+        if len(recipes) > 1 and (run / NOTHING_TO_LEARN).exists():
+            continue
+        if not (run / SUCCESS).exists():
+            train.append(recipe)
+        elif evaluate:
+            label = "best" if (run / "export" / "best").exists() else "last"
+            if not is_scored(recipe, result_files(recipe, run / "evaluation", f"export-{label}")):
+                score.append(recipe)
+    if not train and not score:
+        first = recipes[0].run_dir
+        what = (
+            f"{first} is" if len(recipes) == 1 else f"all {len(recipes)} runs, {first} first, are"
+        )
+        raise UserError(
+            f"{what} finished, with a SUCCESS{' and scores' if evaluate else ''}: begin another "
+            "run with --set run.name=NAME"
+        )
+    return tuple(train), tuple(score)
+
+
 def prepare(
-    folder: Path, recipes: tuple[Recipe, ...], request: JobRequest, evaluate: bool
+    folder: Path,
+    recipes: tuple[Recipe, ...],
+    request: JobRequest,
+    *,
+    train: bool = True,
+    evaluate: bool = False,
+    preflight: bool = False,
 ) -> Submission:
     """Check all that can be known before the job starts, and make its scripts; writes nothing.
 
-    folder and recipes: of read_recipes, or of a study. Raises UserError.
+    folder and recipes: of read_recipes, or of a study, without those that are finished. train:
+    False for runs that are trained, and are to be evaluated. preflight: a job of
+    launch/preflight.py in the place of both. Raises UserError.
     """
     _check_checkout()
+    _check_limit(request)
     env_file = os.environ.get("DS_ENV_FILE")
     if env_file and not Path(env_file).is_file():
         raise UserError(
@@ -89,6 +142,8 @@ def prepare(
         plans.append(_check_fits(recipe, request))
         if evaluate:
             check_evaluation(recipe)
+            if recipe.evaluation.path is not None:
+                load_problems("evaluation.path", recipe.evaluation.path)
         _check_run(recipe)
     from kd.runs.environment import environment  # after the checks, which import no torch
 
@@ -105,8 +160,11 @@ def prepare(
         recipes=tuple(submission / file for file in files),
         commit=environment()["commit"] or "",
     )
-    evaluation = evaluate_script(job, request) if evaluate else None
-    return Submission(job, recipes, tuple(plans), train_script(job, request), evaluation)
+    kind: Literal["train", "evaluate", "preflight"]
+    kind = "preflight" if preflight else "train" if train else "evaluate"
+    write = {"train": train_script, "evaluate": evaluate_script, "preflight": preflight_script}
+    after = evaluate_script(job, request) if kind == "train" and evaluate else None
+    return Submission(job, recipes, tuple(plans), kind, write[kind](job, request), after)
 
 
 def submit(submission: Submission) -> list[str]:
@@ -115,6 +173,8 @@ def submit(submission: Submission) -> list[str]:
     Raises UserError, and leaves nothing behind, when a run is still in the queue or sbatch refuses.
     """
     job = submission.job
+    # Held until slurm.json says what is in the queue: sbatch may take its time
+    hold(job.folder.parent.parent.parent, f".{job.name}.submission.lock", patience_seconds=0)
     for run in job.runs:
         _check_not_queued(run)
     try:
@@ -195,14 +255,46 @@ def _check_fits(recipe: Recipe, request: JobRequest) -> str:
     )
 
 
+def _check_limit(request: JobRequest) -> None:
+    """Without --time a partition's own limit holds: one below --signal-seconds would have the job
+    told to save at once, and again after each requeue. Unknown where SLURM is not.
+    """
+    if request.time is not None:
+        return
+    try:
+        partitions = _slurm("scontrol", "--oneliner", "show", "partition")
+    except UserError:  # sbatch will say what is wrong
+        return
+    for line in partitions.splitlines():
+        facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        is_meant = (
+            facts.get("PartitionName") in request.partition.split(",")
+            if request.partition
+            else facts.get("Default") == "YES"
+        )
+        limit = facts.get("DefaultTime", "NONE")
+        limit = facts.get("MaxTime", "UNLIMITED") if limit == "NONE" else limit
+        if is_meant and limit != "UNLIMITED":
+            seconds = seconds_of(limit)
+            if seconds <= request.signal_seconds + EARLY_SECONDS:
+                raise UserError(
+                    f"partition {facts['PartitionName']} ends a job after {limit}, and it is told "
+                    f"to save {request.signal_seconds} s ahead of that (--signal-seconds): lower "
+                    "--signal-seconds to what a checkpoint takes, or give --time or --partition"
+                )
+
+
+def why_pending(job: str) -> str:
+    """SLURM's reason for a job that waits; empty where it only waits for its turn."""
+    reason = _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%r").partition("\n")[0]
+    waits = ("None", "Priority", "Resources", "BeginTime", "Dependency", "JobHeldUser", "")
+    return "" if reason in waits else reason
+
+
 def _check_run(recipe: Recipe) -> None:
-    from kd.runs.folder import SUCCESS, check_same_run  # imports torch
+    from kd.runs.folder import check_same_run  # imports torch
 
     run = recipe.run_dir
-    if (run / SUCCESS).exists():
-        raise UserError(
-            f"{run} is finished, it has its SUCCESS: begin another run with --set run.name=NAME"
-        )
     unsafe = sorted(set(str(run.absolute())) & set(":\\\n"))
     if unsafe:
         raise UserError(
@@ -251,26 +343,26 @@ def _freeze(submission: Submission) -> None:
         shutil.copyfile(file, job.folder / "code" / "launch" / "nodes.env")
     for path, recipe in zip(job.recipes, submission.recipes, strict=True):
         write_json(path, recipe.as_file())
-    write_text(job.folder / "train.sbatch", submission.train)
+    write_text(job.folder / f"{submission.kind}.sbatch", submission.script)
     if submission.evaluate:
         write_text(job.folder / "evaluate.sbatch", submission.evaluate)
 
 
 def _sbatch_all(submission: Submission) -> list[str]:
     folder = submission.job.folder
-    train = _sbatch(folder / "train.sbatch")
+    first = _sbatch(folder / f"{submission.kind}.sbatch")
     if submission.evaluate is None:
-        return [train]
+        return [first]
     after = "aftercorr" if len(submission.recipes) > 1 else "afterok"
     # Cancelled when training fails
     options = (
-        f"--dependency={after}:{train}",
+        f"--dependency={after}:{first}",
         "--kill-on-invalid-dep=yes",
     )
     try:
-        return [train, _sbatch(folder / "evaluate.sbatch", *options)]
+        return [first, _sbatch(folder / "evaluate.sbatch", *options)]
     except BaseException:
-        _slurm("scancel", train)
+        _slurm("scancel", first)
         raise
 
 

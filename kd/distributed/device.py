@@ -1,12 +1,57 @@
-"""Which kind of device a run uses: DeepSpeed's accelerator decides, so that DS_ACCELERATOR=cpu
+"""Which device a rank uses: DeepSpeed's accelerator decides the kind, so that DS_ACCELERATOR=cpu
 holds everywhere.
 """
 
+import os
+from pathlib import Path
 from typing import Literal
 
+import torch
 from deepspeed.accelerator import get_accelerator
+
+from kd.errors import UserError
+
+# Where NVIDIA's driver is, and what schedulers say to those that asked for GPUs
+DRIVER = Path("/dev/nvidiactl")
+GPU_VARIABLES = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
 
 
 def device_type() -> Literal["cuda", "cpu"]:
-    """cuda or cpu, the latter also on a machine with GPUs that are not to be used."""
-    return "cuda" if get_accelerator().device_name() == "cuda" else "cpu"
+    """cuda or cpu, the latter also on a machine with GPUs that are not to be used.
+
+    Raises UserError where there should be a GPU and torch cannot use it: days on a CPU are not what
+    was asked for.
+    """
+    if get_accelerator().device_name() == "cuda":
+        return "cuda"
+    said = [f"{name} = {os.environ[name]}" for name in GPU_VARIABLES if os.environ.get(name)]
+    said += [f"{DRIVER} is there"] if DRIVER.exists() else []
+    if said and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise UserError(
+            f"there should be a GPU ({said[0]}), and torch cannot use it: {_why_no_cuda()}. Mend "
+            "that, or set DS_ACCELERATOR=cpu to run on the CPU"
+        )
+    return "cpu"
+
+
+def device_of_rank(local_rank: int) -> torch.device:
+    """cuda:0 where the scheduler shows each task its own GPU alone, whatever LOCAL_RANK. Raises
+    UserError for a rank without a GPU.
+    """
+    if device_type() == "cpu":
+        return torch.device("cpu")
+    num_visible = torch.cuda.device_count()
+    if num_visible > 1 and local_rank >= num_visible:
+        raise UserError(
+            f"LOCAL_RANK = {local_rank}, and {num_visible} GPUs are visible: start a rank for each "
+            "of them, or show each task its own (CUDA_VISIBLE_DEVICES)"
+        )
+    return torch.device("cuda", local_rank if num_visible > 1 else 0)
+
+
+def _why_no_cuda() -> str:
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return str(error).strip().partition("\n")[0]
+    return "DeepSpeed finds no accelerator"

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from kd.distributed.agreement import describe_differences
-from kd.distributed.device import device_type
+from kd.distributed.device import device_of_rank, device_type
 from kd.distributed.nodes import divide, node_key, size_to_plan
 from kd.engine.ds_config import Role, read_ds_config, student_ds_config, teacher_ds_config
 from kd.engine.engine import check_ds_config
@@ -122,7 +122,7 @@ def _check_weights(section: ModelSection, role: str) -> None:
 def _gpu() -> dict[str, Any] | None:
     if device_type() != "cuda":
         return None
-    index = int(os.environ["LOCAL_RANK"])
+    index = device_of_rank(int(os.environ["LOCAL_RANK"])).index
     free, total = torch.cuda.mem_get_info(index)
     return {
         "name": torch.cuda.get_device_name(index),

@@ -6,12 +6,11 @@ import os
 import platform
 import subprocess
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from kd.distributed.device import device_type
 from kd.engine.ds_config import read_ds_config
-from kd.recipe import Recipe
+from kd.recipe import ROOT, Recipe
 
 PACKAGES = (
     "torch",
@@ -90,17 +89,20 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """KD_COMMIT, or the checkout's commit, with "+" when tracked files differ from it; None outside
-    a checkout.
+    """KD_COMMIT, or the checkout's commit, with "+" when what runs from it differs, files that are
+    not tracked yet among it; None outside a checkout.
     """
     if os.environ.get("KD_COMMIT"):
         return os.environ["KD_COMMIT"]
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
+        # Of the folders that jobs get a copy of
+        folders = [str(ROOT / name) for name in ("kd", "launch", "recipes", "ds_configs")]
+        status = [*git, "status", "--porcelain", "--untracked-files=all", "--", *folders]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")

@@ -10,6 +10,7 @@ checkpoints/       step_N, whole or absent
 export/last, best  the student, as from_pretrained loads it
 SUCCESS            written last
 INTERRUPTED        in its place when a signal stopped the run
+NOTHING_TO_LEARN   in its place, with the reason, when no token would have been supervised
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from kd.runs.records import (
 )
 
 SUCCESS, INTERRUPTED, METRICS = "SUCCESS", "INTERRUPTED", "metrics.jsonl"
+NOTHING_TO_LEARN = "NOTHING_TO_LEARN"
 REMEDY = "restore it, or begin another run with --set run.name=NAME"
 
 
@@ -53,7 +55,7 @@ def open_run(recipe: Recipe, resume: str | None) -> None:
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         remove_partial(folder / "checkpoints")
-        for marker in (SUCCESS, INTERRUPTED):
+        for marker in (SUCCESS, INTERRUPTED, NOTHING_TO_LEARN):
             (folder / marker).unlink(missing_ok=True)
         for name, content in _facts(recipe).items():
             write_json(folder / name, content)

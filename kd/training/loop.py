@@ -41,8 +41,8 @@ from kd.engine.checkpoint import (
 from kd.engine.ds_config import check_hpz, student_ds_config, teacher_ds_config
 from kd.engine.engine import check_ds_config
 from kd.engine.export import set_generation_config
-from kd.errors import Interrupted, UserError
-from kd.files import write_json
+from kd.errors import Interrupted, NothingToLearn, UserError
+from kd.files import write_json, write_text
 from kd.logs import configure_logging
 from kd.losses import resolve_backend
 from kd.models.model_folder import check_data_ids, check_models
@@ -50,7 +50,7 @@ from kd.models.student import Student
 from kd.plan.lengths import batch_shape
 from kd.recipe import Recipe
 from kd.runs.environment import facts_of_rank
-from kd.runs.folder import INTERRUPTED, SUCCESS, open_run, record_data
+from kd.runs.folder import INTERRUPTED, NOTHING_TO_LEARN, SUCCESS, open_run, record_data
 from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_student, build_teacher, choose_layout
@@ -287,10 +287,15 @@ def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerFast,
     tokenizer = load_tokenizers(recipe)
     # One rank of each node first: it tokenises, unless that was done before; the others find its
     # cache.
-    data = load_data(recipe, tokenizer) if layout.is_first_on_node else None
-    barrier()
-    if data is None:
-        data = load_data(recipe, tokenizer)
+    try:
+        data = load_data(recipe, tokenizer) if layout.is_first_on_node else None
+        barrier()
+        if data is None:
+            data = load_data(recipe, tokenizer)
+    except NothingToLearn as error:
+        if layout.rank == 0:  # a study's cell need not be tried again
+            write_text(recipe.run_dir / NOTHING_TO_LEARN, f"{error}\n")
+        raise
     log.info("%s", data.report)
     return tokenizer, data
 

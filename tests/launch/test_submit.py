@@ -63,7 +63,7 @@ def test_a_kd_without_a_checkout_submits_nothing_and_says_what_to_do(recipe, tmp
 def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tmp_path):
     folder = tmp_path / "it's $HOME & 50 %j; `x`"
     folder.mkdir()
-    shutil.copy(ROOT / "README.md", folder / "problems.jsonl")
+    (folder / "problems.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
     arguments = (
         "--nodes=2",
         "--gpus-per-node=2",
@@ -186,7 +186,7 @@ def test_a_run_that_is_finished_or_of_another_recipe_is_refused(recipe, tmp_path
     other = submit(recipe, *ON_CPUS, *settings, "--set=loss.temperature=2.0")
     assert_refused(other, "loss.temperature: 1.0 there, 2.0 here")
     (run / "SUCCESS").write_text("{}")
-    assert_refused(submit(recipe, *ON_CPUS, *settings), "is finished, it has its SUCCESS")
+    assert_refused(submit(recipe, *ON_CPUS, *settings), "is finished, with a SUCCESS")
 
 
 def test_the_cells_of_a_study_that_are_not_trained_yet_are_tasks_of_an_array(recipe, tmp_path):
@@ -204,6 +204,46 @@ def test_the_cells_of_a_study_that_are_not_trained_yet_are_tasks_of_an_array(rec
         *(str(study / cell) for cell in cells),
         str(study / "keep1_prompt+cot+answer_head_seed1"),
     ]
+
+
+def test_a_cell_that_is_trained_and_not_scored_is_evaluated_alone(recipe, tmp_path):
+    study, problems = tmp_path / "studies" / "tiny_test", tmp_path / "problems.jsonl"
+    for keep, marker in ((1, "SUCCESS"), (0.25, "NOTHING_TO_LEARN")):
+        cell = study / f"keep{keep}_prompt+cot+answer_head_seed0"
+        cell.mkdir(parents=True)
+        (cell / marker).write_text("{}")
+    arguments = [*ON_CPUS, "--keep=0.25,0.5,1.0", f"--set=run.output_dir={tmp_path}"]
+    arguments += [f"--set=evaluation.path={problems}", "--evaluate", "--dry-run"]
+    problems.write_text('{"prompt": "1+1", "answer"')
+    assert_refused(submit(recipe, *arguments), "evaluation.path = ")
+    problems.write_text('{"prompt": "1+1", "answer": "2"}\n')
+    done = submit(recipe, *arguments)
+    assert done.returncode == 0, done.stderr
+    scripts = done.stdout.split("#!/usr/bin/env bash\n")[1:]
+    names = [line for s in scripts for line in s.splitlines() if "--job-name" in line]
+    assert names == [
+        '#SBATCH --job-name="tiny_test"',
+        '#SBATCH --job-name="tiny_test-evaluate"',
+        '#SBATCH --job-name="tiny_test-evaluate"',
+    ]
+    half, whole = (str(study / f"keep{k}_prompt+cot+answer_head_seed0") for k in (0.5, 1))
+    assert [shell_values(script, "runs") for script in scripts] == [[half], [half], [whole]]
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("--srun-arg=--mpi=pmix", "srun_options=(--mpi=pmix)"),
+        ("--restarts=7", "restarts=7"),
+        ("--cpus-per-task=9", '#SBATCH --cpus-per-task="9"'),
+    ],
+)
+def test_what_srun_and_the_scheduler_are_asked_for(recipe, argument, line):
+    done = submit(recipe, *ON_CPUS, argument, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"{line}\n" in done.stdout
+    assert "cpus-per-task" not in submit(recipe, *ON_CPUS, "--dry-run").stdout
+    assert '--cpus-per-task="4"' in submit(recipe, "--gpus-per-node=1", "--dry-run").stdout
 
 
 def test_what_does_not_fit_is_refused_with_what_would(recipe, tmp_path):

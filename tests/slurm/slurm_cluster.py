@@ -46,14 +46,19 @@ GresTypes=gpu
 NodeName=127.0.0.1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 Gres=gpu:2
 NodeName=127.0.0.2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES State=UP MaxTime=INFINITE
+PartitionName=short Nodes=ALL State=UP MaxTime=5
+PartitionName=closed Nodes=ALL State=DOWN MaxTime=INFINITE
 """
+
+
+SECRETS = {name: f"secret-of-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "DB_PASSWORD")}
 
 
 class Cluster:
     """Commands as a user gives them on the login node."""
 
     def __init__(self, config: Path) -> None:
-        self.environment = {**os.environ, "SLURM_CONF": str(config)}
+        self.environment = {**os.environ, "SLURM_CONF": str(config), **SECRETS}
 
     def run(self, *command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -136,7 +141,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
             if command[0] == "munged":
                 wait_until((folder / "munge.socket").exists, "munged", 10)
         wait_until(
-            lambda: cluster.run("sinfo", "--noheader", "--format=%T %D").stdout == "idle 2\n",
+            lambda: "idle 2\n" in cluster.run("sinfo", "--noheader", "--format=%T %D").stdout,
             "both nodes",
             30,
         )

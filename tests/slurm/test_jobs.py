@@ -3,15 +3,19 @@ failures.
 """
 
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
-from slurm_cluster import Cluster
+from slurm_cluster import SECRETS, Cluster
 from tiny import ROOT, wait_until, write_tiny_recipe
 
 from kd.runs.records import read_metrics
@@ -107,7 +111,9 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
     wait_until(lambda: num_steps(run) >= first_steps + 4, "the job to go on", 150)
     cluster.run("scancel", job)
     cluster.wait_for_state(job, "CANCELLED")
-    wait_until(lambda: "cancelled, step" in log_of(submitted), "the end of the batch script", 60)
+    wait_until(
+        lambda: "told to end by TERM" in log_of(submitted), "the end of the batch script", 60
+    )
     return Interrupted(submitted, state, marker, first_steps, cluster.job(job))
 
 
@@ -197,17 +203,57 @@ def test_a_cancelled_job_saves_and_is_not_requeued_but_may_be_submitted_again(
     assert json.loads((run / "slurm.json").read_text())["submission"] == str(run / "slurm" / "2")
 
 
-def test_a_job_told_to_end_has_the_time_that_its_save_takes(cluster: Cluster, folder: Path):
-    """The command that launch/submit.py prints; scancel alone kills after KillWait."""
-    submitted = submit(cluster, folder, "told", *(f"--set={text}" for text in ENDLESS))
+@pytest.fixture(scope="module")
+def told(cluster: Cluster, folder: Path) -> Submitted:
+    """A rank is killed as by ECC or for memory, after a checkpoint; then the job is told to end by
+    the command that launch/submit.py prints (scancel alone kills after KillWait).
+    """
+    endless = [f"--set={text}" for text in ENDLESS]
+    settings = [*endless, "--set=training.checkpoint_every=5", "--restarts=1"]
+    submitted = submit(cluster, folder, "told", *settings)
     (job,), run = submitted.ids, submitted.run
-    wait_until(lambda: num_steps(run) > 2, "the first steps", 120)
+    wait_until(lambda: num_steps(run) > 6, "the first checkpoint", 120)
+    kill_a_rank(job)
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", "the job to be requeued", 60)
+    steps = num_steps(run)
+    cluster.start_now(job)
+    wait_until(lambda: num_steps(run) > steps + 2, "the job to go on", 120)
     cluster.run("scancel", "--batch", "--signal=TERM", job)
     cluster.wait_for_state(job, "FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
+    return submitted
+
+
+def kill_a_rank(job: str) -> None:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            variables = process.environ()
+            is_rank_1 = (variables.get("SLURM_JOB_ID"), variables.get("SLURM_PROCID")) == (job, "1")
+            if is_rank_1 and "launch/train.py" in " ".join(process.cmdline()):
+                process.kill()
+
+
+def test_a_job_told_to_end_has_the_time_that_its_save_takes(cluster: Cluster, told: Submitted):
+    (job,), run = told.ids, told.run
     saved = json.loads((run / "INTERRUPTED").read_text())["step"]
     assert (run / "checkpoints" / f"step_{saved}" / "manifest.json").exists()
-    assert f"cancelled, step {saved} is saved" in log_of(submitted)
-    assert cluster.job(job)["Restarts"] == "0"
+    assert f"told to end by TERM (scancel, preemption, or a node that failed), step {saved} is" in (
+        log_of(told)
+    )
+    assert cluster.job(job)["Restarts"] == "1", "the TERM requeues nothing"
+
+
+def test_a_job_whose_rank_was_killed_goes_on_from_its_new_checkpoint(told: Submitted):
+    log = log_of(told)
+    assert "requeued, since it left a new checkpoint: restart 1 of at most 1" in log
+    assert "resuming from" in log
+
+
+def test_no_file_of_a_job_holds_a_secret_of_whoever_submitted_it(told: Submitted):
+    files = [path for path in told.run.rglob("*") if path.is_file()]
+    assert any(path.name == "train.sbatch" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert not any(secret.encode() in content for secret in SECRETS.values()), path
 
 
 def test_the_tasks_of_a_job_are_on_two_nodes(interrupted: Interrupted):
@@ -236,6 +282,8 @@ def test_a_study_is_an_array_whose_cells_the_study_then_finds_done(cluster: Clus
     for job in ids:
         for task in range(2):
             cluster.wait_for_state(f"{job}_{task}", "COMPLETED", "FAILED", "CANCELLED", timeout=300)
+    content = json.loads((folder / "runs" / "studies" / "tiny_test" / "study.json").read_text())
+    assert [cell["status"] for cell in content["cells"]] == ["done", "done"]  # by the jobs
     command = [sys.executable, str(ROOT / "launch" / "study.py"), "--recipe", *study]
     done = cluster.run(*command, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -262,7 +310,7 @@ def test_a_submission_of_a_finished_run_is_refused(cluster: Cluster, folder: Pat
         cwd=folder,
     )
     assert done.returncode == 2
-    assert "is finished, it has its SUCCESS" in done.stderr
+    assert "is finished, with a SUCCESS" in done.stderr
 
 
 class Failed(NamedTuple):
@@ -349,6 +397,7 @@ def test_slurm_grants_the_gpus_that_a_script_asks_for(
     arguments = (
         "--nodes=2",
         f"--gpus-per-node={gpus}",
+        "--cpus-per-task=2",
         "--set=training.global_batch_size=24",
         "--dry-run",
     )
@@ -360,3 +409,55 @@ def test_slurm_grants_the_gpus_that_a_script_asks_for(
 
 def test_evaluation_is_cancelled_when_training_fails(cluster: Cluster, failed: Failed):
     cluster.wait_for_state(failed.submitted.ids[1], "CANCELLED", timeout=60)
+
+
+def test_a_signal_while_the_environment_is_set_up_is_told(
+    cluster: Cluster, folder: Path, tmp_path: Path
+):
+    setup = tmp_path / "setup"
+    setup.write_text("kill -USR1 $$\n")
+    submitted = submit(cluster, folder, "early", f"--setup={setup}")
+    cluster.wait_for_state(submitted.ids[0], "FAILED", "COMPLETED", timeout=60)
+    assert "failed: USR1 came before anything had begun" in log_of(submitted)
+
+
+def test_of_two_submissions_while_sbatch_takes_its_time_one_is_refused(
+    cluster: Cluster, folder: Path, tmp_path: Path
+):
+    sbatch = shutil.which("sbatch")
+    (tmp_path / "sbatch").write_text(f'#!/bin/sh\nsleep 5\nexec {sbatch} "$@"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), "tiny_test.toml", "--nodes=2"]
+    command += ["--gpus-per-node=0", "--tasks-per-node=1", "--set=run.output_dir=runs"]
+    command += ["--set=run.name=twice", "--", "--hold"]
+    path = os.pathsep.join([str(tmp_path), cluster.environment["PATH"]])
+    environment = cluster.environment | {"PATH": path}
+    both = [
+        subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=100) for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    refused = next(o[1].decode() for p, o in zip(both, outputs, strict=True) if p.returncode)
+    assert "is in use by process" in refused or "is PENDING" in refused
+    assert [path.name for path in (folder / "runs" / "twice" / "slurm").iterdir()] == ["1"]
+
+
+def test_a_job_that_cannot_start_is_told_with_slurms_reason(cluster: Cluster, folder: Path):
+    arguments = ("--set=run.output_dir=runs", "--set=run.name=closed", "--partition=closed")
+    done = cluster.submit("tiny_test.toml", *arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "SLURM does not start it as it was asked for: PartitionDown" in done.stdout
+
+
+def test_a_partition_whose_limit_comes_before_the_signal_is_refused(cluster: Cluster, folder: Path):
+    arguments = ("--set=run.output_dir=runs", "--set=run.name=short", "--partition=short")
+    done = cluster.submit("tiny_test.toml", *arguments, cwd=folder)
+    assert done.returncode == 2
+    assert "partition short ends a job after 00:05:00, and it is told to save 600 s" in done.stderr
+    shorter = cluster.submit(
+        "tiny_test.toml", *arguments, "--signal-seconds=60", "--dry-run", cwd=folder
+    )
+    assert shorter.returncode == 0, shorter.stderr

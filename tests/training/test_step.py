@@ -245,3 +245,17 @@ def test_export_goes_through_the_engine(student, monkeypatch):
     tokenizer, folder = SimpleNamespace(), SimpleNamespace()
     student.export(tokenizer, folder)
     assert calls == [(student.engine, student.model, tokenizer, folder)]
+
+
+def test_a_validation_looks_at_signals_and_leaves_the_model_training(student, batches):
+    asked = []
+
+    def is_interrupted():
+        asked.append(True)
+        return len(asked) == 2
+
+    result = validate(student, FakeTeacher(dense), batches * 10, LAYOUT, is_interrupted)
+    assert result is None
+    assert len(asked) == 2
+    assert student.model.training
+    assert validate(student, FakeTeacher(dense), batches, LAYOUT, lambda: True) is not None, "short"

@@ -1,0 +1,54 @@
+"""Which device a rank uses, and a GPU that is there and cannot be used."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kd.distributed import device
+from kd.distributed.device import device_of_rank, device_type
+from kd.errors import UserError
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Without a GPU, its driver, or a word of a scheduler."""
+    accelerator = SimpleNamespace(device_name=lambda: "cpu")
+    monkeypatch.setattr(device, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "nvidiactl")
+    for name in ("DS_ACCELERATOR", *device.GPU_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_without_a_gpu_ranks_use_the_cpu(machine: pytest.MonkeyPatch) -> None:
+    assert device_of_rank(1) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("sign", ["driver", *device.GPU_VARIABLES])
+def test_a_gpu_that_torch_cannot_use_is_an_error_and_not_a_run_on_the_cpu(
+    machine: pytest.MonkeyPatch, tmp_path: Path, sign: str
+) -> None:
+    if sign == "driver":
+        (tmp_path / "nvidiactl").touch()
+    else:
+        machine.setenv(sign, "0")
+    with pytest.raises(UserError, match="there should be a GPU .* set DS_ACCELERATOR=cpu"):
+        device_type()
+    machine.setenv("DS_ACCELERATOR", "cpu")
+    assert device_type() == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("num_visible", "local_rank", "index"), [(8, 3, 3), (1, 3, 0), (1, 0, 0), (2, 1, 1)]
+)
+def test_one_visible_gpu_is_the_tasks_own_whatever_its_local_rank(
+    machine: pytest.MonkeyPatch, num_visible: int, local_rank: int, index: int
+) -> None:
+    machine.setattr(device, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    machine.setattr(torch.cuda, "device_count", lambda: num_visible)
+    assert device_of_rank(local_rank) == torch.device("cuda", index)
+    if num_visible > 1:
+        with pytest.raises(UserError, match=f"LOCAL_RANK = {num_visible}, and {num_visible} GPUs"):
+            device_of_rank(num_visible)
