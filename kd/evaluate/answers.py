@@ -120,7 +120,7 @@ def _decide_text(gold: str, answer: str) -> bool | None:
     if choice:
         return choice == _chosen(answer)
     if _is_words(gold) or _is_words(answer):
-        texts = [_bare(side).lower() for side in (gold, answer)]
+        texts = [re.sub(r"\s*-\s*", "-", _bare(side).lower()) for side in (gold, answer)]
         if all(_WORDS.fullmatch(text) for text in texts):
             names = [sorted(re.split(r"\s+and\s+", text)) for text in texts]
             return names[0] == names[1]
@@ -195,6 +195,8 @@ def _is_words(text: str) -> bool:
     """Text that is no formula: a product of letters would equal its anagrams."""
     bare = _bare(text)
     if _WORDS.fullmatch(bare) is None:
+        return False
+    if not re.search(r"[A-Za-z]{2}", bare):  # p - q
         return False
     is_text = "\\text{" in text and len(bare) > 1
     return is_text or len(bare) > 3 or bare.lower() in _KNOWN_WORDS

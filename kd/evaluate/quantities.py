@@ -75,8 +75,21 @@ class Quantity:
     unit: str
 
 
+_UNIT = r"(?:\\text\{\s*)?([A-Za-z]+)\s*\}?(\^\{?[23]\}?)?"
+_UNIT_FRACTION = re.compile(rf"\s*\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}}\Z")
+
+
+def _in_a_line(match: re.Match[str]) -> str:
+    """m/s for \\frac{m}{s}, of known symbols alone."""
+    above, above_power, below, below_power = match.groups(default="")
+    if not {above, below} <= _SYMBOLS:
+        return match[0]
+    return f" {above}{above_power}/{below}{below_power}"
+
+
 def read_quantity(text: str) -> Quantity | None:
     """The number that `text`, tidied, is, with its unit; None for any other text."""
+    text = _UNIT_FRACTION.sub(_in_a_line, text)
     match = _NUMBER.match(text)
     if match is None:
         return None

@@ -4,6 +4,13 @@ An answer is the content of a box, unless it holds a box or a sentence.
 """
 
 EQUAL = {
+    "differences and fractions of units": [
+        ("p-q", "p - q"),
+        ("q - p", "-p + q"),
+        ("ab-cd", "ab - cd"),
+        (r"3\times 10^8 \frac{m}{s}", "3.0e8"),
+        (r"12 \frac{\text{m}}{\text{s}^2}", "12"),
+    ],
     "powers of ten": [
         ("1.2676506002e30", "1267650600228229401496703205376"),
         (r"1.6\times10^{-19}\,C", "1.6e-19"),
@@ -228,6 +235,11 @@ EQUAL = {
 }
 
 DIFFERENT = {
+    "differences and fractions of variables": [
+        ("q-p", "p - q"),
+        (r"5\frac{x}{y}", "5"),
+        (r"5\frac{m}{x}", "5"),
+    ],
     "powers of ten": [
         ("1.2677e30", "1267650600228229401496703205376"),
         (r"\frac{\sqrt{2}}{10^{20}}", r"\frac{\sqrt{3}}{10^{20}}"),
