@@ -4,7 +4,7 @@
 
 Ranks run their micro-batches side by side, and each row of them takes as long as its slowest. The
 useful share is the work of all sequences, padding left out, over ranks times the sum of the largest
-of each row; work is a L + b L^2 from the recipe's shapes (teacher and student, recomputation, loss).
+of each row; work is a L + b L^2 from the shapes of the recipe (both models, recomputation, loss).
 Lengths are log-normal (median 4,500, sigma 0.55, a guess), capped or not, and
 kept whole or by half; a global batch is about four micro-batches of the budget a rank. Beside
 token budgets stands what one sequence a micro-batch gives. Nothing is trained; seconds on a CPU.
