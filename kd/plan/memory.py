@@ -82,7 +82,8 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
     )
     teacher = None
     if recipe.teacher is not None:
-        num_sharing = gpus_per_node if recipe.teacher.shard == "node" else world_size
+        sizes = {"gpu": 1, "node": gpus_per_node, "world": world_size}
+        num_sharing = sizes[recipe.teacher.shard]
         shapes = model_shapes(recipe.teacher, role="teacher")
         teacher = ZeroEngine(shapes, read_ds_config(recipe, "teacher"), num_sharing)
     num_tokens = num_tokens_read(
@@ -132,7 +133,7 @@ def _settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
         settings.append({"training.micro_batch_size": 1})
     if not recipe.student.gradient_checkpointing:
         settings.append({"student.gradient_checkpointing": True})
-    if recipe.teacher is not None and recipe.teacher.shard == "node":
+    if recipe.teacher is not None and recipe.teacher.shard != "world":
         settings.append({"teacher.shard": "world"})
     if not is_zero3(student):
         settings.append({"deepspeed.student": "zero3_bf16.json"})

@@ -26,7 +26,7 @@ class RankMemory:
     gradients: float
     optimizer: float
     communication: float  # buckets in which gradients are reduced
-    gathered: float  # weights that are whole for a while, both lm_heads among them
+    gathered: float  # weights that are whole for a while, and a shared teacher's lm_head always
     activations: float  # saved for backward, recomputed in it, and the teacher's hidden states
     loss: float  # chunks of logits, and the gradients of hidden states and head
 
@@ -88,7 +88,6 @@ def _moments(
     ]
     gathered, teacher_hidden = student.live_bytes, 0
     if teacher is not None:
-        gathered += teacher.head_elements * teacher.width if teacher.is_shared else 0
         teacher_hidden = teacher.width * teacher.shapes.hidden_size * num_tokens
         states = teacher_hidden + layer_activations(teacher.shapes, num_tokens, teacher.width)
         moments.append(_Moment("the teacher's forward", teacher.live_bytes, states, 0, 0))
@@ -96,7 +95,9 @@ def _moments(
     moments.append(
         _Moment("the loss", gathered, saved + teacher_hidden, chunks + hidden + 4 * head, 0)
     )
-    return moments
+    # Of a shared teacher each rank keeps the lm_head whole, all the time
+    kept = teacher.head_elements * teacher.width if teacher and teacher.is_shared else 0
+    return [moment._replace(gathered=moment.gathered + kept) for moment in moments]
 
 
 def _chunk_bytes(

@@ -81,10 +81,17 @@ class ZeroEngine:
         kept = max(
             self.value("stage3_max_live_parameters"), self.value("stage3_max_reuse_distance")
         )
-        largest = max(size for size, _ in self.shapes.parameter_sizes)
+        largest = max(self.layer_elements, *(size for size, _ in self.shapes.parameter_sizes))
         partitioned = self.num_elements - self._persistent_elements
-        bucket = min(self.value("stage3_prefetch_bucket_size"), partitioned)
+        prefetched = max(self.value("stage3_prefetch_bucket_size"), self.layer_elements)
+        bucket = min(prefetched, partitioned)
         return (min(partitioned, kept + largest) + bucket) * self.width
+
+    @property
+    def layer_elements(self) -> int:
+        """Of a decoder layer, which is gathered at once."""
+        heads = 1 if self.shapes.tie_word_embeddings else 2
+        return -(-(self.num_elements - heads * self.head_elements) // self.shapes.num_layers)
 
     @property
     def head_elements(self) -> int:
@@ -92,13 +99,16 @@ class ZeroEngine:
 
     @property
     def gradient_bytes(self) -> int:
-        """Accumulated over micro-batches, sharded (grad_partitions_flat_buffer)."""
+        """Accumulated over micro-batches: sharded (grad_partitions_flat_buffer), but whole under
+        stage 1, in bf16 besides what backward itself gives (bf16_optimizer.py).
+        """
+        if self.offloads("optimizer"):
+            return 0
         is_fp32 = self.config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-        return (
-            0
-            if self.offloads("optimizer")
-            else self.shard_elements * (4 if is_fp32 else self.width)
-        )
+        width = 4 if is_fp32 else self.width
+        if self.config["zero_optimization"]["stage"] == 1:
+            return self.num_elements * (width + (self.width if is_bf16(self.config) else 0))
+        return self.shard_elements * width
 
     @property
     def optimizer_bytes(self) -> int:

@@ -32,6 +32,7 @@ CASES = {
     "fp32, default persistence threshold": ("zero3_fp32_default.json", "zero3_fp32_default.json"),
     "bf16": ("zero3_bf16.json", "zero3_teacher.json"),
     "bf16, stage 2": ("zero2_bf16.json", "zero3_teacher.json"),
+    "bf16, stage 1, whole teacher": ("zero1_bf16.json", "zero3_teacher.json"),
 }
 ASSETS = ROOT / "recipes" / "assets" / "tiny"
 
@@ -42,7 +43,10 @@ def make_recipe(folder: Path, case: str) -> Recipe:
     )
     return Recipe.model_validate(
         {
-            "teacher": {"model": str(ASSETS / "teacher")},
+            "teacher": {
+                "model": str(ASSETS / "teacher"),
+                "shard": "gpu" if "whole teacher" in case else "world",
+            },
             "student": {"model": str(ASSETS / "student_base")},
             "data": {"path": "unused.jsonl"},
             "truncation": {"max_full_tokens": 64},
@@ -77,11 +81,9 @@ def measure(recipe: Recipe, checkpoints: Path, layout: Layout) -> dict[str, int]
     ]
     optimizer: Any = engine.optimizer
     is_stage_3 = is_zero3(ds_config)
-    masters = (
-        optimizer.fp32_partitioned_groups_flat
-        if is_stage_3
-        else optimizer.single_partition_of_fp32_groups
-    )
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+    names += ("fp32_groups_flat_partition",)  # of stages 3, 2, and 1 in bf16
+    masters = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
     shapes = [shapes_of(teacher.model), shapes_of(model)]
     return {
         "same_shapes": shapes

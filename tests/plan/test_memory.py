@@ -5,9 +5,12 @@ import re
 
 import pytest
 
-from kd.plan import MemoryPlan, memory_plan
+from kd.engine.ds_config import read_ds_config
+from kd.plan import MemoryPlan, memory_plan, model_shapes
 from kd.plan.memory import RESERVED_GIB
-from kd.recipe import RECIPES_DIR, load_recipe
+from kd.plan.rank_memory import _chunk_bytes
+from kd.plan.zero_memory import ZeroEngine
+from kd.recipe import RECIPES_DIR, Recipe, load_recipe
 
 GIB = 2**30
 STUDENT, TEACHER = 1_543_714_304, 7_615_616_512  # parameters of qwen7b_to_1p5b
@@ -77,12 +80,32 @@ def test_activations_follow_the_tokens_that_are_kept_and_checkpointing():
 def test_chunks_of_logits_stay_within_their_budget():
     recipe = "qwen3_8b_to_4b_trunc100"
     head = 4 * 151_936 * 2560 / GIB
-    hidden = 2 * 2560 * 4096 / GIB
-    assert plan_of(recipe=recipe).gib_per_rank.loss == pytest.approx(2.0 + head + hidden, rel=0.03)
+    assert chunk_gib(load_recipe(recipe)) == pytest.approx(2.0, rel=0.03)
     small = plan_of("loss.chunk_size=128", recipe=recipe)
     # 128 rows of the student, and as many of the teacher at most: whichever moment takes most now,
     # it is less.
     assert small.gib_per_rank.loss < 2.0 + head
+
+
+def chunk_gib(recipe: Recipe) -> float:
+    engines = (
+        ZeroEngine(model_shapes(getattr(recipe, role), role=role), read_ds_config(recipe, role), 8)
+        for role in ("student", "teacher")
+    )
+    return _chunk_bytes(recipe.loss, *engines, num_tokens=4096) / GIB
+
+
+def test_a_whole_teacher_is_one_ranks_own_and_a_shared_ones_head_is_kept_whole():
+    shared, whole = plan_of(), plan_of("teacher.shard=gpu")
+    assert whole.gib_per_rank.teacher_shard == pytest.approx(2 * TEACHER / GIB, rel=0.01)
+    assert shared.gib_per_rank.teacher_shard < whole.gib_per_rank.teacher_shard / 4
+    heads = [plan.gib_per_rank.gathered for plan in (shared, whole)]
+    assert heads[0] - heads[1] == pytest.approx(2 * 152_064 * 3584 / GIB, rel=0.01)
+
+
+def test_stage_1_holds_all_gradients_in_both_widths():
+    plan = plan_of("deepspeed.student=zero1_bf16.json")
+    assert plan.gib_per_rank.gradients == pytest.approx((4 + 2) * STUDENT / GIB, rel=0.01)
 
 
 def test_checkpoints_are_counted_as_they_are_kept():
