@@ -10,7 +10,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from tiny import ROOT, launcher_command, write_tiny_recipe
+from tiny import ROOT, free_port, launcher_command, write_tiny_recipe
 
 from kd.runs.records import read_metrics
 
@@ -232,3 +232,22 @@ def test_several_processes_without_ranks_are_an_error(recipe):
     done = forked.run(command, env=environment, timeout=60)
     assert_one_block(done, "SLURM_NTASKS = 2, but RANK is not set")
     assert not (recipe.parent / "runs" / "no_ranks").exists()
+
+
+@pytest.mark.dist
+def test_a_run_folder_that_ranks_do_not_share_is_found_before_the_first_step(recipe, tmp_path):
+    """Of the same relative name, in another current directory, as on nodes without a shared one."""
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = []
+    for rank in range(2):
+        folder = tmp_path / f"node{rank}"
+        folder.mkdir()
+        command = [str(ROOT / TRAIN), "--recipe", str(recipe), "--set=run.output_dir=runs"]
+        variables = {**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(forked.Forked(command, env=variables, cwd=folder))
+    _, errors = ranks[0].communicate(timeout=100)
+    assert ranks[0].returncode == 2
+    assert "run.output_dir = 'runs': rank 1 on " in errors
+    assert "1 of 2 ranks do not see what rank 0 writes" in errors
+    ranks[1].communicate(timeout=100)
+    assert not (tmp_path / "node0/runs/tiny_test/metrics.jsonl").exists()
