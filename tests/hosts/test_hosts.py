@@ -26,7 +26,13 @@ NAME, TEXT = "cut&50%", 'it\'s 100% "$HOME" \\ `more` & <that>'
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    return write_tiny_recipe(tmp_path_factory.mktemp("recipe"))
+    """Twice as many steps between checkpoints as elsewhere: a signal comes by ssh, in seconds, and
+    is to be there before the next one.
+    """
+    recipe = write_tiny_recipe(tmp_path_factory.mktemp("recipe"))
+    text = recipe.read_text().replace("max_steps = 40", "max_steps = 80")
+    recipe.write_text(text.replace("checkpoint_every = 10", "checkpoint_every = 20"))
+    return recipe
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +180,9 @@ def starts(hosts, hosts_sh, recipe) -> dict[str, Start]:
         hosts["beta"].run("kill", "-KILL", str(rank))
 
     told = start(lambda process: os.kill(child_of(process), signal.SIGTERM), step=4)
-    cut = start(lambda _: hosts["beta"].set_link("down"), step=13)
+    cut = start(lambda _: hosts["beta"].set_link("down"), step=23)
     hosts["beta"].set_link("up")
-    killed = start(kill_a_rank, "--restarts", "1", step=23)
+    killed = start(kill_a_rank, "--restarts", "1", step=43)
     again = start(lambda _: None, step=0)
     return {"told": told, "cut": cut, "killed": killed, "again": again}
 
@@ -184,7 +190,7 @@ def starts(hosts, hosts_sh, recipe) -> dict[str, Start]:
 def test_a_wrapper_told_to_stop_has_the_ranks_save(starts):
     told = starts["told"]
     assert told.status == EXIT_INTERRUPTED, told.output[-4000:]
-    assert 4 <= told.saved < 10, "saved by the schedule, not by the signal"
+    assert 4 <= told.saved < 20, "saved by the schedule, not by the signal"
     assert told.last_line.startswith("interrupted: ")
     assert f"step_{told.saved} is saved" in told.last_line
     assert told.left == []
@@ -193,13 +199,13 @@ def test_a_wrapper_told_to_stop_has_the_ranks_save(starts):
 def test_a_link_cut_in_the_middle_ends_the_run_on_both_hosts_and_says_what_to_do(starts):
     cut = starts["cut"]
     assert cut.status == 1, cut.output[-4000:]
-    assert cut.saved == 10
+    assert cut.saved == 20
     assert "rank 0 on alpha: no step within run.watchdog_minutes = 0.25" in cut.output
     assert "its network is lost" in cut.output
     assert "a host cannot be reached" in cut.output
     assert cut.last_line.startswith("failed: the first error above says why")
     assert "; the same command starts again from " in cut.last_line
-    assert cut.last_line.endswith("step_10")
+    assert cut.last_line.endswith("step_20")
     assert cut.left == []
 
 
