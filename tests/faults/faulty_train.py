@@ -43,7 +43,7 @@ def make_nan(result: BatchLoss) -> BatchLoss:
 BEFORE = {
     "killed in forward": (HeadLoss, "forward", end_at_once),
     "killed in all-reduce": (kd.training.step, "all_reduce_sum", end_at_once),
-    "killed in checkpoint": (kd.engine.checkpoint, "save_file", end_at_once),
+    "killed in checkpoint": (kd.engine.checkpoint, "save", end_at_once),
     "exception": (Student, "loss", run_out_of_memory),
     "hang": (Student, "loss", hang),
 }
