@@ -193,7 +193,7 @@ def open_report(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, Any]
         "world_size": 1,
         "gradient_checkpointing": recipe.student.gradient_checkpointing,
         "micro_batch_size": recipe.training.micro_batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps(world_size=1),
+        "gradient_accumulation_steps": recipe.max_micro_batches(world_size=1),
         "overrides": arguments.overrides,
     }
     fresh = {"environment": environment(), "settings": settings, "lengths": {}}
@@ -405,7 +405,7 @@ def random_batches(pair: Pair, recipe: Recipe, length: int) -> list[Batch]:
     random = np.random.default_rng([recipe.run.seed, length])
     vocab_size = min(config.vocab_size for config in pair.configs.values())
     batches = []
-    for _ in range(recipe.gradient_accumulation_steps(world_size=1)):
+    for _ in range(recipe.max_micro_batches(world_size=1)):
         rows = random.integers(0, vocab_size, (recipe.training.micro_batch_size, length))
         examples = [
             Example(ids, ids, row=0, num_tokens_3=np.array([length, 0, 0]), read_start=0)
