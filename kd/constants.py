@@ -12,5 +12,6 @@ EXIT_NO_READER = 141  # the reader of a command's output left before its end; wh
 # under other names; CHANGELOG.md lists them.
 FORMAT_VERSION = 2
 
-# Share of the GPUs' peak that a plan assumes where none is stated.
-DEFAULT_MFU = 0.4
+# What plans take for granted where nothing is said
+NETWORK_GBPS = 3200.0  # Gbit/s between nodes, of all adapters of a node: eight of 400
+DISK_GB_S = 5.0  # GB/s at which all nodes together write a checkpoint

@@ -69,6 +69,7 @@ Attention = Literal[
     "auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager"
 ]
 SectionName = Literal["prompt", "cot", "answer"]
+MIN_VALIDATIONS = 10  # of a run whose recipe says nothing of it
 HUB_ID = re.compile(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 
 # What a chat template gets from a row, from its tokenizer and from data.date.
@@ -199,10 +200,11 @@ class ModelSection(RecipeSection):
 
 
 class TeacherSection(ModelSection):
-    shard: Annotated[Literal["gpu", "node", "world"], FREE] = Field(
+    shard: Annotated[Literal["auto", "gpu", "node", "world"], FREE] = Field(
         "world",
         description="what a whole teacher is divided over: gpu, each GPU has all of it and gathers "
-        "nothing; node, gathers never cross nodes; world, all ranks",
+        "nothing; node, gathers never cross nodes; world, all ranks; auto, the fastest of them "
+        "that fits, by the plan",
     )
 
 
@@ -210,7 +212,14 @@ class StudentSection(ModelSection):
     init: Annotated[Literal["pretrained", "random"], FIXED] = Field(
         "pretrained", description="random: fresh weights from the model's config.json"
     )
-    gradient_checkpointing: Annotated[bool, FIXED] = True
+    gradient_checkpointing: Annotated[bool | Literal["auto"], FIXED] = Field(
+        True, description="auto: only where the plan says that activations do not fit without"
+    )
+
+    @property
+    def checkpointing(self) -> bool:
+        """gradient_checkpointing, once the plan has chosen."""
+        return self.gradient_checkpointing is True
 
 
 class SourceTable(RecipeSection):
@@ -431,12 +440,23 @@ class TrainingSection(RecipeSection):
     )
     validate_every: Annotated[Positive | None, FREE] = Field(
         None,
-        description="steps between validations; checkpoint_every when absent. The best step is one "
-        "that is both validated and saved",
+        description="steps between validations; when absent ten in a run, or more, and each step "
+        "that is saved. The best step is one that is both validated and saved",
     )
     keep_last: Annotated[Positive, FREE] = Field(
         2, description="checkpoints kept besides the best one"
     )
+
+    def saves_after(self, step: int, total_steps: int) -> bool:
+        """Whether a run of total_steps is saved after `step`, counted from 1."""
+        return step % self.checkpoint_every == 0 or step == total_steps
+
+    def validates_after(self, step: int, total_steps: int) -> bool:
+        """Whether a run of total_steps is validated after `step`, counted from 1."""
+        if self.validate_every is not None:
+            return step % self.validate_every == 0 or step == total_steps
+        every = max(total_steps // MIN_VALIDATIONS, 1)
+        return step % every == 0 or self.saves_after(step, total_steps)
 
 
 class EvaluationSection(RecipeSection):
@@ -461,7 +481,9 @@ class MonitorSection(RecipeSection):
 
 class DeepSpeedSection(RecipeSection):
     student: Annotated[PathText, FIXED] = Field(
-        "zero3_bf16.json", description="a file of ds_configs/, or a path"
+        "zero3_bf16.json",
+        description="a file of ds_configs/, or a path; auto: zero1_, zero2_, zero3_bf16.json or "
+        "zero3_bf16_offload.json, the fastest of them that fits, by the plan",
     )
     teacher: Annotated[PathText, FIXED] = "zero3_teacher.json"
 
@@ -511,6 +533,16 @@ class Recipe(RecipeSection):
     def as_file(self) -> dict[str, Any]:
         """What recipe.json holds; load_recipe reads it back."""
         return {"format_version": FORMAT_VERSION, **self.model_dump(mode="json")}
+
+    @property
+    def autos(self) -> tuple[str, ...]:
+        """ "section.key" of what the plan is to choose: kd.plan.placement."""
+        found = {
+            "teacher.shard": self.teacher and self.teacher.shard,
+            "deepspeed.student": self.deepspeed.student,
+            "student.gradient_checkpointing": self.student.gradient_checkpointing,
+        }
+        return tuple(name for name, value in found.items() if value == "auto")
 
     @property
     def run_dir(self) -> Path:

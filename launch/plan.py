@@ -1,5 +1,5 @@
-"""What a run costs at several truncation lengths: memory of each GPU, FLOPs, tokens and hours, and
-whether it fits.
+"""What a run costs at several truncation lengths: memory of each GPU, FLOPs, tokens and hours, what
+bounds its time, whether it fits, and where its models would be faster.
 
 python launch/plan.py --recipe NAME --nodes 2 --gpus-per-node 8 --gpu h100 [--keep 0.25,0.5,1.0]
 [--json FILE]
@@ -13,14 +13,18 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd.cli import recipe_parser, run
-from kd.constants import DEFAULT_MFU
+from kd.constants import DISK_GB_S, NETWORK_GBPS
 from kd.errors import UserError
 from kd.files import write_json
-from kd.recipe import load_recipe
+from kd.recipe import Recipe, load_recipe
 from kd.study.cells import parse_fractions
+
+if TYPE_CHECKING:
+    from kd.plan.gpus import Site  # the package imports torch
+    from kd.plan.lengths import Traces
 
 
 def main() -> None:
@@ -41,15 +45,26 @@ def parse_args() -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, required=True, help="and as many ranks")
-    parser.add_argument("--gpu", help="its kind, as in h100: for hours, and whether the run fits")
+    parser.add_argument("--gpu", help="its kind, as in h100: for times, and whether the run fits")
+    parser.add_argument(
+        "--network-gbps",
+        type=float,
+        default=NETWORK_GBPS,
+        metavar="N",
+        help="Gbit/s between nodes, of all adapters of a node (%(default)g)",
+    )
+    parser.add_argument(
+        "--disk-gb-s",
+        type=float,
+        default=DISK_GB_S,
+        metavar="N",
+        help="GB/s at which all nodes together write a checkpoint (%(default)g)",
+    )
     parser.add_argument(
         "--keep",
         default="0.25,0.5,0.75,1.0",
         metavar="X,Y",
         help="truncation.keep_fraction of each",
-    )
-    parser.add_argument(
-        "--mfu", type=float, default=DEFAULT_MFU, help="share of the GPUs' peak that is reached"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there too")
     stated = parser.add_argument_group("lengths, in place of the data's")
@@ -65,34 +80,58 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """The plans as JSON. Raises UserError for a bad argument, or an unknown model."""
     keep_fractions = check_arguments(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from kd.plan.cost import plan_run
-    from kd.plan.gpus import named_gpu  # the package imports torch
+    from kd.plan.cost import plan_run  # the package imports torch
+    from kd.plan.gpus import Site, named_gpu
     from kd.plan.lengths import find_traces, state_traces
+    from kd.plan.placement import settle
 
-    gpu = named_gpu(arguments.gpu) if arguments.gpu else None
+    nodes, ranks = arguments.nodes, arguments.gpus_per_node
+    site, choice = None, ""
+    if arguments.gpu:
+        gpu = named_gpu(arguments.gpu)
+        site = Site(gpu, nodes, ranks, arguments.network_gbps, arguments.disk_gb_s)
+        recipe, choice = settle(recipe, nodes, ranks, gpu.gib, site)
+    elif recipe.autos:
+        raise UserError(f'{" and ".join(recipe.autos)} = "auto" depends on the GPU: add --gpu KIND')
     figures = arguments.mean_tokens, arguments.max_tokens, arguments.rows
     traces = state_traces(recipe, *figures) if any(figures) else find_traces(recipe)
     plans = []
     for keep_fraction in keep_fractions:
         kept = recipe.with_values({"truncation.keep_fraction": keep_fraction})
-        plan = plan_run(
-            kept,
-            *traces.read(kept, arguments.nodes * arguments.gpus_per_node),
-            traces.longest,
-            num_nodes=arguments.nodes,
-            gpus_per_node=arguments.gpus_per_node,
-        )
-        plans.append(plan.as_dict(gpu, arguments.mfu))
+        lengths, steps = traces.read(kept, nodes * ranks)
+        sizes = {"num_nodes": nodes, "gpus_per_node": ranks}
+        plans.append(plan_run(kept, lengths, steps, traces.longest, **sizes).as_dict(site))
     return {
         "recipe": recipe.run.name,
-        "num_nodes": arguments.nodes,
-        "gpus_per_node": arguments.gpus_per_node,
+        "num_nodes": nodes,
+        "gpus_per_node": ranks,
         "gpu": arguments.gpu,
-        "gpu_peak_tflops": gpu and gpu.tflops,
-        "mfu": arguments.mfu,
+        "gpu_peak_tflops": site and site.gpu.tflops,
+        "network_gbps": arguments.network_gbps,
+        "disk_gb_s": arguments.disk_gb_s,
+        "choice": choice,
         "lengths": str(traces),
         "plans": plans,
+        "placements": site and placements_of(recipe, traces, site),
     }
+
+
+def placements_of(recipe: Recipe, traces: "Traces", site: "Site") -> dict[str, Any]:
+    """Where the models may live, at the recipe's own length, the fastest first."""
+    from kd.plan.placement import compare  # the package imports torch
+
+    rows = [
+        {
+            "settings": one.settings,
+            "fits": one.fits,
+            "total_gib": one.plan.memory.total_gib,
+            "seconds_per_step": one.plan.step_time(site).seconds,
+            "bound": one.plan.step_time(site).bound,
+            "mfu": one.plan.mfu(site),
+        }
+        for one in compare(recipe, traces, site)
+    ]
+    return {"keep_fraction": recipe.truncation.keep_fraction, "rows": rows}
 
 
 def check_arguments(arguments: argparse.Namespace) -> tuple[float, ...]:
@@ -101,10 +140,10 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[float, ...]:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
-    if not 0 < arguments.mfu <= 1:
-        raise UserError(
-            f"--mfu {arguments.mfu}: write a share of the GPUs' peak above 0 and up to 1, as in 0.4"
-        )
+    for name in ("network_gbps", "disk_gb_s"):
+        value = getattr(arguments, name)
+        if not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {value}: write a rate above 0")
     return parse_fractions(arguments.keep)
 
 

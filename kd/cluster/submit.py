@@ -237,16 +237,21 @@ def _check_inputs_reach_the_job(recipe: Recipe) -> None:
 def _check_fits(recipe: Recipe, request: JobRequest) -> str:
     """What depends on nodes and ranks: the batch, and the memory of the GPUs."""
     from kd.plan import memory_plan  # imports torch
-    from kd.plan.gpus import named_gpu
+    from kd.plan.gpus import Site, named_gpu
+    from kd.plan.placement import settle
 
+    sizes = request.num_nodes, request.tasks_per_node
     try:
-        plan = memory_plan(recipe, request.num_nodes, request.tasks_per_node)
+        if request.gpu:
+            gpu = named_gpu(request.gpu)
+            recipe, _ = settle(recipe, *sizes, gpu.gib, Site(gpu, *sizes))
+        plan = memory_plan(recipe, *sizes)
     except UserError as error:
         if request.gpu:
             raise
         # Nothing is known here of the model.
         return f"{recipe.run.name}: memory not planned: {error}"
-    problem = plan.verdict(named_gpu(request.gpu).gib) if request.gpu else None
+    problem = plan.verdict(gpu.gib) if request.gpu else None
     if problem:
         raise UserError(f"--gpu {request.gpu}: {problem}")
     return (

@@ -49,6 +49,14 @@ def device_of_rank(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank if num_visible > 1 else 0)
 
 
+def memory_gib(device: torch.device, num_sharing: int) -> float:
+    """Of the GPU, or on a CPU a rank's part of the host's, which num_sharing ranks share."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host_bytes / num_sharing / 2**30
+
+
 def _why_no_cuda() -> str:
     try:
         torch.cuda.init()

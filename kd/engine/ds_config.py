@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 Role = Literal["student", "teacher"]
 
+# What deepspeed.student = "auto" may become, the least divided first.
+AUTO_STUDENTS = (
+    "zero1_bf16.json",
+    "zero2_bf16.json",
+    "zero3_bf16.json",
+    "zero3_bf16_offload.json",
+)
 STAGES: dict[Role, tuple[int, ...]] = {"student": (1, 2, 3), "teacher": (3,)}
 # Keys of the JSON that the recipe decides, and where.
 RECIPE_KEYS = {
@@ -35,9 +42,10 @@ QUIET = {"steps_per_print": 2**31, "timers": {"throughput": {"enabled": False}}}
 
 def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
     """The JSON that recipe.deepspeed names for a role, checked. Raises UserError naming the file
-    and the key.
+    and the key. Of "auto": the first that it may become.
     """
     name: str = getattr(recipe.deepspeed, role)
+    name = AUTO_STUDENTS[0] if name == "auto" else name  # until the plan has chosen; alike in bf16
     path = next((p for p in (DS_CONFIGS_DIR / name, Path(name)) if p.is_file()), None)
     if path is None:
         known = ", ".join(sorted(p.name for p in DS_CONFIGS_DIR.glob("*.json")))

@@ -1,13 +1,35 @@
-"""What a whole run costs at its truncation length: memory, FLOPs, tokens, steps, hours."""
+"""What a whole run costs at its truncation length: memory, FLOPs, tokens, steps, time."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kd.plan.flops import StepFlops, pair_of
-from kd.plan.gpus import Gpu
+from kd.plan.gpus import Site
 from kd.plan.lengths import Lengths
-from kd.plan.memory import MemoryPlan, memory_plan
+from kd.plan.memory import MemoryPlan, engines_of, memory_plan
+from kd.plan.rank_memory import GIB
+from kd.plan.step_time import StepTime, step_time, validation_seconds
 from kd.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Seconds of a run, and where they go."""
+
+    step: StepTime
+    steps: float
+    validation: float
+    checkpoints: float
+
+    @property
+    def seconds(self) -> float:
+        return self.steps + self.validation + self.checkpoints
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """{"steps_share", "validation_share", "checkpoints_share"} of their sum."""
+        parts = {name: getattr(self, name) for name in ("steps", "validation", "checkpoints")}
+        return {f"{name}_share": part / self.seconds for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -16,28 +38,53 @@ class RunPlan:
 
     memory: MemoryPlan
     flops_per_step: StepFlops
-    num_input_tokens_per_step: float  # that the models read, padding left out
+    lengths: Lengths
     num_steps: int | None  # None: the number of rows is not known
 
     @property
     def world_size(self) -> int:
         return self.memory.num_nodes * self.memory.gpus_per_node
 
-    def seconds_per_step(self, gpu: Gpu, mfu: float) -> float:
-        """At this share of the GPUs' peak. Validation and checkpoints come on top."""
-        return self.flops_per_step.model / (self.world_size * gpu.tflops * 1e12 * mfu)
+    @property
+    def num_input_tokens_per_step(self) -> float:
+        """That the models read, padding left out."""
+        return float(self.lengths.read_N.sum()) / self.lengths.num_steps
 
-    def hours(self, gpu: Gpu, mfu: float) -> float | None:
-        return (
-            None
-            if self.num_steps is None
-            else self.num_steps * self.seconds_per_step(gpu, mfu) / 3600
+    def step_time(self, site: Site) -> StepTime:
+        engines = engines_of(self.memory.recipe, site.num_nodes, site.gpus_per_node)
+        checkpointing = self.memory.recipe.student.checkpointing
+        return step_time(
+            engines, self.flops_per_step, self.lengths, site, checkpointing=checkpointing
         )
 
-    def as_dict(self, gpu: Gpu | None, mfu: float) -> dict[str, Any]:
+    def mfu(self, site: Site) -> float:
+        """Share of the GPUs' peak that a step reaches."""
+        peak = self.world_size * site.gpu.tflops * 1e12
+        return self.flops_per_step.model / (peak * self.step_time(site).seconds)
+
+    def run_time(self, site: Site) -> RunTime | None:
+        """None where the number of steps is not known."""
+        if self.num_steps is None:
+            return None
+        recipe, total, step = self.memory.recipe, self.num_steps, self.step_time(site)
+        steps, training = range(1, total + 1), recipe.training
+        engines = engines_of(recipe, site.num_nodes, site.gpus_per_node)
+        each = validation_seconds(
+            engines, self.flops_per_step, self.lengths, site, recipe.data.num_validation
+        )
+        checkpoint = self.memory.checkpoint_gib * GIB / (site.disk_gb_s * 1e9)
+        return RunTime(
+            step,
+            total * step.seconds,
+            each * sum(training.validates_after(number, total) for number in steps),
+            checkpoint * sum(training.saves_after(number, total) for number in steps),
+        )
+
+    def as_dict(self, site: Site | None) -> dict[str, Any]:
         """The plan as JSON; null is not known, as times and verdict without a GPU."""
         memory, flops = self.memory, self.flops_per_step
-        verdict = memory.verdict(gpu.gib) if gpu else None
+        verdict = memory.verdict(site.gpu.gib) if site else None
+        tokens = self.num_input_tokens_per_step
         return {
             "keep_fraction": memory.recipe.truncation.keep_fraction,
             "longest_sequence_tokens": memory.num_tokens,
@@ -50,16 +97,28 @@ class RunPlan:
                 "activations_not_checkpointed": memory.activations_whole_gib,
             },
             "flops_per_step": {**asdict(flops), "model": flops.model},
-            "num_input_tokens_per_step": self.num_input_tokens_per_step,
+            "num_input_tokens_per_step": tokens,
             "num_steps": self.num_steps,
-            "num_input_tokens": None
-            if self.num_steps is None
-            else self.num_steps * self.num_input_tokens_per_step,
-            "flops": None if self.num_steps is None else self.num_steps * flops.model,
-            "seconds_per_step": self.seconds_per_step(gpu, mfu) if gpu else None,
-            "hours": self.hours(gpu, mfu) if gpu else None,
-            "fits": (verdict is None) if gpu else None,
-            "verdict": verdict or (f"fits in {gpu.gib} GiB" if gpu else None),
+            "num_input_tokens": self.num_steps and self.num_steps * tokens,
+            "flops": self.num_steps and self.num_steps * flops.model,
+            "idle_share": 1 - self.lengths.busy_share,
+            **self._times(site),
+            "fits": (verdict is None) if site else None,
+            "verdict": verdict or (f"fits in {site.gpu.gib} GiB" if site else None),
+        }
+
+    def _times(self, site: Site | None) -> dict[str, Any]:
+        if site is None:
+            names = ("seconds_per_step", "seconds", "bound", "mfu", "hours", "shares")
+            return dict.fromkeys(names)
+        step, run = self.step_time(site), self.run_time(site)
+        return {
+            "seconds_per_step": step.seconds,
+            "seconds": asdict(step),
+            "bound": step.bound,
+            "mfu": self.mfu(site),
+            "hours": run and run.seconds / 3600,
+            "shares": run and run.shares,
         }
 
 
@@ -85,6 +144,6 @@ def plan_run(
         pair_of(recipe).step_flops(
             lengths.padded_N, lengths.supervised_N, training.global_batch_size
         ),
-        float(lengths.read_N.mean()) * training.global_batch_size,
+        lengths,
         num_steps,
     )

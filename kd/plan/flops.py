@@ -71,7 +71,7 @@ def pair_of(recipe: Recipe) -> PairShapes:
     """The shapes of the recipe's models. Raises UserError when they are not to be had."""
     teacher = model_shapes(recipe.teacher, role="teacher") if recipe.teacher else None
     return PairShapes(
-        model_shapes(recipe.student, role="student"), teacher, recipe.student.gradient_checkpointing
+        model_shapes(recipe.student, role="student"), teacher, recipe.student.checkpointing
     )
 
 

@@ -3,6 +3,7 @@
 Shapes: N sequences.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from kd.data.dataset import Examples, load_data
 from kd.data.loader import Loader
-from kd.data.step_plan import BatchShape, SequenceLayout, Work
+from kd.data.step_plan import BatchShape, SequenceLayout, StepPlan, Work, deal
 from kd.data.tokenizers import load_tokenizers
 from kd.data.truncate import IntArray, count_supervised, plan_windows
 from kd.errors import UserError
@@ -20,11 +21,27 @@ from kd.recipe import Recipe
 
 
 class Lengths(NamedTuple):
-    """Tokens of each sequence after truncation, each int64 (N,)."""
+    """Tokens of each of the N sequences of some steps after truncation, each int64 (N,), and how
+    evenly ranks share them.
+    """
 
     read_N: IntArray
     padded_N: IntArray  # as it stands in its micro-batch
     supervised_N: IntArray
+    num_steps: int
+    num_micro_batches: int  # of a rank, in all steps
+    # Work of all ranks, padding included, over that of as many as do most, micro-batch by
+    # micro-batch: those that have less to do wait for them
+    busy_share: float
+
+    @property
+    def per_step(self) -> float:
+        """Sequences of a step."""
+        return len(self.read_N) / self.num_steps
+
+    @property
+    def micro_batches_per_step(self) -> float:
+        return self.num_micro_batches / self.num_steps
 
 
 @dataclass(frozen=True)
@@ -76,13 +93,18 @@ class StatedTraces:
             raise UserError(
                 f"--rows {self.num_rows} is less than training.global_batch_size = {batch_size}"
             )
-        num_tokens_N3 = np.array([[0, self.mean, 0]])
+        num_tokens_N3 = np.repeat(np.array([[0, self.mean, 0]]), batch_size, axis=0)
         windows = plan_windows(num_tokens_N3, recipe.truncation)
         supervised_N = count_supervised(
             num_tokens_N3, windows, ["cot"], recipe.data.random_mask_fraction
         )
+        shape = batch_shape(recipe)
+        dealt = StepPlan(deal(windows.num_read_N, shape, num_ranks))
         steps_per_epoch = self.num_rows // batch_size if self.num_rows else None
-        return Lengths(windows.num_read_N, windows.num_read_N, supervised_N), steps_per_epoch
+        return lengths_of([dealt], windows.num_read_N, supervised_N, shape), steps_per_epoch
+
+
+Traces = DataTraces | StatedTraces
 
 
 def batch_shape(recipe: Recipe, layout: SequenceLayout = "padded") -> BatchShape:
@@ -101,7 +123,7 @@ def batch_shape(recipe: Recipe, layout: SequenceLayout = "padded") -> BatchShape
     )
 
 
-def find_traces(recipe: Recipe) -> DataTraces | StatedTraces:
+def find_traces(recipe: Recipe) -> Traces:
     """Those of the data where they can be read here, else what the recipe says of them, and why
     they cannot.
     """
@@ -150,21 +172,48 @@ def state_traces(
 
 def epoch_lengths(loader: Loader, num_ranks: int) -> Lengths:
     """Of the first epoch; its last, partial global batch is dropped, as in training."""
-    steps = (step_lengths(loader, step, num_ranks) for step in range(loader.steps_per_epoch))
-    return Lengths(*map(np.concatenate, zip(*steps, strict=True)))
+    return _of_steps(loader, range(loader.steps_per_epoch), num_ranks)
 
 
 def step_lengths(loader: Loader, step: int, num_ranks: int) -> Lengths:
     """Of one optimizer step over all ranks: those of `Loader.micro_batches`, without reading a
     token.
     """
-    plan = loader.plan_step(step, num_ranks)
-    micro_batches = [micro for rank in plan.micro_batches for micro in rank if len(micro)]
-    examples, chosen_N = loader.examples, np.concatenate(micro_batches)
-    length_N = examples.num_input_tokens
-    if loader.shape.layout == "packed":
-        padded_N = length_N[chosen_N]
-    else:
-        padded = [np.full(len(micro), length_N[micro].max()) for micro in micro_batches]
-        padded_N = np.concatenate(padded)
-    return Lengths(length_N[chosen_N], padded_N, examples.num_supervised_tokens[chosen_N])
+    return _of_steps(loader, [step], num_ranks)
+
+
+def _of_steps(loader: Loader, steps: Iterable[int], num_ranks: int) -> Lengths:
+    examples = loader.examples
+    plans = [loader.plan_step(step, num_ranks) for step in steps]
+    supervised_N = examples.num_supervised_tokens
+    return lengths_of(plans, examples.num_input_tokens, supervised_N, loader.shape)
+
+
+def lengths_of(
+    plans: Sequence[StepPlan], length_N: IntArray, supervised_N: IntArray, shape: BatchShape
+) -> Lengths:
+    """Of these steps; length_N and supervised_N are of the examples that the plans point to."""
+    chosen, padded, work, lockstep, num_rows = [], [], 0.0, 0.0, 0
+    for plan in plans:
+        num_ranks = len(plan.micro_batches)
+        for row in zip(*plan.micro_batches, strict=True):  # side by side
+            loads = []
+            for micro in row:
+                tokens = length_N[micro]
+                if shape.layout == "padded" and len(micro):
+                    tokens = np.full(len(micro), tokens.max())
+                chosen.append(micro)
+                padded.append(tokens)
+                loads.append(float(shape.work.of(tokens).sum()))
+            work += sum(loads)
+            lockstep += num_ranks * max(loads)
+            num_rows += 1
+    chosen_N, padded_N = np.concatenate(chosen), np.concatenate(padded)
+    return Lengths(
+        length_N[chosen_N],
+        padded_N,
+        supervised_N[chosen_N],
+        len(plans),
+        num_rows,
+        work / lockstep,
+    )

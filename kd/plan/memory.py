@@ -21,6 +21,22 @@ MAX_NODES_FACTOR = 16
 
 
 @dataclass(frozen=True)
+class Engines:
+    """Both models as a recipe divides them over ranks."""
+
+    student: ZeroEngine
+    teacher: ZeroEngine | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Of what both models know."""
+        return min(engine.shapes.vocab_size for engine in self)
+
+    def __iter__(self) -> Iterator[ZeroEngine]:
+        yield from (engine for engine in (self.student, self.teacher) if engine)
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """What a run of `recipe` on num_nodes * gpus_per_node ranks takes, in GiB."""
 
@@ -73,19 +89,11 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
     """The memory of a run. Sequences are as long as the recipe lets pass: what its truncation
     leaves of max_full_tokens, or, where it states none, of all positions that the student has.
 
-    Raises UserError for a recipe whose files are missing.
+    Raises UserError for a recipe whose files are missing, or that leaves a choice to the plan.
     """
-    world_size = num_nodes * gpus_per_node
-    accumulation = recipe.max_micro_batches(world_size)
-    student = ZeroEngine(
-        model_shapes(recipe.student, role="student"), read_ds_config(recipe, "student"), world_size
-    )
-    teacher = None
-    if recipe.teacher is not None:
-        sizes = {"gpu": 1, "node": gpus_per_node, "world": world_size}
-        num_sharing = sizes[recipe.teacher.shard]
-        shapes = model_shapes(recipe.teacher, role="teacher")
-        teacher = ZeroEngine(shapes, read_ds_config(recipe, "teacher"), num_sharing)
+    engines = engines_of(recipe, num_nodes, gpus_per_node)
+    student, teacher = engines.student, engines.teacher
+    accumulation = recipe.max_micro_batches(num_nodes * gpus_per_node)
     num_tokens = num_tokens_read(
         recipe.truncation,
         recipe.truncation.max_full_tokens or student.shapes.max_position_embeddings,
@@ -96,15 +104,12 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
     )
     gib_per_rank, moment, gather_peak_gib = rank_memory(recipe, student, teacher, batch_tokens)
     saved = functools.partial(saved_activations, student.shapes, batch_tokens, student.width)
-    engines = [student, teacher] if teacher else [student]
     # Rank 0 alone reads the files of a model that is partitioned while it is loaded, and else every
     # rank.
     loading = max(
-        engine.model_bytes * (1 if is_zero3(engine.config) else gpus_per_node) for engine in engines
+        engine.model_bytes * (1 if engine.stage == 3 else gpus_per_node) for engine in engines
     )
-    # Of the student weights in forward and in backward, and gradients; of the teacher weights in
-    # forward.
-    received = student.received_bytes(3) + (teacher.received_bytes(1) if teacher else 0)
+    received = accumulation * sum(engine.received_per_micro_batch for engine in engines)
     return MemoryPlan(
         recipe,
         num_nodes,
@@ -121,8 +126,34 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         )
         / GIB,
         host_gib=max(loading, gpus_per_node * sum(engine.host_bytes for engine in engines)) / GIB,
-        received_gib_per_step=accumulation * received / GIB,
+        received_gib_per_step=(received + student.received_per_step) / GIB,
     )
+
+
+def engines_of(recipe: Recipe, num_nodes: int, gpus_per_node: int) -> Engines:
+    """Raises UserError for a recipe whose files are missing, or that leaves a choice to the
+    plan.
+    """
+    if recipe.autos:
+        raise UserError(
+            f'{" and ".join(recipe.autos)} = "auto" is chosen for a kind of GPU: name it, or write '
+            "what is meant"
+        )
+    world_size = num_nodes * gpus_per_node
+    student_shapes = model_shapes(recipe.student, role="student")
+    student = ZeroEngine(student_shapes, read_ds_config(recipe, "student"), world_size)
+    if recipe.teacher is None:
+        return Engines(student, None)
+    shard = recipe.teacher.shard
+    num_sharing = {"gpu": 1, "node": gpus_per_node, "world": world_size}[shard]
+    teacher = ZeroEngine(
+        model_shapes(recipe.teacher, role="teacher"),
+        read_ds_config(recipe, "teacher"),
+        num_sharing,
+        is_trained=False,
+        is_plain=shard == "gpu",
+    )
+    return Engines(student, teacher)
 
 
 def _settings(recipe: Recipe) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,16 @@ FLOPS = {
 }
 
 
+# A step's time may be above its FLOPs, both relative to a longer one's, by so much.
+MARGIN = 0.05
+NUM_SHOWN = 5
+REASONS = {
+    "compute": "what comes after the micro-batches",
+    "gathers": "gathers, which do not depend on the length",
+    "host": "the host, which has as much to do for few tokens",
+}
+
+
 def print_report(report: dict[str, Any]) -> None:
     """report: as launch/plan.py writes it to a file."""
     console, gpu, plans = Console(highlight=False, soft_wrap=True), report["gpu"], report["plans"]
@@ -49,15 +59,65 @@ def print_report(report: dict[str, Any]) -> None:
         "nor in MFU"
     ]
     if gpu is None:
-        notes += ["--gpu KIND adds hours, and whether the run fits"]
-    else:
-        peak = f"{report['gpu_peak_tflops']:.0f} TFLOP/s"
-        notes += [
-            f"hours: of steps alone, at an MFU of {report['mfu']} of {peak} per GPU; stated, not "
-            "measured"
-        ]
-        notes += [f"keep {plan['keep_fraction']} on {gpu}: {plan['verdict']}" for plan in plans]
+        notes += ["--gpu KIND adds times, what bounds them, and whether the run fits"]
+        console.print("\n".join(notes), markup=False)
+        return
+    notes += [
+        f"times: planned, not measured, from {gpu}'s data sheet, {report['network_gbps']:g} Gbit/s "
+        f"between nodes, {report['disk_gb_s']:g} GB/s to the disk, and the host's time as measured "
+        "on another machine's CPU (kd/plan/step_time.py)",
+        *([report["choice"]] if report["choice"] else []),
+        *(f"keep {plan['keep_fraction']} on {gpu}: {plan['verdict']}" for plan in plans),
+        *idle_ranks(report),
+        *warnings(report),
+    ]
     console.print("\n".join(notes), markup=False)
+    print_placements(console, report["placements"])
+
+
+def idle_ranks(report: dict[str, Any]) -> list[str]:
+    """What ranks lose to one another, where that is more than a tenth."""
+    return [
+        f"keep {plan['keep_fraction']}: ranks wait {plan['idle_share']:.0%} of the time for those "
+        "with most to do: fewer GPUs, a larger training.global_batch_size, or "
+        "training.max_tokens_per_micro_batch share the work more evenly"
+        for plan in report["plans"]
+        if plan["idle_share"] > 0.1
+    ]
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """The lengths at which time falls less than the FLOPs do, beside the longest that is planned,
+    and what would help.
+    """
+    whole = max(report["plans"], key=lambda plan: plan["keep_fraction"])
+    fastest = report["placements"]["rows"][0]
+    lines = []
+    for plan in report["plans"]:
+        time = plan["seconds_per_step"] / whole["seconds_per_step"]
+        flops = plan["flops_per_step"]["model"] / whole["flops_per_step"]["model"]
+        if time > flops + MARGIN:
+            remedy = f"; faster: {fastest['settings']}" if fastest["settings"] else ""
+            lines.append(
+                f"keep {plan['keep_fraction']} takes {flops:.0%} of the FLOPs of keep "
+                f"{whole['keep_fraction']}, and {time:.0%} of its time, bound by "
+                f"{REASONS[plan['bound']]}{remedy}"
+            )
+    return lines
+
+
+def print_placements(console: Console, placements: dict[str, Any]) -> None:
+    """The fastest that fit, and the recipe's own."""
+    lines = [f"\nwhere the models may live, at keep {placements['keep_fraction']}, fastest first:"]
+    for number, row in enumerate(placements["rows"]):
+        if number < NUM_SHOWN or not row["settings"]:
+            lines.append(
+                f"{row['seconds_per_step']:.3f} s a step, MFU {row['mfu']:.2f}, bound by "
+                f"{row['bound']}, {row['total_gib']:.1f} GiB"
+                f"{'' if row['fits'] else ', does not fit'}: "
+                f"{row['settings'] or 'the recipe as it is'}"
+            )
+    console.print("\n".join(lines), markup=False)
 
 
 def make_table(plans: list[dict[str, Any]]) -> Table:
@@ -86,7 +146,17 @@ def make_table(plans: list[dict[str, Any]]) -> Table:
     add("tokens per step", [plan["num_input_tokens_per_step"] for plan in plans], ",.0f")
     add("steps", [plan["num_steps"] for plan in plans], ",")
     add("tokens in all", [plan["num_input_tokens"] for plan in plans], ",.0f")
-    add("hours", [plan["hours"] for plan in plans], ".2f")
+    table.add_section()
+    for name in ("compute", "gathers", "host", "after"):
+        parts = [plan["seconds"] and plan["seconds"][name] for plan in plans]
+        add(f"s a step, {name}", parts, ".3f")
+    add("[bold]s a step[/]", [plan["seconds_per_step"] for plan in plans], ".3f")
+    add("bound by", [plan["bound"] for plan in plans], "")
+    add("MFU", [plan["mfu"] for plan in plans], ".2f")
+    add("hours, all", [plan["hours"] for plan in plans], ".2f")
+    for name in ("validation", "checkpoints"):
+        shares = [plan["shares"] and plan["shares"][f"{name}_share"] for plan in plans]
+        add(f"of them {name}", shares, ".1%")
     return table
 
 

@@ -73,7 +73,7 @@ def _moments(
     shapes, width, checkpointing = (
         student.shapes,
         student.width,
-        recipe.student.gradient_checkpointing,
+        recipe.student.checkpointing,
     )
     hidden, head = width * shapes.hidden_size * num_tokens, student.head_elements
     saved = saved_activations(shapes, num_tokens, width, checkpointing=checkpointing) + hidden

@@ -25,11 +25,21 @@ ZERO_DEFAULTS = {
 
 @dataclass(frozen=True)
 class ZeroEngine:
-    """A model shared by `num_ranks` under the JSON of its engine."""
+    """A model shared by `num_ranks` under the JSON of its engine.
+
+    is_plain: it runs without an engine, which costs the host less.
+    """
 
     shapes: ModelShapes
     config: dict[str, Any]
     num_ranks: int
+    is_trained: bool = True
+    is_plain: bool = False
+
+    @property
+    def stage(self) -> int:
+        stage: int = self._zero["stage"]
+        return stage
 
     @property
     def width(self) -> int:
@@ -106,7 +116,7 @@ class ZeroEngine:
             return 0
         is_fp32 = self.config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
         width = 4 if is_fp32 else self.width
-        if self.config["zero_optimization"]["stage"] == 1:
+        if self.stage == 1:
             return self.num_elements * (width + (self.width if is_bf16(self.config) else 0))
         return self.shard_elements * width
 
@@ -143,9 +153,26 @@ class ZeroEngine:
         parameters = self.width * self.shard_elements if self.offloads("param") else 0
         return parameters + (20 * self.shard_elements if self.offloads("optimizer") else 0)
 
-    def received_bytes(self, num_gathers: int) -> float:
-        """What a rank receives for that many gathers or reductions of all weights or gradients."""
-        return num_gathers * self.model_bytes * (self.num_ranks - 1) / self.num_ranks
+    @property
+    def received_per_micro_batch(self) -> float:
+        """Bytes that a rank receives while it computes: under stage 3 weights in forward, and in
+        backward again; from stage 2 on gradients, which are reduced.
+        """
+        gathers = {1: 0, 2: 0, 3: 2 if self.is_trained else 1}[self.stage]
+        reductions = 1 if self.is_trained and self.stage > 1 else 0
+        return (gathers + reductions) * self._bytes_of_others
+
+    @property
+    def received_per_step(self) -> float:
+        """Bytes that a rank receives after its micro-batches: below stage 3 the new weights, and
+        under stage 1 all gradients, which are reduced and sent to all.
+        """
+        return {1: 3, 2: 1, 3: 0}[self.stage] * self._bytes_of_others
+
+    @property
+    def _bytes_of_others(self) -> float:
+        """Of all weights, or gradients, the part of other ranks."""
+        return self.model_bytes * (self.num_ranks - 1) / self.num_ranks
 
     def offloads(self, what: str) -> bool:
         device: str = (self._zero.get(f"offload_{what}") or {}).get("device", "none")

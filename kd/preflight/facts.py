@@ -18,6 +18,8 @@ from kd.errors import UserError
 from kd.hub import hub_errors, resolve
 from kd.models.loading import choose_attention, load_config
 from kd.plan import MemoryPlan, memory_plan
+from kd.plan.gpus import Site, find_gpu
+from kd.plan.placement import settle
 from kd.preflight.verdict import Check, fail, ok, size, skipped
 from kd.recipe import ModelSection, Recipe, StudentSection
 from kd.runs.check import check_recipe
@@ -53,10 +55,22 @@ def judge(recipe: Recipe, everyone: list[Facts]) -> list[Check]:
         _judge_attention(everyone),
     ]
     try:
-        plan = memory_plan(recipe, *num_nodes_and_gpus(everyone))
+        plan = plan_for(recipe, everyone)
     except UserError as error:
         return [*checks, fail("recipe", str(error))]
     return [*checks, _judge_gpu_memory(plan, everyone), _judge_host_memory(plan, everyone)]
+
+
+def plan_for(recipe: Recipe, everyone: list[Facts]) -> MemoryPlan:
+    """The memory plan on these ranks, with a value for each "auto". Raises UserError as they do."""
+    num_nodes, ranks_per_node = num_nodes_and_gpus(everyone)
+    gpus = [facts["gpu"] for facts in everyone if facts["gpu"]]
+    least_gib = min(gpu["total_gib"] for gpu in gpus) if gpus else None
+    host_gib = min(facts["host_gib"] for facts in everyone) / ranks_per_node
+    gpu = find_gpu(gpus[0]["name"]) if gpus else None
+    site = Site(gpu, num_nodes, ranks_per_node) if gpu else None
+    settled, _ = settle(recipe, num_nodes, ranks_per_node, least_gib or host_gib, site)
+    return memory_plan(settled, num_nodes, ranks_per_node)
 
 
 def num_nodes_and_gpus(everyone: list[Facts]) -> tuple[int, int]:

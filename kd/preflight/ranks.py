@@ -13,9 +13,8 @@ from kd.distributed.agreement import agree, gather_facts
 from kd.distributed.peers import watching
 from kd.distributed.process_group import find_ranks, init_distributed, on_rank_zero
 from kd.errors import LostPeer, NotMet, UserError
-from kd.plan import memory_plan
 from kd.preflight.disk import check_disk
-from kd.preflight.facts import Facts, facts_of_rank, judge, num_nodes_and_gpus
+from kd.preflight.facts import Facts, facts_of_rank, judge, plan_for
 from kd.preflight.network import check_bandwidth, check_port
 from kd.preflight.verdict import Check, fail, ok
 from kd.recipe import Recipe
@@ -48,7 +47,7 @@ def check_ranks(recipe: Recipe, *, timeout_seconds: float, min_bandwidth: float)
                 return False
             stage = "process group"
             layout = init_distributed(timeout_seconds / 60)
-            plan = on_rank_zero(lambda: memory_plan(recipe, *num_nodes_and_gpus(everyone or [])))
+            plan = on_rank_zero(lambda: plan_for(recipe, everyone or []))
             passed &= _show([ok(stage, f"{dist.get_backend()}, over {os.environ['MASTER_ADDR']}")])
             stage = "shared folder"
             passed &= _show(check_disk(plan, layout))

@@ -124,6 +124,20 @@ def record_data(folder: Path, report: str, fingerprints: Mapping[int, str]) -> N
     )
 
 
+def as_begun(recipe: Recipe) -> Recipe:
+    """The recipe with what its run began with in the place of each "auto"; unchanged where no run
+    has begun.
+    """
+    if not recipe.autos or not _has_begun(recipe.run_dir):
+        return recipe
+    there = read_record(recipe.run_dir / "recipe.json", RecordedRecipe, REMEDY).as_read()
+    names = (name.partition(".") for name in recipe.autos)
+    recorded = {f"{section}.{key}": (there[section] or {}).get(key) for section, _, key in names}
+    # A recipe.json from before there was that key has what was then the only way
+    values = {name: default_of(name) if v is None else v for name, v in recorded.items()}
+    return recipe.with_values(values)
+
+
 def _has_begun(folder: Path) -> bool:
     metrics = folder / METRICS
     return bool(step_folders(folder / "checkpoints")) or (

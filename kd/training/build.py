@@ -76,7 +76,7 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
         reference = _reference_of(section, ds_config, role="student")
         model = load_partitioned(section, ds_config, role="student")
     check_shapes(section, model, role="student")
-    if section.gradient_checkpointing:
+    if section.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     set_leaf_modules(model)
     engine = initialize(StudentModule(model, recipe.loss), fetching_layers(ds_config, model))

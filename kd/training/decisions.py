@@ -63,9 +63,8 @@ def run_steps(
         progress = progress.after(result)
         ends = progress.step == total_steps
         stops = progress.num_skipped > training.skip_nonfinite
-        saves = not stops and (progress.step % training.checkpoint_every == 0 or ends)
-        every = training.validate_every or training.checkpoint_every
-        validates = not stops and (progress.step % every == 0 or ends)
+        saves = not stops and training.saves_after(progress.step, total_steps)
+        validates = not stops and training.validates_after(progress.step, total_steps)
         validation = run.validate() if validates else None
         if saves:
             progress = progress.with_validation(validation)

@@ -18,8 +18,10 @@ from kd.data.fingerprints import data_fingerprints
 from kd.data.loader import Loader, check_fills_a_batch, validation_batches
 from kd.data.tokenizers import load_tokenizers
 from kd.distributed.agreement import check_same_everywhere
+from kd.distributed.device import memory_gib
 from kd.distributed.interruption import Interruption
 from kd.distributed.layout import Layout
+from kd.distributed.nodes import size_to_plan
 from kd.distributed.peers import gather_peers, watching
 from kd.distributed.process_group import (
     any_rank,
@@ -47,10 +49,19 @@ from kd.logs import configure_logging
 from kd.losses import resolve_backend
 from kd.models.model_folder import check_data_ids, check_models
 from kd.models.student import Student
+from kd.plan.gpus import find_site
 from kd.plan.lengths import batch_shape
+from kd.plan.placement import settle
 from kd.recipe import Recipe
 from kd.runs.environment import facts_of_rank
-from kd.runs.folder import INTERRUPTED, NOTHING_TO_LEARN, SUCCESS, open_run, record_data
+from kd.runs.folder import (
+    INTERRUPTED,
+    NOTHING_TO_LEARN,
+    SUCCESS,
+    as_begun,
+    open_run,
+    record_data,
+)
 from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_student, build_teacher, choose_layout
@@ -81,6 +92,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         interruption.arm()
     with watching(peers):
         configure_logging(layout.rank)
+        recipe = _without_autos(recipe, layout)
         ds_config = student_ds_config(recipe, layout.data_parallel_size, layout.device.type)
         check_ds_config(ds_config, recipe.deepspeed.student)
         if recipe.teacher:
@@ -159,7 +171,7 @@ class TrainingRun:
             plan = plan_training(recipe, loader, layout.nodes)
             if plan:
                 model = teacher.model if teacher else None
-                self.report = PlanReport(plan, loader, model, student.engine, layout.device)
+                self.report = PlanReport(plan, loader, model, student.engine, layout)
 
     def take_step(self, step: int) -> StepResult:
         """Optimizer step `step`, counted from 0; in files steps are counted from 1."""
@@ -298,6 +310,25 @@ def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerFast,
         raise
     log.info("%s", data.report)
     return tokenizer, data
+
+
+def _without_autos(recipe: Recipe, layout: Layout) -> Recipe:
+    """What its run began with in the place of each "auto", or else what the plan says.
+
+    Collective: every rank must call this.
+    """
+    if not recipe.autos:
+        return recipe
+    begun = on_rank_zero(lambda: as_begun(recipe))
+    if not begun.autos:
+        log.info("auto: as %s began", recipe.run_dir)
+        return begun
+    num_nodes, ranks_per_node = size_to_plan(layout.nodes)
+    gib = memory_gib(layout.device, ranks_per_node)
+    site = find_site(layout.device, layout.nodes)
+    settled, why = on_rank_zero(lambda: settle(recipe, num_nodes, ranks_per_node, gib, site))
+    log.info("%s", why)
+    return settled
 
 
 def _check_loss_backend(recipe: Recipe, device: torch.device) -> None:

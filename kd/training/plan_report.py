@@ -9,9 +9,9 @@ known:
   flops_per_step              of teacher, student and loss over all ranks; measured: by formula, of
                               the batches as they were
   num_input_tokens_per_step   read over all ranks, not counting padding
-  seconds_per_step, mfu       planned at a stated MFU, where the GPU is known
+  seconds_per_step, mfu       planned where the GPU is known (kd/plan/step_time.py)
   steps_share, validation_share, checkpoints_share
-                              of wall time since this start, once the run has ended
+                              of wall time; measured: since this start, once the run has ended
   num_steps                   of the whole run; measured: those since this start without the first,
                               of which the figures per step are the means
 """
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kd.constants import DEFAULT_MFU, FORMAT_VERSION
+from kd.constants import FORMAT_VERSION
 from kd.data.loader import Loader
+from kd.distributed.layout import Layout
 from kd.distributed.nodes import Nodes, size_to_plan
 from kd.engine.engine import Engine
 from kd.engine.zero3 import shard_bytes
@@ -32,7 +33,7 @@ from kd.errors import UserError
 from kd.files import write_json
 from kd.plan.cost import RunPlan, plan_run
 from kd.plan.flops import pair_of
-from kd.plan.gpus import Gpu, find_gpu
+from kd.plan.gpus import Site, find_site
 from kd.plan.lengths import DataTraces, epoch_lengths, step_lengths
 from kd.plan.rank_memory import GIB
 from kd.recipe import Recipe
@@ -77,11 +78,11 @@ class PlanReport:
         loader: Loader,
         teacher: PreTrainedModel | None,
         student: Engine,
-        device: torch.device,
+        layout: Layout,
     ) -> None:
         self._plan, self._loader, self._pair = plan, loader, pair_of(plan.memory.recipe)
-        self._teacher, self._student, self._device = teacher, student, device
-        self._gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._teacher, self._student, self._device = teacher, student, layout.device
+        self._site = find_site(layout.device, layout.nodes)
         self._path = plan.memory.recipe.run_dir / "plan.json"
         self._records: list[dict[str, Any]] = []
 
@@ -110,7 +111,7 @@ class PlanReport:
         if not self._records:
             return
         report: dict[str, Any] = {
-            "planned": _planned(self._plan, self._gpu),
+            "planned": _planned(self._plan, self._site),
             "measured": {**self._measured(), **dict.fromkeys(SHARES), **(shares or {})},
         }
         log.info("%s", _describe(report))
@@ -126,7 +127,7 @@ class PlanReport:
             sum(record[name] for record in records) / len(records)
             for name in ("flops", "num_input_tokens", "step_ms")
         )
-        peak = self._gpu and self._gpu.tflops * 1e12 * self._plan.world_size
+        peak = self._site and self._site.gpu.tflops * 1e12 * self._plan.world_size
         moments = self._student.optimizer.optimizer.state  # of each master weight
         states = [state for weight in moments for state in (weight, *moments[weight].values())]
         held = (
@@ -149,8 +150,8 @@ class PlanReport:
         }
 
 
-def _planned(plan: RunPlan, gpu: Gpu | None) -> dict[str, Any]:
-    gib = plan.memory.gib_per_rank
+def _planned(plan: RunPlan, site: Site | None) -> dict[str, Any]:
+    gib, time = plan.memory.gib_per_rank, plan.run_time(site) if site else None
     return {
         "peak_gib": plan.memory.total_gib,
         "teacher_weights_gib": gib.teacher_shard,
@@ -158,10 +159,10 @@ def _planned(plan: RunPlan, gpu: Gpu | None) -> dict[str, Any]:
         "optimizer_gib": gib.optimizer,
         "flops_per_step": plan.flops_per_step.model,
         "num_input_tokens_per_step": plan.num_input_tokens_per_step,
-        "seconds_per_step": plan.seconds_per_step(gpu, DEFAULT_MFU) if gpu else None,
-        "mfu": DEFAULT_MFU if gpu else None,
+        "seconds_per_step": plan.step_time(site).seconds if site else None,
+        "mfu": plan.mfu(site) if site else None,
         "num_steps": plan.num_steps,
-        **dict.fromkeys(SHARES),
+        **(time.shares if time else dict.fromkeys(SHARES)),
     }
 
 

@@ -68,9 +68,11 @@ def test_a_shipped_recipe_is_planned_in_a_table_and_as_json_without_gpu_data_or_
         assert plan["fits"]
         flops = plan["flops_per_step"]
         assert flops["model"] == flops["teacher"] + flops["student"] + flops["loss"]
-        assert plan["hours"] == pytest.approx(
-            plan["num_steps"] * flops["model"] / (0.4 * 8 * 989e12) / 3600
+        assert plan["mfu"] == pytest.approx(
+            flops["model"] / (8 * 989e12 * plan["seconds_per_step"])
         )
+        steps_hours = plan["num_steps"] * plan["seconds_per_step"] / 3600
+        assert plan["hours"] * plan["shares"]["steps_share"] == pytest.approx(steps_hours)
         parts = plan["gib_per_rank"]
         total = sum(value for name, value in list(parts.items())[: list(parts).index("total")])
         assert parts["total"] == pytest.approx(total)
@@ -151,7 +153,7 @@ def test_what_cannot_be_known_is_not_guessed(monkeypatch, recipe: str, capsys):
     print_report(report)
     output = capsys.readouterr().out
     assert output.count("unknown ") >= 12
-    assert "--gpu KIND adds hours" in output
+    assert "--gpu KIND adds times" in output
 
 
 def test_rows_that_a_truncation_leaves_without_a_label_are_not_counted(monkeypatch, recipe: str):
@@ -199,8 +201,10 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch):
         ("--keep=1.5", "--keep 1.5: write a fraction above 0 and at most 1"),
         ("--keep=half", "--keep half: write a fraction above 0 and at most 1"),
         ("--keep=nan", "--keep nan: write a fraction above 0 and at most 1"),
-        ("--mfu=0", "--mfu 0.0: write a share of the GPUs' peak"),
-        ("--mfu=1.2", "--mfu 1.2: write a share of the GPUs' peak"),
+        ("--network-gbps=0", "--network-gbps 0.0: write a rate above 0"),
+        ("--network-gbps=nan", "--network-gbps nan: write a rate above 0"),
+        ("--disk-gb-s=inf", "--disk-gb-s inf: write a rate above 0"),
+        ("--set=teacher.shard=auto", 'teacher.shard = "auto" depends on the GPU: add --gpu KIND'),
         ("--nodes=0", "--nodes 0: at least 1 is needed"),
         ("--rows=0", "--rows 0: at least 1 is needed"),
         (

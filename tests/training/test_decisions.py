@@ -47,7 +47,8 @@ class FakeRun:
 
 
 def training(**changes):
-    return TrainingSection(**{"checkpoint_every": 2, "skip_nonfinite": 0} | changes)
+    values = {"checkpoint_every": 2, "validate_every": 2, "skip_nonfinite": 0}
+    return TrainingSection(**values | changes)
 
 
 def test_every_nth_step_and_the_last_are_validated_recorded_and_saved():
@@ -75,6 +76,24 @@ def test_validations_may_be_more_or_less_frequent_than_checkpoints():
         *("save 2", "validate", "save 4"),
         *("validate", "save 5"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("total", "checkpoint_every", "validated"),
+    [
+        (100, 50, [*range(10, 101, 10)]),
+        (105, 50, [*range(10, 101, 10), 105]),
+        (100, 25, [10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 100]),
+        (5, 5, [1, 2, 3, 4, 5]),
+        (100, 1000, [*range(10, 101, 10)]),
+    ],
+)
+def test_a_recipe_that_says_nothing_of_it_is_validated_ten_times_and_wherever_it_is_saved(
+    total, checkpoint_every, validated
+):
+    section = TrainingSection(checkpoint_every=checkpoint_every)
+    steps = range(1, total + 1)
+    assert [step for step in steps if section.validates_after(step, total)] == validated
 
 
 def test_the_best_step_is_one_that_was_saved():

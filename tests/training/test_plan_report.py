@@ -2,22 +2,22 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import write_tiny_recipe
+from tiny import layout_of, write_tiny_recipe
 
-from kd.constants import DEFAULT_MFU
 from kd.data.dataset import load_data
 from kd.data.loader import Loader
 from kd.data.step_plan import BatchShape
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
 from kd.plan.cost import pair_of
-from kd.plan.gpus import GPUS, find_gpu
+from kd.plan.gpus import GPUS, Site, find_gpu
 from kd.recipe import Recipe, load_recipe
 from kd.runs.records import read_metrics
 from kd.training.plan_report import PlanReport, plan_training
@@ -111,12 +111,13 @@ def test_a_model_that_cannot_be_planned_does_not_end_a_run(
 @pytest.fixture
 def on_h100(recipe: Recipe, loader: Loader) -> PlanReport:
     """Of two nodes of two ranks, where time and batches are stated and nothing is trained."""
-    plan = plan_training(recipe, loader, [[0, 1], [2, 3]])
+    nodes = ((0, 1), (2, 3))
+    plan = plan_training(recipe, loader, nodes)
     assert plan is not None
     optimizer = SimpleNamespace(optimizer=SimpleNamespace(state={}))
     student = SimpleNamespace(module=torch.nn.Linear(2, 2), optimizer=optimizer)
-    report = PlanReport(plan, loader, None, student, torch.device("cpu"))
-    report._gpu = GPUS["h100"]
+    report = PlanReport(plan, loader, None, student, replace(layout_of(0, 4), nodes=nodes))
+    report._site = Site(GPUS["h100"], 2, 2)
     return report
 
 
@@ -128,10 +129,11 @@ def test_mfu_is_flops_a_second_of_all_ranks_over_their_peak(on_h100: PlanReport,
     # The first step warms up and is left out
     assert report["measured"]["mfu"] == pytest.approx(0.5)
     planned = report["planned"]
-    assert planned["mfu"] == DEFAULT_MFU
     assert planned["seconds_per_step"] == pytest.approx(
-        planned["flops_per_step"] / (4 * 989e12 * DEFAULT_MFU)
+        planned["flops_per_step"] / (4 * 989e12 * planned["mfu"])
     )
+    names = ("steps_share", "validation_share", "checkpoints_share")
+    assert sum(planned[name] for name in names) == pytest.approx(1.0)
 
 
 def test_a_disk_that_is_full_does_not_end_a_run_here(on_h100: PlanReport, monkeypatch, caplog):

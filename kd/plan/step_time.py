@@ -1,0 +1,139 @@
+"""How long an optimizer step takes, and what bounds it: nothing here was measured on a GPU.
+
+Three things go on side by side, and the largest counts: the GPUs compute, weights and gradients
+cross between them, and the host prepares both, which takes as long for few tokens as for many. They
+disturb each other a little. After them comes what nothing hides: the optimizer, and collectives at
+the end of the step.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kd.plan.activations import layer_activations
+from kd.plan.flops import StepFlops
+from kd.plan.gpus import Site
+from kd.plan.lengths import Lengths
+from kd.plan.memory import Engines
+from kd.plan.zero_memory import ZeroEngine
+
+# ms of one core for each decoder layer and micro-batch, by benchmarks/host_time.py on two cores of
+# a cloud's CPU: of the teacher's forward, plain and with the hooks of ZeRO-3, and of the student's
+# forward and backward, by stage, without checkpointing and with it.
+TEACHER_HOST_MS = {"plain": 0.34, "zero3": 1.19}
+STUDENT_HOST_MS = {1: (0.92, 2.03), 2: (1.07, 2.27), 3: (2.95, 4.06)}
+
+# ZeRO-Offload: bytes/s of Adam on a node's cores, and over PCIe to each GPU.
+HOST_ADAM_RATE, PCIE_RATE = 100e9, 25e9
+# Of each element that a rank's optimizer steps: gradient, master weight and moments are read, the
+# last two written, and the weight of the model.
+ADAM_BYTES = 4 + 3 * 4 + 3 * 4 + 2
+
+# Of what is hidden behind the largest part, the share that shows all the same.
+DISTURBANCE = 0.1
+# Bytes that norms, rotations and activations move for each byte that a layer keeps for its
+# backward, in forward, and twice as many in backward: kernels as transformers has them, not fused.
+MOVED_PER_KEPT_BYTE = 3
+
+Bound = Literal["compute", "gathers", "host"]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float  # of the rank that has most to do: products, and what memory bounds
+    gathers: float  # weights that are gathered, and gradients that are reduced, while it computes
+    host: float
+    after: float  # the optimizer, and what is sent when all micro-batches are done
+
+    @property
+    def seconds(self) -> float:
+        parts = (self.compute, self.gathers, self.host)
+        return max(parts) + DISTURBANCE * (sum(parts) - max(parts)) + self.after
+
+    @property
+    def bound(self) -> Bound:
+        """What the others wait for."""
+        parts: dict[Bound, float] = {
+            "compute": self.compute,
+            "gathers": self.gathers,
+            "host": self.host,
+        }
+        return max(parts, key=lambda part: parts[part])
+
+
+def step_time(
+    engines: Engines, flops: StepFlops, lengths: Lengths, site: Site, *, checkpointing: bool
+) -> StepTime:
+    """flops: of a step over all ranks; lengths say how evenly ranks share them."""
+    each, student = lengths.micro_batches_per_step, engines.student
+    num_passes = 4 if checkpointing else 3  # backward is two
+    moved = num_passes * _moved_bytes(student, lengths)
+    moved += _moved_bytes(engines.teacher, lengths) if engines.teacher else 0
+    gathers = sum(_gather_seconds(engine, site) for engine in engines)
+    host = sum(_host_seconds(engine, checkpointing) for engine in engines)
+    return StepTime(
+        compute=_compute_seconds(flops.model + flops.recomputed, moved, lengths, site),
+        gathers=each * gathers,
+        host=each * host,
+        after=_optimizer_seconds(student, site)
+        + student.received_per_step / site.collective_rate(student.num_ranks),
+    )
+
+
+def validation_seconds(
+    engines: Engines, flops: StepFlops, lengths: Lengths, site: Site, num_rows: int
+) -> float:
+    """Of num_rows sequences like those of a step, through both models forward alone.
+
+    Of the student's gathers and of its hooks a part is backward's, and of the loss's products the
+    gradients are.
+    """
+    student, teacher = engines.student, engines.teacher
+    hidden = student.shapes.hidden_size
+    logits = hidden + (teacher.shapes.hidden_size if teacher else 0)
+    forward = flops.teacher + flops.student / 3 + flops.loss * logits / (logits + 2 * hidden)
+    gathers = _gather_seconds(student, site) / 3
+    host = _host_seconds(student, checkpointing=False) / 2
+    if teacher:
+        gathers += _gather_seconds(teacher, site)
+        host += _host_seconds(teacher, checkpointing=False)
+    each = lengths.micro_batches_per_step
+    moved = sum(_moved_bytes(engine, lengths) for engine in engines)
+    compute = _compute_seconds(forward, moved, lengths, site)
+    return num_rows / lengths.per_step * max(compute, each * gathers, each * host)
+
+
+def _compute_seconds(flops: float, moved_bytes: float, lengths: Lengths, site: Site) -> float:
+    """Of the rank that does most, from what all do in a step."""
+    seconds = flops / site.gpu.product_rate + moved_bytes / site.gpu.memory_rate
+    return seconds / (site.num_gpus * lengths.busy_share)
+
+
+def _moved_bytes(engine: ZeroEngine, lengths: Lengths) -> float:
+    """In the forward of a step's sequences."""
+    num_tokens = int(lengths.padded_N.sum()) / lengths.num_steps
+    kept = layer_activations(engine.shapes, 1, engine.width) * engine.shapes.num_layers
+    return MOVED_PER_KEPT_BYTE * kept * num_tokens
+
+
+def _gather_seconds(engine: ZeroEngine, site: Site) -> float:
+    """For a micro-batch."""
+    return engine.received_per_micro_batch / site.collective_rate(engine.num_ranks)
+
+
+def _host_seconds(engine: ZeroEngine, checkpointing: bool) -> float:
+    """For a micro-batch."""
+    if engine.is_trained:
+        ms = STUDENT_HOST_MS[engine.stage][checkpointing]
+    else:
+        ms = TEACHER_HOST_MS["plain" if engine.is_plain else "zero3"]
+    return engine.shapes.num_layers * ms / 1000
+
+
+def _optimizer_seconds(student: ZeroEngine, site: Site) -> float:
+    if student.offloads("optimizer"):
+        of_node = ADAM_BYTES * student.shard_elements * site.gpus_per_node
+        moved = student.shard_elements * (4 + student.width)
+        return of_node / HOST_ADAM_RATE + moved / PCIE_RATE
+    return ADAM_BYTES * student.shard_elements / site.gpu.memory_rate
