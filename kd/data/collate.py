@@ -3,12 +3,13 @@ positions listed and placed.
 
 There is no attention mask. Attention is causal and padding stands to the right, so that no real
 token ever sees a pad, and what pads compute is never supervised; without a mask, attention keeps
-its fast path. Packed sequences are kept apart by their positions.
+its fast path. Packed sequences are kept apart by their positions, from which each attention makes
+the mask that it needs, or by where they begin.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +34,9 @@ class Batch:
     """A micro-batch of B sequences, padded to L tokens, or packed into one row of L; all tensors
     int64.
 
-    model_inputs are the keyword arguments of both backbones: input_ids (B, L), and position_ids (1,
-    L) when packed.
+    model_inputs is what kd.models.head.hidden_states gives to both backbones: input_ids (B, L), and
+    in one row also where its sequences begin and end, cu_seq_lens (sequences + 1,) in int32, and
+    max_length, the tokens of the longest; position_ids (1, L) when packed.
     labels are already shifted: labels[b, t] is the token that hidden state t predicts, or
     IGNORE_INDEX.
     row_index lists the supervised positions as flat indices into B * L, in rising order;
@@ -43,7 +45,7 @@ class Batch:
     places has an entry for each sequence, and none for a batch of padding.
     """
 
-    model_inputs: dict[str, Tensor]
+    model_inputs: dict[str, Any]
     labels: Tensor  # (B, L)
     row_index: Tensor  # (num_supervised_tokens,)
     region_index: Tensor  # (num_supervised_tokens,)
@@ -52,7 +54,8 @@ class Batch:
 
     @property
     def input_ids(self) -> Tensor:
-        return self.model_inputs["input_ids"]
+        input_ids: Tensor = self.model_inputs["input_ids"]
+        return input_ids
 
     @property
     def num_input_tokens(self) -> int:
@@ -64,8 +67,8 @@ class Batch:
         return self.row_index.numel()
 
     def to(self, device: torch.device | str) -> "Batch":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
 
         return replace(
             self,
@@ -107,6 +110,9 @@ def collate(
         regions.append(example.source * NUM_REGIONS + region_index)
     model_inputs = {"input_ids": torch.from_numpy(input_ids).view(shape)}
     if layout == "packed":
+        positions = np.concatenate([np.arange(length) for length in lengths or [1]])
+        model_inputs["position_ids"] = torch.from_numpy(positions)[None]
+    if shape[0] == 1:
         model_inputs |= _where_sequences_begin(lengths or [1])
     return Batch(
         model_inputs,
@@ -118,9 +124,7 @@ def collate(
     )
 
 
-def _where_sequences_begin(lengths: Sequence[int]) -> dict[str, Tensor]:
-    """What keeps packed sequences apart: positions that restart. Each attention makes its own mask
-    from them, where it needs one.
-    """
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    return {"position_ids": torch.from_numpy(positions)[None]}
+def _where_sequences_begin(lengths: Sequence[int]) -> dict[str, Any]:
+    """For attention that takes sequences of any length in one row, without a mask."""
+    cu_seq_lens = np.cumsum([0, *lengths], dtype=np.int32)
+    return {"cu_seq_lens": torch.from_numpy(cu_seq_lens), "max_length": max(lengths)}

@@ -2,8 +2,10 @@
 it.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,12 +31,26 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return model.base_model
 
 
-def hidden_states(model: PreTrainedModel, model_inputs: Mapping[str, Tensor]) -> Tensor:
+def hidden_states(model: PreTrainedModel, model_inputs: Mapping[str, Any]) -> Tensor:
     """Last hidden states (B, L, H) of what a Batch's model_inputs hold, without a wait."""
+    arguments = dict(model_inputs)
+    cu_seq_lens, longest = arguments.pop("cu_seq_lens", None), arguments.pop("max_length", None)
+    module = backbone(model)
+    if cu_seq_lens is not None and _takes_lengths(model, module):
+        # Else transformers looks at the positions in every layer, and the host waits
+        arguments |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+        arguments |= {"max_length_q": longest, "max_length_k": longest}
     with known_packing("position_ids" in model_inputs):
-        outputs = backbone(model)(**model_inputs, use_cache=False)
+        outputs = module(**arguments, use_cache=False)
     states: Tensor = outputs.last_hidden_state
     return states
+
+
+def _takes_lengths(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether attention is flash attention, and the backbone hands on what only attention knows."""
+    is_flash = model.config._attn_implementation.startswith("flash")
+    kinds = (p.kind for p in inspect.signature(module.forward).parameters.values())
+    return is_flash and inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -125,7 +125,7 @@ class StudentModule(nn.Module):
 
     def forward(
         self,
-        model_inputs: dict[str, Tensor],
+        model_inputs: dict[str, Any],
         labels_BL: Tensor | None,
         row_index_N: Tensor | None,
         targets: Targets | None,

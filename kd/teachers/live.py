@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class TeacherModule(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
 
-    def forward(self, **model_inputs: Tensor) -> Tensor:
+    def forward(self, **model_inputs: Any) -> Tensor:
         return hidden_states(self.model, model_inputs)
 
 
@@ -69,7 +70,7 @@ class LiveTeacher:
         return Probed(hidden_BLH, F.linear(hidden_BLH, self.head.weight_VH, self.head.bias_V))
 
     @torch.no_grad()
-    def hidden_states(self, **model_inputs: Tensor) -> Tensor:
+    def hidden_states(self, **model_inputs: Any) -> Tensor:
         """Last hidden states (B, L, H). Collective: every rank must call this."""
         return self._run(**model_inputs)  # of an engine not its module: its hooks prefetch
 

@@ -69,3 +69,5 @@ def test_the_models_get_what_model_inputs_name_and_nothing_else() -> None:
     batch = collate([example(5), example(12)], PAD)
     assert batch.model_inputs.keys() == {"input_ids"}
     assert batch.input_ids is batch.model_inputs["input_ids"]
+    row = collate([example(5)], PAD).model_inputs
+    assert row.keys() == {"input_ids", "cu_seq_lens", "max_length"}

@@ -8,6 +8,7 @@ import pytest
 from tiny import write_tiny_recipe
 
 from kd.engine.checkpoint import step_folders
+from kd.plan.placement import CHOICES
 from kd.runs.records import read_metrics
 
 pytestmark = pytest.mark.dist
@@ -19,11 +20,11 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def arguments(recipe: Path, name: str, student: str, teacher: str) -> list[str]:
-    pairs = [
-        f"run.name={name}",
-        f"deepspeed.student={student}.json",
-        f"deepspeed.teacher={teacher}.json",
-    ]
+    pairs = [f"run.name={name}", f"deepspeed.teacher={teacher}.json"]
+    if student == "auto":
+        pairs += [f"{key}=auto" for key in CHOICES]
+    else:
+        pairs += [f"deepspeed.student={student}.json"]
     pairs += ["training.max_steps=20", "training.checkpoint_every=5", "training.keep_last=9"]
     settings = [word for pair in pairs for word in ("--set", pair)]
     return ["launch/train.py", "--recipe", str(recipe), *settings, "--resume", "auto"]
@@ -47,14 +48,23 @@ def copy_until_step_10(run: Path, name: str) -> Path:
         ("zero3_cpu", "zero3_cpu", 3, 1e-6),
         ("zero3_bf16", "zero3_teacher", 1, 1e-3),  # bf16 keeps three digits of a weight
         ("zero2_bf16", "zero3_teacher", 1, 1e-3),
+        ("auto", "zero3_teacher", 1, 1e-3),
     ],
 )
 def test_the_loss_goes_on_within_rounding(launch, recipe, student, teacher, num_ranks, tolerance):
     whole = launch(*arguments(recipe, student, student, teacher))
     assert whole.returncode == 0, whole.stderr[-4000:]
+    if student == "auto":
+        assert "auto is teacher.shard = gpu, deepspeed.student = zero1_bf16.json, " in whole.stderr
     folder = copy_until_step_10(recipe.parent / "runs" / student, f"{student}_on_{num_ranks}")
     done = launch(*arguments(recipe, folder.name, student, teacher), num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr[-4000:]
+    if student == "auto":  # what was chosen is kept, and would be refused if it were another
+        assert f"auto: as {folder} began" in done.stderr
+        resolved = json.loads((folder / "recipe.json").read_text())
+        assert resolved["deepspeed"]["student"] == "zero1_bf16.json"
+        assert resolved["teacher"]["shard"] == "gpu"
+        assert resolved["student"]["gradient_checkpointing"] is False
     assert f"step_10 was written by 2 ranks, and is converted for {num_ranks}" in done.stderr
     records = read_metrics(folder / "metrics.jsonl")
     expected = read_metrics(folder.with_name(student) / "metrics.jsonl")
