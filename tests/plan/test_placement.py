@@ -1,5 +1,7 @@
 """What "auto" becomes, and what a plan compares."""
 
+import re
+
 import pytest
 
 from kd.errors import UserError
@@ -7,7 +9,7 @@ from kd.plan.gpus import GPUS, Site
 from kd.plan.lengths import state_traces
 from kd.plan.memory import RESERVED_GIB, memory_plan
 from kd.plan.placement import CHOICES, compare, settle
-from kd.recipe import Recipe, load_recipe
+from kd.recipe import RECIPES_DIR, Recipe, load_recipe
 
 AUTO = (
     "teacher.shard=auto",
@@ -106,3 +108,33 @@ def test_all_places_are_compared_the_fastest_that_fits_first(num_nodes: int, gpu
 
 def test_every_key_that_may_be_auto_has_choices():
     assert set(load_recipe("tiny_trunc50", AUTO).autos) == set(CHOICES)
+
+
+PLANNED = re.compile(
+    r"^\| `(\w+)` \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) "
+    r"\| `(.*)` \|$",
+    re.MULTILINE,
+)
+
+
+def planned_row(name: str, mean: int) -> str:
+    """A line of the table in recipes/README.md."""
+    site, recipe = Site(GPUS["h100"], 1, 8), load_recipe(name)
+    traces = state_traces(recipe, mean)
+    whole = compare(recipe.with_values({"truncation.keep_fraction": 1.0}), traces, site)
+    half = compare(recipe, traces, site)
+    fastest, own = half[0], next(one for one in half if not one.changes)
+    seconds = own.plan.step_time(site).seconds
+    of_whole = next(one for one in whole if not one.changes).plan.step_time(site).seconds
+    cells = [f"`{name}`", str(mean), f"{own.plan.memory.total_gib:.1f}", f"{seconds:.3f}"]
+    cells += [f"{of_whole:.3f}", f"{seconds / of_whole:.2f}"]
+    cells += [f"{fastest.plan.step_time(site).seconds:.3f}"]
+    cells += [f"{fastest.plan.memory.total_gib:.1f}", f"`{fastest.settings}`"]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_recipes_is_what_the_plan_says():
+    rows = list(PLANNED.finditer((RECIPES_DIR / "README.md").read_text(encoding="utf-8")))
+    assert len(rows) == 5
+    for row in rows:
+        assert row[0] == planned_row(row[1], int(row[2]))

@@ -23,6 +23,9 @@ from kd.recipe import RECIPES_DIR, StudentSection, is_hub_id, load_recipe
         ("bespokelabs/Bespoke-Stratos-7B", 7_615_616_512, 6.53, (152_064, 3584)),
         ("Qwen/Qwen3-4B-Base", 4_022_468_096, 3.6, (151_936, 2560)),
         ("Qwen/Qwen3-8B", 8_190_735_360, 6.95, (151_936, 4096)),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976, 1.41, (151_936, 2048)),
+        ("Qwen/Qwen3-0.6B-Base", 596_049_920, 0.44, (151_936, 1024)),
+        ("Qwen/Qwen3-32B", 32_762_123_264, 31.2, (151_936, 5120)),
     ],
 )
 def test_stored_shapes_have_the_parameters_that_the_models_publish(

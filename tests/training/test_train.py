@@ -138,7 +138,8 @@ def test_deepspeeds_monitor_writes_what_the_recipe_switches_on(whole_run):
 def test_best_checkpoint_is_kept_beside_the_newest(whole_run):
     records = read_metrics(whole_run / "metrics.jsonl")
     losses = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
-    assert sorted(losses) == [10, 20, 30, 40]
+    assert sorted(losses) == sorted({*range(4, 41, 4), 10, 30}), "ten times, and where it is saved"
+    losses = {step: loss for step, loss in losses.items() if step % 10 == 0}
     best = min(losses, key=losses.get)
     assert json.loads((whole_run / "SUCCESS").read_text())["best_step"] == best
     kept = {path.name for path in (whole_run / "checkpoints").glob("step_*")}
