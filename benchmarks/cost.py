@@ -1,11 +1,11 @@
 """What half of every trace costs beside the whole of it: the same steps at several lengths, by the
 real launcher.
 
-    python benchmarks/cost.py [--recipe tiny] [--keep 1.0,0.5] [--steps 24] [--set ...] [--output
-    DIR]
+    python benchmarks/cost.py [--recipe tiny] [--keep 1.0,0.5,0.25] [--steps 16] [--rounds 5]
+    [--set ...] [--output DIR]
 
-Runs on all GPUs of this machine, or on two ranks of its CPU, the lengths in turn, twice, so that
-other load on the machine hits all alike. One more length, of two tokens, shows the fixed part of a
+Runs on all GPUs of this machine, or on two ranks of its CPU, the lengths in turn, several times, so
+that other load on the machine hits all alike: a ratio is the median of those of the rounds. One more length, of two tokens, shows the fixed part of a
 step: gathers, optimizer and Python, which no truncation saves. Writes DIR/cost.json and cost.md:
 each figure, and its ratio to that of the first length.
 """
@@ -28,11 +28,10 @@ from kd.runs.environment import environment
 from kd.runs.records import read_metrics
 
 WARMUP_STEPS = 4
-NUM_ROUNDS = 2
 FIXED = "fixed"  # the name of the run of two tokens
-# Of the embedded pair, so large that its step is more than its fixed part; per rank half of it at a
-# time.
-BATCH = ("training.global_batch_size=256", "training.micro_batch_size=128")
+# Of the embedded pair, so large that its step is more than its fixed part; a rank's part of whole
+# traces is one micro-batch.
+BATCH = ("training.global_batch_size=256", "training.max_tokens_per_micro_batch=10240")
 HEADER = """\
 | keep | tokens | FLOPs | step ms | above the fixed part | peak GiB of a rank \
 | above the fixed part |
@@ -50,7 +49,7 @@ def main() -> None:
                 name: train(arguments, name, [*overrides, f"run.output_dir={folder}/{i}"])
                 for name in names
             }
-            for i in range(NUM_ROUNDS)
+            for i in range(arguments.rounds)
         ]
     rows = [summarise(name, [done[name] for done in rounds]) for name in names]
     command = f"python benchmarks/cost.py {shlex.join(sys.argv[1:])}".strip()
@@ -66,10 +65,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument(
         "--keep",
-        default="1.0,0.5",
+        default="1.0,0.5,0.25",
         help="values of keep_fraction; the first is what others relate to",
     )
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of each run")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each length")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
     )
@@ -132,11 +132,11 @@ def markdown(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
     def cell(key: str, form: str, less: float = 0.0) -> str:
         value, reference = row[key] - less, whole[key] - less
-        return (
-            f"{value:{form}}"
-            if row in (whole, fixed)
-            else f"{value:{form}} ({value / reference:.2f})"
-        )
+        ratio = value / reference
+        if key == "step_ms" and not less:
+            pairs = zip(row["step_ms_of_rounds"], whole["step_ms_of_rounds"], strict=True)
+            ratio = statistics.median(one / other for one, other in pairs)
+        return f"{value:{form}}" if row in (whole, fixed) else f"{value:{form}} ({ratio:.2f})"
 
     cells = ["two tokens: the fixed part" if row is fixed else row["keep"]]
     cells += [cell("num_input_tokens_per_step", ",.0f"), cell("flops_per_step", ".3g")]
