@@ -5,9 +5,10 @@ real launcher.
     [--set ...] [--output DIR]
 
 Runs on all GPUs of this machine, or on two ranks of its CPU, the lengths in turn, several times, so
-that other load on the machine hits all alike: a ratio is the median of those of the rounds. One more length, of two tokens, shows the fixed part of a
-step: gathers, optimizer and Python, which no truncation saves. Writes DIR/cost.json and cost.md:
-each figure, and its ratio to that of the first length.
+that other load on the machine hits all alike: a ratio of times is the median of those of the
+rounds. One more length, of two tokens, shows the fixed part of a step: gathers, optimizer and
+Python, which no truncation saves. Writes DIR/cost.json and cost.md: each figure, and its ratio to
+that of the first length.
 """
 
 import argparse

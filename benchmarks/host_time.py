@@ -243,10 +243,10 @@ def recipe_of(folder: Path, shard: str, stage: int, checkpointing: bool) -> Reci
 
 def engine_sides(recipe: Recipe, layout: Any) -> Sides:
     from kd.engine.ds_config import student_ds_config
-    from kd.training.build import build_student, build_teacher
+    from kd.training.build import build_live_teacher, build_student
 
     ds_config = student_ds_config(recipe, layout.world_size, layout.device.type)
-    return Sides(build_student(recipe, ds_config, layout), build_teacher(recipe, layout))
+    return Sides(build_student(recipe, ds_config, layout), build_live_teacher(recipe, layout))
 
 
 def plain_sides(recipe: Recipe) -> Sides:

@@ -206,6 +206,11 @@ class TeacherSection(ModelSection):
         "nothing; node, gathers never cross nodes; world, all ranks; auto, the fastest of them "
         "that fits, by the plan",
     )
+    cache: Annotated[PathText | None, FIXED] = Field(
+        None,
+        description="a folder that launch/cache.py filled, in the place of the teacher itself: its "
+        "states, or its most likely tokens, of whole traces",
+    )
 
 
 class StudentSection(ModelSection):
@@ -508,6 +513,8 @@ class Recipe(RecipeSection):
             raise ValueError(
                 "loss.kd_weight > 0 needs a [teacher]; name one or set loss.kd_weight = 0"
             )
+        if self.teacher is not None and self.teacher.cache is not None:
+            _check_reads_prefixes(self.truncation)
         if self.teacher is not None and self.loss.kd_weight == 0:
             raise ValueError(
                 "loss.kd_weight = 0 never uses the [teacher]; remove it or give it weight"
@@ -556,6 +563,16 @@ class Recipe(RecipeSection):
         if training.max_tokens_per_micro_batch is not None:
             return min(-(-training.global_batch_size // world_size), 2)
         return -(-training.global_batch_size // (world_size * training.micro_batch_size))
+
+
+def _check_reads_prefixes(truncation: TruncationSection) -> None:
+    """What a teacher's cache can serve: the states of a whole trace are those of its beginnings."""
+    if truncation.window != "head" and truncation.window_context == "drop":
+        raise ValueError(
+            f'truncation.window = "{truncation.window}" with window_context = "drop" reads from '
+            "within a trace, and teacher.cache holds what a teacher says that has read all before: "
+            'set truncation.window_context = "keep", or leave teacher.cache out'
+        )
 
 
 def key_facts() -> dict[str, KeyFacts]:

@@ -7,6 +7,7 @@ its fast path. Packed sequences are kept apart by their positions, from which ea
 the mask that it needs, or by where they begin.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ class Place(NamedTuple):
     row: int  # of the file or hub dataset, counted from 0
     read_start: int  # of the sequence's first token in the whole trace
     length: int  # tokens
+    key: bytes = b""  # of the whole trace (kd.data.dataset)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class Batch:
     def input_ids(self) -> Tensor:
         input_ids: Tensor = self.model_inputs["input_ids"]
         return input_ids
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each sequence begins, as a flat index into B * L."""
+        lengths = [place.length for place in self.places]
+        if "position_ids" in self.model_inputs:
+            return [0, *itertools.accumulate(lengths)][: len(lengths)]
+        return [i * self.input_ids.shape[1] for i in range(len(lengths))]
 
     @property
     def num_input_tokens(self) -> int:
@@ -119,7 +129,7 @@ def collate(
         labels=torch.from_numpy(labels).view(shape),
         row_index=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
         region_index=torch.from_numpy(np.concatenate(regions)),
-        places=tuple(Place(e.row, e.read_start, len(e.input_ids)) for e in examples),
+        places=tuple(Place(e.row, e.read_start, len(e.input_ids), e.key) for e in examples),
         num_sources=num_sources,
     )
 

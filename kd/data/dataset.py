@@ -6,6 +6,7 @@ that differ in truncation alone train and validate on the same rows.
 Shapes: N examples, 3 sections (prompt, chain of thought, answer), W tokens read of a sequence.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,6 +36,13 @@ class Example:
     num_tokens_3: IntArray  # of the full sequence, per section
     read_start: int  # of input_ids[0] in the full sequence
     source: int = 0  # which of data.sources
+    # Of the whole sequence's tokens, by which a teacher's cache finds it
+    key: bytes = b""
+
+
+def key_of(token_ids: IntArray) -> bytes:
+    """A hash of a whole sequence's tokens, 16 bytes."""
+    return hashlib.blake2b(token_ids.astype("<i8").tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,12 @@ class Examples:
             self.num_tokens_N3[i],
             window[0],
             int(self.source_N[i]),
+            key_of(input_ids),
         )
+
+    def key(self, i: int) -> bytes:
+        """Example i's, without its labels."""
+        return key_of(self.table[int(self.row_N[i])]["input_ids"])
 
     def select(self, chosen: IntArray | npt.NDArray[np.bool_]) -> "Examples":
         """The examples at positions `chosen` (or where it is true), in that order."""

@@ -175,7 +175,7 @@ def num_shards(parameters: Iterable[nn.Parameter]) -> int:
     return max(1 if group is None else dist.get_world_size(group) for group in groups)
 
 
-def shard_bytes(parameters: Iterable[nn.Parameter]) -> int:
+def shard_bytes(parameters: Iterable[torch.Tensor]) -> int:
     """Bytes that this rank now holds of the parameters: shards, and what is whole or there a second
     time (hpZ).
     """

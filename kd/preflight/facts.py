@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
 
 from kd.distributed.agreement import describe_differences
 from kd.distributed.device import device_of_rank, device_type
@@ -15,8 +14,8 @@ from kd.distributed.nodes import divide, node_key, size_to_plan
 from kd.engine.ds_config import Role, read_ds_config, student_ds_config, teacher_ds_config
 from kd.engine.engine import check_ds_config
 from kd.errors import UserError
-from kd.hub import hub_errors, resolve
 from kd.models.loading import choose_attention, load_config
+from kd.models.weights import weights_folder
 from kd.plan import MemoryPlan, memory_plan
 from kd.plan.gpus import Site, find_gpu
 from kd.plan.placement import settle
@@ -119,18 +118,7 @@ def _check_weights(section: ModelSection, role: str) -> None:
     """Raise UserError unless this host has a model's weights: local, or in its hub cache."""
     if isinstance(section, StudentSection) and section.init == "random":
         return
-    field = f"{role}.model"
-    folder = Path(resolve(field, section.model))
-    if not folder.exists():
-        with hub_errors(field, section.model):
-            folder = Path(
-                snapshot_download(section.model, revision=section.revision, local_files_only=True)
-            )
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UserError(
-            f"{field} = {section.model!r}: no weights in {folder}: run launch/prepare.py with this "
-            "recipe"
-        )
+    weights_folder(section, role=role)
 
 
 def _gpu() -> dict[str, Any] | None:

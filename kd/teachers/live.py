@@ -50,6 +50,11 @@ class LiveTeacher:
         self._head: Head | None = None
 
     @property
+    def weights(self) -> list[Tensor]:
+        """What this rank holds of the teacher: all of it, or its shards."""
+        return list(self.model.parameters())
+
+    @property
     def head(self) -> Head:
         """Whole. Collective the first time: every rank must ask for it."""
         if self._head is None:

@@ -3,15 +3,21 @@ arrived.
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from kd.cache import open_cache
+from kd.cache.identity import check_holds, check_same, make_manifest
+from kd.cache.kinds import TopKKind
+from kd.data.dataset import Data
 from kd.data.step_plan import SequenceLayout
 from kd.distributed.layout import Layout
 from kd.distributed.nodes import group_of_node
 from kd.distributed.process_group import gather_objects, on_rank_zero
-from kd.engine.ds_config import teacher_ds_config
+from kd.engine.ds_config import is_bf16, teacher_ds_config
 from kd.engine.engine import Engine, initialize
 from kd.engine.zero3 import (
     fetching_layers,
@@ -25,22 +31,70 @@ from kd.errors import UserError
 from kd.models.loading import load_partitioned, load_whole, random_model
 from kd.models.probe import Reference, reference_of, verify_weights
 from kd.models.student import Student, StudentModule
+from kd.models.weights import load_head
 from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
+from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher, TeacherModule
 
 log = logging.getLogger(__name__)
 
 
-def build_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher | None:
+def build_teacher(
+    recipe: Recipe, data: Data, tokenizer: PreTrainedTokenizerFast, layout: Layout
+) -> LiveTeacher | CachedTeacher | None:
+    """The recipe's teacher, or the cache that stands in its place.
+
+    Collective: every rank must call this.
+    """
+    if recipe.teacher is None:
+        return None
+    if recipe.teacher.cache is not None:
+        return build_cached_teacher(recipe, data, tokenizer, layout)
+    return build_live_teacher(recipe, layout)
+
+
+def build_cached_teacher(
+    recipe: Recipe, data: Data, tokenizer: PreTrainedTokenizerFast, layout: Layout
+) -> CachedTeacher:
+    """Raises UserError where the cache is another teacher's, lacks rows of the data, or is of no
+    use to the recipe's loss.
+
+    Collective: every rank must call this.
+    """
+    section, loss = recipe.teacher, recipe.loss
+    assert section is not None
+    assert section.cache is not None
+    cache = open_cache(Path(section.cache))
+    where = f"teacher.cache = {section.cache!r}"
+    ours = on_rank_zero(lambda: make_manifest(recipe, cache.kind, tokenizer))
+    check_same(cache.manifest, ours, Path(section.cache))
+    on_rank_zero(lambda: check_holds(cache, data, where))
+    if isinstance(cache.kind, TopKKind):
+        if cache.kind.temperature != loss.temperature:
+            raise UserError(
+                f"{where} was filled at temperature {cache.kind.temperature}, and loss.temperature "
+                f"= {loss.temperature}: set the cache's, or fill another"
+            )
+        log.info("the teacher: %s, its %d likeliest tokens", where, cache.kind.k)
+        return CachedTeacher(cache, None, layout.device)
+    log.info("the teacher: %s, hidden states in %s", where, cache.kind.dtype)
+    dtype = torch.bfloat16 if is_bf16(teacher_ds_config(recipe)) else torch.float32
+    head = load_head(section, role="teacher", dtype=dtype)
+    moved = [None if t is None else t.to(layout.device) for t in (head.weight_VH, head.bias_V)]
+    assert moved[0] is not None
+    on_device = head._replace(weight_VH=moved[0], bias_V=moved[1])
+    return CachedTeacher(cache, on_device, layout.device)
+
+
+def build_live_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher:
     """The recipe's teacher, whole on each device or in its own ZeRO-3 engine, its weights proven to
     have arrived.
 
     Collective: every rank must call this.
     """
     section = recipe.teacher
-    if section is None:
-        return None
+    assert section is not None
     log.info("loading the teacher, %s", section.model)
     ds_config = teacher_ds_config(recipe)
     reference = _reference_of(section, ds_config, role="teacher")
@@ -87,14 +141,16 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
     return student
 
 
-def choose_layout(recipe: Recipe, student: Student, teacher: LiveTeacher | None) -> SequenceLayout:
-    """How sequences lie in a micro-batch: what the recipe says, and for "auto" packed where both
+def choose_layout(
+    recipe: Recipe, student: Student, teacher: LiveTeacher | CachedTeacher | None
+) -> SequenceLayout:
+    """How sequences lie in a micro-batch: what the recipe says, and for "auto" packed where all
     models attend by flash attention, which needs no mask to keep packed sequences apart.
 
     Raises UserError where they are to be packed and a model would mix them.
     """
     models: dict[str, Student | LiveTeacher] = {"student": student}
-    if teacher is not None:
+    if isinstance(teacher, LiveTeacher):
         models["teacher"] = teacher
     mixing = [role for role, model in models.items() if not model.keeps_packed_apart]
     wanted = recipe.training.sequence_layout

@@ -63,6 +63,7 @@ from kd.runs.folder import (
     record_data,
 )
 from kd.runs.shared_folder import check_shared
+from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_student, build_teacher, choose_layout
 from kd.training.decisions import Progress, run_steps
@@ -109,7 +110,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         on_rank_zero(lambda: check_data_ids(data, tokenizer, num_embedded))
         check_fills_a_batch(data.train, recipe.training.global_batch_size)
         on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), data_fingerprints(data)))
-        teacher = build_teacher(recipe, layout)
+        teacher = build_teacher(recipe, data, tokenizer, layout)
         student = build_student(recipe, ds_config, layout)
         shape = batch_shape(recipe, choose_layout(recipe, student, teacher))
         loader = Loader(data.train, shape, recipe.run.seed, tokenizer.pad_token_id)
@@ -143,7 +144,7 @@ class TrainingRun:
         recipe: Recipe,
         layout: Layout,
         student: Student,
-        teacher: LiveTeacher | None,
+        teacher: LiveTeacher | CachedTeacher | None,
         tokenizer: PreTrainedTokenizerFast,
         loader: Loader,
         validation: Examples | None,
@@ -170,13 +171,17 @@ class TrainingRun:
             )
             plan = plan_training(recipe, loader, layout.nodes)
             if plan:
-                model = teacher.model if teacher else None
-                self.report = PlanReport(plan, loader, model, student.engine, layout)
+                weights = teacher.weights if teacher else []
+                self.report = PlanReport(plan, loader, weights, student.engine, layout)
 
     def take_step(self, step: int) -> StepResult:
         """Optimizer step `step`, counted from 0; in files steps are counted from 1."""
         started = time.perf_counter()
         self._batches = self.loader.micro_batches(step, self.layout)
+        cached = self.teacher if isinstance(self.teacher, CachedTeacher) else None
+        waited = cached.waited_seconds if cached else 0.0
+        if cached and step + 1 < self.total_steps:  # while this step computes
+            cached.read_ahead(self.loader.micro_batches(step + 1, self.layout))
         rate = learning_rate(step, self.total_steps, self.recipe.training)
         result = train_step(self.student, self.teacher, self._batches, rate, self.layout)
         seconds = time.perf_counter() - started
@@ -196,6 +201,7 @@ class TrainingRun:
             "step_ms": seconds * 1000,
             "peak_memory_gib": peak_memory_gib(self.layout.device),
             "skipped": result.skipped,
+            "teacher_wait_ms": (cached.waited_seconds - waited) * 1000 if cached else None,
             "diagnostics": result.diagnostics,
             "flops": self.report.flops(step) if self.report else None,
         }
@@ -272,6 +278,8 @@ class TrainingRun:
             self.report.write(self.wall_time.shares())
         if self.metrics:
             self.metrics.close()
+        if isinstance(self.teacher, CachedTeacher):
+            self.wall_time.say_waits(self.teacher.waited_seconds)
         log.info("wall time since this start: %s", self.wall_time)
         exports = self.recipe.run_dir / "export"
         self.student.export(self.tokenizer, exports / "last")

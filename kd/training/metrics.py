@@ -21,6 +21,8 @@ from kd.training.diagnostics import flatten
 log = logging.getLogger(__name__)
 
 
+# Of a run's time that may go by waiting for a disk before it is worth a word
+WAITING_SHARE = 0.05
 # Between two lines on progress in a log, where there is no terminal for a bar
 LINE_SECONDS = 30.0
 
@@ -101,6 +103,20 @@ class WallTime:
         started = time.perf_counter()
         yield
         self.add(what, time.perf_counter() - started)
+
+    def say_waits(self, seconds: float) -> None:
+        """For a teacher's cache: a warning where the disk is what a run waits for."""
+        share = seconds / (sum(self._seconds.values()) or 1.0)
+        level = logging.WARNING if share > WAITING_SHARE else logging.INFO
+        log.log(
+            level,
+            "%.1f s, %.1f%% of the time, went by waiting for teacher.cache: %s",
+            seconds,
+            100 * share,
+            "a faster disk, or a kind with fewer bytes, would help"
+            if share > WAITING_SHARE
+            else "its disk keeps up",
+        )
 
     def shares(self) -> dict[str, float]:
         """{"steps_share", "validation_share", "checkpoints_share"} of their sum."""

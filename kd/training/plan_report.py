@@ -17,11 +17,11 @@ known:
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from kd.constants import FORMAT_VERSION
 from kd.data.loader import Loader
@@ -76,12 +76,13 @@ class PlanReport:
         self,
         plan: RunPlan,
         loader: Loader,
-        teacher: PreTrainedModel | None,
+        teacher_weights: Sequence[Tensor],
         student: Engine,
         layout: Layout,
     ) -> None:
         self._plan, self._loader, self._pair = plan, loader, pair_of(plan.memory.recipe)
-        self._teacher, self._student, self._device = teacher, student, layout.device
+        self._teacher_weights, self._student = teacher_weights, student
+        self._device = layout.device
         self._site = find_site(layout.device, layout.nodes)
         self._path = plan.memory.recipe.run_dir / "plan.json"
         self._records: list[dict[str, Any]] = []
@@ -137,9 +138,7 @@ class PlanReport:
         )
         return {
             "peak_gib": peak_memory_gib(self._device),
-            "teacher_weights_gib": shard_bytes(self._teacher.parameters()) / GIB
-            if self._teacher
-            else 0.0,
+            "teacher_weights_gib": shard_bytes(self._teacher_weights) / GIB,
             "student_weights_gib": shard_bytes(self._student.module.parameters()) / GIB,
             "optimizer_gib": sum(held) / GIB,
             "flops_per_step": flops,

@@ -33,7 +33,7 @@ from kd.models.head import head_of
 from kd.models.student import Student
 from kd.recipe import Recipe
 from kd.teachers.live import LiveTeacher
-from kd.training.build import build_student, build_teacher
+from kd.training.build import build_live_teacher, build_student
 from kd.training.step import train_step
 
 NUM_STEPS = 3
@@ -100,7 +100,7 @@ def make_recipe(
 
 def run_case(models: Path, output: Path, layout: Layout, **fields: str) -> dict[str, Any]:
     recipe, world_size = make_recipe(models, **fields), layout.world_size
-    teacher = build_teacher(recipe, layout)
+    teacher = build_live_teacher(recipe, layout)
     student = build_student(recipe, student_ds_config(recipe, world_size, "cpu"), layout)
     batches = [make_batch(layout.rank, index) for index in range(8 // world_size)]
     digest = digest_gradients(student.engine)
@@ -167,7 +167,7 @@ def find_damage(recipe: Recipe, layout: Layout) -> str | None:
         lambda *_: None,
     )
     try:
-        build_teacher(recipe, layout)
+        build_live_teacher(recipe, layout)
     except UserError as error:
         return str(error)
     finally:
@@ -179,7 +179,7 @@ def unequal_nodes(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     """A mixture of experts divided over three ranks and, whole, on one, each rank with tokens of
     its own.
     """
-    teacher = build_teacher(recipe, replace(layout, nodes=UNEQUAL_NODES))
+    teacher = build_live_teacher(recipe, replace(layout, nodes=UNEQUAL_NODES))
     batch = make_batch(layout.rank, 0)
     whole = AutoModelForCausalLM.from_pretrained(recipe.teacher.model).eval()
     expected = whole.model(batch.input_ids).last_hidden_state.detach()

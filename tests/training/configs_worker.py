@@ -29,7 +29,7 @@ from kd.engine.zero3 import consolidated_state_dict
 from kd.models.student import BatchLoss, Student
 from kd.recipe import Recipe
 from kd.teachers.live import LiveTeacher
-from kd.training.build import build_student, build_teacher
+from kd.training.build import build_live_teacher, build_student
 from kd.training.step import train_step
 
 RATE, ACCUMULATION, NUM_STEPS = 3e-3, 2, 4
@@ -107,7 +107,7 @@ def main() -> None:
 def run_case(models: Path, output: Path, case: str, layout: Layout) -> dict[str, Any]:
     recipe, rank = make_recipe(models, case), layout.rank
     ds_config = student_ds_config(recipe, layout.world_size, "cpu")
-    teacher = build_teacher(recipe, layout)
+    teacher = build_live_teacher(recipe, layout)
     student = build_student(recipe, ds_config, layout)
     student.export(build_tokenizer(), output / case / "loaded")
     teacher_shards = [p.ds_tensor.clone() for p in teacher.model.parameters()]

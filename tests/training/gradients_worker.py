@@ -24,7 +24,7 @@ from kd.data.dataset import Example
 from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.recipe import Recipe
-from kd.training.build import build_student, build_teacher
+from kd.training.build import build_live_teacher, build_student
 from kd.training.step import train_step
 
 TIED, ACCUMULATION, CHECKPOINTING = ("tied", "untied"), (1, 4), (False, True)
@@ -37,7 +37,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for head, accumulation, checkpointing in itertools.product(TIED, ACCUMULATION, CHECKPOINTING):
         recipe = _recipe(models, head, accumulation, checkpointing)
-        teacher = build_teacher(recipe, layout)
+        teacher = build_live_teacher(recipe, layout)
         student = build_student(recipe, student_ds_config(recipe, layout.world_size, "cpu"), layout)
         assert all(p.ds_tensor.numel() < p.ds_numel for p in student.trainable_parameters), (
             "not partitioned"

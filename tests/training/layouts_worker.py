@@ -27,7 +27,7 @@ from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.plan.lengths import batch_shape
 from kd.recipe import Recipe, load_recipe
-from kd.training.build import build_student, build_teacher, choose_layout
+from kd.training.build import build_live_teacher, build_student, choose_layout
 from kd.training.step import train_step
 
 CUTS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _cuts(recipe: Recipe, examples: Examples, pad: int, layout: Layout) -> dict[str, Any]:
-    teacher = build_teacher(recipe, layout)
+    teacher = build_live_teacher(recipe, layout)
     assert teacher is not None
     ds_config = student_ds_config(recipe, layout.world_size, "cpu")
     student = build_student(recipe, ds_config, layout)

@@ -116,7 +116,7 @@ def on_h100(recipe: Recipe, loader: Loader) -> PlanReport:
     assert plan is not None
     optimizer = SimpleNamespace(optimizer=SimpleNamespace(state={}))
     student = SimpleNamespace(module=torch.nn.Linear(2, 2), optimizer=optimizer)
-    report = PlanReport(plan, loader, None, student, replace(layout_of(0, 4), nodes=nodes))
+    report = PlanReport(plan, loader, [], student, replace(layout_of(0, 4), nodes=nodes))
     report._site = Site(GPUS["h100"], 2, 2)
     return report
 

@@ -1,0 +1,228 @@
+"""Fill a teacher's cache: each trace of a recipe's data once, whole, over all ranks. Read
+fill_cache() from top to bottom.
+"""
+
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from kd.cache.identity import check_same, make_manifest
+from kd.cache.kinds import Kind
+from kd.cache.records import REMEDY, CacheManifest
+from kd.cache.store import (
+    Cache,
+    ShardWriter,
+    damage_of,
+    open_cache,
+    read_manifest,
+    remove_shard,
+    remove_unfinished,
+)
+from kd.data.collate import collate
+from kd.data.dataset import Data, Example, Examples, load_data
+from kd.data.step_plan import BatchShape, deal
+from kd.data.tokenizers import load_tokenizers
+from kd.distributed.agreement import check_same_everywhere
+from kd.distributed.interruption import Interruption
+from kd.distributed.layout import Layout
+from kd.distributed.peers import gather_peers, watching
+from kd.distributed.process_group import (
+    any_rank,
+    barrier,
+    find_ranks,
+    init_distributed,
+    on_rank_zero,
+)
+from kd.errors import Interrupted, UserError
+from kd.files import write_json
+from kd.logs import configure_logging
+from kd.recipe import Recipe
+from kd.runs.environment import facts_of_rank
+from kd.runs.lock import hold
+from kd.runs.shared_folder import check_shared
+from kd.teachers.live import LiveTeacher
+from kd.training.build import build_live_teacher
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_MICRO_BATCH = 8192  # where the recipe has no budget
+ROWS_PER_GROUP = 16  # of each rank, between two looks at signals
+# Prefixes against the whole, relative: another length sums in another order
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+
+
+def fill_cache(recipe: Recipe, kind: Kind, folder: Path, interruption: Interruption) -> None:
+    """Bring the cache in folder to hold every row of the recipe's data, training and validation;
+    shards that are damaged are filled again.
+
+    Collective: every rank must call this. Raises UserError, on every rank, for whatever the user
+    can put right; Interrupted when the interruption was requested, and what is done is kept.
+    """
+    recipe = whole_traces(recipe)
+    find_ranks()
+    with watching([]):
+        meeting = timedelta(minutes=recipe.run.rendezvous_timeout_minutes)
+        check_same_everywhere(facts_of_rank(recipe), meeting)
+        layout = init_distributed(recipe.run.collective_timeout_minutes)
+        peers = gather_peers()
+        interruption.arm()
+    with watching(peers):
+        configure_logging(layout.rank)
+        on_rank_zero(lambda: hold(folder))
+        check_shared(f"--output {str(folder)!r}", folder, layout)
+        tokenizer = load_tokenizers(recipe)
+        data = on_rank_zero_first(recipe, tokenizer, layout)
+        manifest = on_rank_zero(lambda: make_manifest(recipe, kind, tokenizer))
+        on_rank_zero(lambda: _prepare(folder, manifest))
+        missing = _missing(open_cache(folder), data)
+        log.info("%s: %d rows are to be filled", folder, len(missing))
+        if missing:
+            teacher = build_live_teacher(recipe, layout)
+            _check_prefixes(teacher, missing, tokenizer.pad_token_id, layout)
+            _fill(recipe, kind, folder, missing, teacher, tokenizer, layout, interruption)
+        cache = open_cache(folder)
+        if left := len(_missing(cache, data)):
+            raise UserError(f"{folder}: {left} rows are still missing: start again")
+        log.info("%s: whole, %d rows", folder, len(cache))
+        barrier()
+
+
+def whole_traces(recipe: Recipe) -> Recipe:
+    """The recipe without truncation, and with a teacher that runs."""
+    if recipe.teacher is None:
+        raise UserError(f"{recipe.run.name} has no [teacher], of which a cache could be filled")
+    values = {"keep_fraction": 1.0, "max_tokens": None, "window": "head", "cut_after_think": False}
+    changes: dict[str, Any] = {f"truncation.{key}": value for key, value in values.items()}
+    changes["data.loss_sections"] = ["prompt", "cot", "answer"]
+    return recipe.with_values({**changes, "teacher.cache": None})
+
+
+def on_rank_zero_first(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, layout: Layout) -> Data:
+    """One rank of each node tokenises, unless that was done; the others find what it stored."""
+    data = load_data(recipe, tokenizer) if layout.is_first_on_node else None
+    barrier()
+    return data or load_data(recipe, tokenizer)
+
+
+def _prepare(folder: Path, manifest: CacheManifest) -> None:
+    """A manifest in the folder that says the same, and no shard that is not whole."""
+    path = folder / "manifest.json"
+    if path.exists():
+        check_same(read_manifest(folder), manifest, folder)
+    else:
+        write_json(path, manifest.model_dump())
+    (folder / "shards").mkdir(exist_ok=True)
+    remove_unfinished(folder)
+    for shard, what in damage_of(folder):
+        log.warning("%s is damaged: %s; its rows are filled again", shard, what)
+        remove_shard(shard)
+
+
+def _missing(cache: Cache, data: Data) -> list[tuple[Examples, int]]:
+    """The rows that the cache lacks, each once, the longest first."""
+    found: dict[bytes, tuple[Examples, int]] = {}
+    for examples in (data.train, data.validation):
+        if examples is None:
+            continue
+        for i in range(len(examples)):
+            key = examples.key(i)
+            if key not in cache:
+                found.setdefault(key, (examples, i))
+    return sorted(found.values(), key=lambda row: -int(row[0].num_input_tokens[row[1]]))
+
+
+def _check_prefixes(
+    teacher: LiveTeacher, missing: list[tuple[Examples, int]], pad: int, layout: Layout
+) -> None:
+    """Raise UserError unless the teacher's states of half of the longest trace are those of all of
+    it: positions that are scaled by the longest one, as longrope's, are not.
+    """
+    examples, i = missing[0]
+    whole = examples[i]
+    half = max(len(whole.input_ids) // 2, 1)
+    states = [
+        teacher.hidden_states(**collate([_first(whole, n)], pad).to(layout.device).model_inputs)
+        for n in (half, len(whole.input_ids))
+    ]
+    prefix, of_whole = states[0].float(), states[1][:, :half].float()
+    error = float((prefix - of_whole).norm() / of_whole.norm())
+    if not error <= TOLERANCE[states[0].dtype]:
+        raise UserError(
+            f"teacher.model: of a trace of {len(whole.input_ids)} tokens, the states of its first "
+            f"{half} depend on what follows them (relative error {error:.2g}): its positions are "
+            "scaled by the longest of them. No cache can serve several lengths of it"
+        )
+
+
+def _first(example: Example, num_tokens: int) -> Example:
+    return Example(
+        example.input_ids[:num_tokens],
+        example.labels[:num_tokens],
+        example.row,
+        example.num_tokens_3,
+        0,
+    )
+
+
+def _fill(
+    recipe: Recipe,
+    kind: Kind,
+    folder: Path,
+    missing: list[tuple[Examples, int]],
+    teacher: LiveTeacher,
+    tokenizer: PreTrainedTokenizerFast,
+    layout: Layout,
+    interruption: Interruption,
+) -> None:
+    """Groups of rows, each dealt over the ranks as a global batch is."""
+    writer = ShardWriter(folder, f"rank{layout.rank:05d}")
+    vocab_size = read_manifest(folder).vocab_size
+    budget = recipe.training.max_tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH
+    bar = tqdm(total=len(missing), unit="row", disable=layout.rank != 0)
+    for group in _groups(missing, ROWS_PER_GROUP * layout.world_size):
+        lengths = np.array([len(example.input_ids) for example in group])
+        shape = BatchShape(len(group), max_tokens=budget)
+        problem = None
+        for micro in deal(lengths, shape, layout.world_size)[layout.rank]:
+            batch = collate([group[i] for i in micro], tokenizer.pad_token_id).to(layout.device)
+            hidden_BLH = teacher.hidden_states(**batch.model_inputs)
+            head = teacher.head
+            try:
+                for hidden_LH, place in zip(hidden_BLH, batch.places, strict=False):
+                    fields = kind.encode(hidden_LH[: place.length], head, vocab_size)
+                    writer.add(place.key, fields)
+            except OSError as error:  # its peers learn of it below, and none waits for it
+                problem = error
+        bar.update(len(group))
+        _stop_together(problem, folder, layout)
+        if any_rank(interruption.is_requested(), layout.device):
+            writer.flush()
+            raise Interrupted
+    try:
+        writer.flush()
+        problem = None
+    except OSError as error:
+        problem = error
+    _stop_together(problem, folder, layout)
+    barrier()
+
+
+def _groups(missing: list[tuple[Examples, int]], size: int) -> Iterator[list[Example]]:
+    for start in range(0, len(missing), size):
+        yield [examples[i] for examples, i in missing[start : start + size]]
+
+
+def _stop_together(problem: OSError | None, folder: Path, layout: Layout) -> None:
+    """Raise UserError on every rank when one of them cannot write."""
+    if any_rank(problem is not None, layout.device):
+        reason = problem.strerror if problem else "another rank cannot write"
+        raise UserError(
+            f"{folder}: {reason}: make room, and start again: what is written stays ({REMEDY})"
+        )

@@ -1,0 +1,83 @@
+"""Compute once what a teacher says of whole traces, for every truncation length, seed and student:
+
+deepspeed launch/cache.py --recipe NAME --output FOLDER [--kind hidden --dtype bf16]
+
+Then train with --set teacher.cache=FOLDER, and no teacher is loaded. Started again it fills what is
+missing: more rows, damaged shards, or what was left when it was stopped. torchrun, srun and plain
+python start it too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kd.cli import recipe_parser, run
+from kd.distributed.interruption import Interruption
+from kd.errors import UserError
+from kd.recipe import load_recipe
+
+
+def main() -> None:
+    interruption = Interruption()
+    arguments = parse_args()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.verify:
+        verify(arguments.output)
+        return
+    from kd.cache.kinds import HiddenKind, Kind, TopKKind  # after --help: it imports torch
+    from kd.training.fill_cache import fill_cache
+
+    kinds: dict[str, Kind] = {
+        "hidden": HiddenKind(arguments.dtype),
+        "top_k": TopKKind(arguments.top_k, recipe.loss.temperature),
+    }
+    fill_cache(recipe, kinds[arguments.kind], arguments.output, interruption)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = recipe_parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--kind",
+        choices=("hidden", "top_k"),
+        default="hidden",
+        help="hidden: last states, for any divergence and temperature; top_k: the most likely "
+        "tokens, at loss.temperature",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "int8"),
+        default="bf16",
+        help="of hidden states: exact where it is no narrower than the teacher's own",
+    )
+    parser.add_argument("--top-k", type=int, default=128, metavar="K", help="tokens of top_k")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every byte, name what is damaged, fill nothing"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts"
+    )
+    arguments = parser.parse_args()
+    if arguments.top_k < 1:
+        raise UserError(f"--top-k {arguments.top_k}: at least 1 is needed")
+    return arguments
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError that names each damaged shard."""
+    from kd.cache.store import damage_of, read_manifest
+
+    read_manifest(folder)
+    damaged = [f"  {shard}: {what}" for shard, what in damage_of(folder)]
+    if damaged:
+        listing = "\n".join(damaged)
+        raise UserError(
+            f"{folder}: {len(damaged)} shards are damaged:\n{listing}\nFill it again with the "
+            "recipe that filled it: only these are filled"
+        )
+    print(f"ok: {folder} is whole", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
