@@ -32,6 +32,10 @@ class HiddenKind:
     dtype: Literal["fp32", "bf16", "int8"] = "bf16"
     name: Literal["hidden"] = "hidden"
 
+    def bytes_per_token(self, hidden_size: int) -> float:
+        scales = 4 / GROUP if self.dtype == "int8" else 0
+        return hidden_size * ({"fp32": 4, "bf16": 2, "int8": 1}[self.dtype] + scales)
+
     def encode(self, hidden_TH: Tensor, head: Head, vocab_size: int) -> Fields:
         if self.dtype != "int8":
             dtype = torch.float32 if self.dtype == "fp32" else torch.bfloat16
@@ -61,6 +65,9 @@ class TopKKind:
     k: int = 128
     temperature: float = 1.0
     name: Literal["top_k"] = "top_k"
+
+    def bytes_per_token(self, hidden_size: int) -> float:
+        return 8.0 * self.k
 
     def encode(self, hidden_TH: Tensor, head: Head, vocab_size: int) -> Fields:
         """vocab_size: what student and teacher share, of which the K are."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from kd.data.step_plan import Work
 from kd.data.truncate import IntArray
-from kd.plan.shapes import ModelShapes, model_shapes
+from kd.plan.shapes import ModelShapes, model_shapes, teacher_shapes
 from kd.recipe import Recipe
 
 
@@ -69,10 +69,8 @@ class PairShapes:
 
 def pair_of(recipe: Recipe) -> PairShapes:
     """The shapes of the recipe's models. Raises UserError when they are not to be had."""
-    teacher = model_shapes(recipe.teacher, role="teacher") if recipe.teacher else None
-    return PairShapes(
-        model_shapes(recipe.student, role="student"), teacher, recipe.student.checkpointing
-    )
+    student = model_shapes(recipe.student, role="student")
+    return PairShapes(student, teacher_shapes(recipe), recipe.student.checkpointing)
 
 
 def forward_flops(shapes: ModelShapes, padded_N: IntArray) -> float:

@@ -11,7 +11,7 @@ from kd.engine.ds_config import is_zero3, read_ds_config
 from kd.errors import UserError
 from kd.plan.activations import num_tokens_read, saved_activations
 from kd.plan.rank_memory import GIB, RankMemory, rank_memory
-from kd.plan.shapes import model_shapes
+from kd.plan.shapes import model_shapes, teacher_shapes
 from kd.plan.zero_memory import ZeroEngine
 from kd.recipe import Recipe
 
@@ -142,12 +142,13 @@ def engines_of(recipe: Recipe, num_nodes: int, gpus_per_node: int) -> Engines:
     world_size = num_nodes * gpus_per_node
     student_shapes = model_shapes(recipe.student, role="student")
     student = ZeroEngine(student_shapes, read_ds_config(recipe, "student"), world_size)
-    if recipe.teacher is None:
+    shapes = teacher_shapes(recipe)
+    if recipe.teacher is None or shapes is None:
         return Engines(student, None)
-    shard = recipe.teacher.shard
+    shard = recipe.teacher.shard if recipe.teacher.cache is None else "gpu"
     num_sharing = {"gpu": 1, "node": gpus_per_node, "world": world_size}[shard]
     teacher = ZeroEngine(
-        model_shapes(recipe.teacher, role="teacher"),
+        shapes,
         read_ds_config(recipe, "teacher"),
         num_sharing,
         is_trained=False,

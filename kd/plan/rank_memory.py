@@ -90,7 +90,8 @@ def _moments(
     if teacher is not None:
         teacher_hidden = teacher.width * teacher.shapes.hidden_size * num_tokens
         states = teacher_hidden + layer_activations(teacher.shapes, num_tokens, teacher.width)
-        moments.append(_Moment("the teacher's forward", teacher.live_bytes, states, 0, 0))
+        if teacher.shapes.num_layers:  # else its states are read
+            moments.append(_Moment("the teacher's forward", teacher.live_bytes, states, 0, 0))
     chunks = _chunk_bytes(recipe.loss, student, teacher, num_tokens)
     moments.append(
         _Moment("the loss", gathered, saved + teacher_hidden, chunks + hidden + 4 * head, 0)

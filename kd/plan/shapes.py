@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from kd.cache.store import read_manifest
 from kd.engine.zero3 import NUM_EXPERTS, num_parameters, whole_shape
 from kd.errors import UserError
 from kd.hub import hub_errors
 from kd.models.loading import load_config
-from kd.recipe import RECIPES_DIR, ModelSection, find_input
+from kd.recipe import RECIPES_DIR, ModelSection, Recipe, find_input
 
 SHAPES_DIR = RECIPES_DIR / "shapes"
 # In configurations: experts that see a token
@@ -68,6 +69,28 @@ def model_shapes(section: ModelSection, *, role: str) -> ModelShapes:
     config = load_config(section, role=role)
     with hub_errors(f"{role}.model", section.model):
         return config_shapes(config, trust_remote_code=section.trust_remote_code)
+
+
+def teacher_shapes(recipe: Recipe) -> ModelShapes | None:
+    """Of the teacher that a run holds: with a cache of hidden states its head alone, with one of
+    tokens nothing.
+
+    Raises UserError as model_shapes does, and for a cache that is not there.
+    """
+    section = recipe.teacher
+    if section is None:
+        return None
+    whole = model_shapes(section, role="teacher")
+    if section.cache is None:
+        return whole
+    if read_manifest(Path(section.cache)).kind != "hidden":
+        return None
+    return dataclasses.replace(
+        whole,
+        num_layers=0,
+        num_active_weights=0,
+        parameter_sizes=((whole.vocab_size * whole.hidden_size, 1),),
+    )
 
 
 def check_shapes(section: ModelSection, model: PreTrainedModel, *, role: str) -> None:

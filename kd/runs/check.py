@@ -24,6 +24,13 @@ def check_recipe(recipe: Recipe) -> None:
             resolve(field, value)
     for role in ("student", "teacher") if recipe.teacher else ("student",):
         read_ds_config(recipe, role)
+    if recipe.teacher and recipe.teacher.cache is not None:
+        cache = recipe.teacher.cache
+        if not os.path.isfile(os.path.join(cache, "manifest.json")):
+            raise UserError(
+                f"teacher.cache = {cache!r}: no such cache: fill it with launch/cache.py, or leave "
+                "it out"
+            )
     models = {"student.model": recipe.student, "teacher.model": recipe.teacher}
     if any(section and find_model(field, section) for field, section in models.items()):
         from kd.models.model_folder import check_models  # imports torch and transformers

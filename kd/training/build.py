@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kd.cache import open_cache
-from kd.cache.identity import check_holds, check_same, make_manifest
 from kd.cache.kinds import TopKKind
 from kd.data.dataset import Data
 from kd.data.step_plan import SequenceLayout
@@ -36,6 +35,7 @@ from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher, TeacherModule
+from kd.training.cache_identity import check_holds, check_same, make_manifest
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from kd.cache.identity import check_same, make_manifest
 from kd.cache.kinds import Kind
 from kd.cache.records import REMEDY, CacheManifest
 from kd.cache.store import (
@@ -49,6 +48,7 @@ from kd.runs.lock import hold
 from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_live_teacher
+from kd.training.cache_identity import check_same, make_manifest
 
 log = logging.getLogger(__name__)
 
