@@ -1,59 +1,87 @@
-"""A training step of Qwen2.5-7B into 1.5B at several lengths: time by phase, memory and FLOPs, as
-JSON and Markdown.
+"""A training step of Qwen2.5-7B into 1.5B in every layout of teacher and student, at several
+lengths: time by phase, memory, FLOPs and a profile, as JSON and Markdown.
 
-    python benchmarks/train_step.py --output DIR [--keep 4096,2048] [--device cuda|cpu] [--small]
+    python benchmarks/train_step.py --output DIR [--layouts zero3_zero3,gpu_zero2]
+        [--keep 4096,2048] [--device cuda|cpu] [--small]
+    python benchmarks/train_step.py --compare DIR1 DIR2
 
-Both models have the real shapes and random weights, made on the device. They stand in the recipe's
-ZeRO-3 engines, and what is timed is kd.training.step.train_step() itself, on one rank: nothing is
-communicated. DIR/train_step.json and .md are written after each length; lengths that they hold for
-the same commit, hardware and settings are not repeated.
+Both models have the real shapes and random weights, made on the device. They run as
+kd.training.build has them run, and what is timed is kd.training.step.train_step() itself, on one
+rank: nothing is communicated. Layouts follow each other in one process, the most telling first.
+DIR/train_step.json and .md are written after each row; rows that they hold for the same commit,
+hardware and settings are not repeated. A row that does not fit in memory says so.
 """
 
 import argparse
 import gc
 import json
+import logging
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from step_compare import compare
+from step_profile import profile_line, profile_step
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from kd.cli import run
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
+from kd.data.step_plan import BatchShape, deal
 from kd.distributed.device import device_type
 from kd.distributed.layout import Layout
 from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import is_bf16, student_ds_config, teacher_ds_config
-from kd.engine.engine import initialize
+from kd.engine.engine import Engine
 from kd.engine.zero3 import num_parameters, shard_bytes
 from kd.errors import UserError
 from kd.files import write_json, write_text
 from kd.logs import configure_logging
 from kd.models.head import backbone
 from kd.models.loading import choose_attention
-from kd.models.student import Student, StudentModule
+from kd.models.student import Student
 from kd.plan import flops
 from kd.plan.gpus import find_gpu
 from kd.plan.shapes import config_shapes
 from kd.recipe import ModelSection, Recipe, load_recipe
 from kd.runs.environment import environment
 from kd.teachers.live import LiveTeacher, TeacherModule
+from kd.training.build import choose_layout, student_engine, teacher_run
 from kd.training.metrics import peak_memory_gib
-from kd.training.step import train_step
+from kd.training.step import StepResult, train_step
 
 RECIPE = "qwen7b_to_1p5b"
 # One rank's share of the recipe's 32 sequences on 8 GPUs: the optimizer's part of a step is what it
 # is there.
 GLOBAL_BATCH_SIZE = 4
+_GPU_TEACHER = "teacher.shard=gpu"
+_ZERO1, _ZERO2 = "deepspeed.student=zero1_bf16.json", "deepspeed.student=zero2_bf16.json"
+_NO_CHECKPOINTING = "student.gradient_checkpointing=false"
+_BUDGET = "training.max_tokens_per_micro_batch=8192"
+# layout -> what it sets in the recipe: names tell the teacher, the student's stage, and what else
+# differs from the recipe. "auto" pads where flash attention is missing; packed is asked for.
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "zero3_zero3": (),
+    "gpu_zero2": (_GPU_TEACHER, _ZERO2),
+    "gpu_zero2_no_checkpointing": (_GPU_TEACHER, _ZERO2, _NO_CHECKPOINTING),
+    "gpu_zero2_8k": (_GPU_TEACHER, _ZERO2, _BUDGET),
+    "gpu_zero2_8k_packed": (_GPU_TEACHER, _ZERO2, _BUDGET, "training.sequence_layout=packed"),
+    "zero3_zero3_no_checkpointing": (_NO_CHECKPOINTING,),
+    "gpu_zero1": (_GPU_TEACHER, _ZERO1),
+    "gpu_zero3": (_GPU_TEACHER,),
+    "gpu_zero2_8k_no_checkpointing": (_GPU_TEACHER, _ZERO2, _BUDGET, _NO_CHECKPOINTING),
+    "gpu_zero1_no_checkpointing": (_GPU_TEACHER, _ZERO1, _NO_CHECKPOINTING),
+    "gpu_zero3_no_checkpointing": (_GPU_TEACHER, _NO_CHECKPOINTING),
+}
 # role -> shapes, as in the two models' config.json
 SHAPES: dict[str, dict[str, Any]] = {
     "teacher": {
@@ -86,8 +114,10 @@ SMALL_SHAPES: dict[str, dict[str, Any]] = {
 }
 PHASES = ("teacher_forward", "student_forward", "loss", "backward", "optimizer")
 WARMUP_STEPS = 2
+LINEAR = nn.functional.linear
 MATMUL_SIZE = {"cuda": 8192, "cpu": 128}
 COLUMNS = (
+    "layout",
     "tokens",
     "step ms (p20-p80)",
     *(f"{name.replace('_', ' ')} ms" for name in PHASES),
@@ -103,8 +133,11 @@ COLUMNS += (
 )
 
 
+log = logging.getLogger(__name__)
+
+
 class Pair(NamedTuple):
-    """Teacher and student in their engines, and what the benchmark says of them."""
+    """Teacher and student as they run in a layout, and what the benchmark says of them."""
 
     teacher: LiveTeacher
     student: Student
@@ -114,48 +147,46 @@ class Pair(NamedTuple):
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.device != device_type():
-        raise UserError(
-            f"--device {arguments.device}, but DeepSpeed finds {device_type()} here: name that "
-            "one; a CPU beside a GPU is used with DS_ACCELERATOR=cpu in the environment"
-        )
-    recipe = load_recipe(
-        RECIPE, [f"training.global_batch_size={GLOBAL_BATCH_SIZE}", *arguments.overrides]
-    )
-    report = open_report(arguments, recipe)
-    missing = [length for length in arguments.keep if str(length) not in report["lengths"]]
-    if missing:
-        layout = init_distributed()
-        if layout.world_size != 1:
-            raise UserError(
-                f"{layout.world_size} ranks were started: start one, without a launcher"
-            )
-        device = layout.device
-        configure_logging(rank=0)
-        torch.manual_seed(recipe.run.seed)
-        pair = build_pair(recipe, arguments.small, device)
-        report["models"], clock = pair.facts, Clock(device)
-        watch_phases(pair, clock)
-        for length in missing:
-            row = measure(pair, recipe, length, arguments.steps, clock, layout)
-            report["lengths"][str(length)] = row | {"command": shlex.join(["python", *sys.argv])}
-            write_report(arguments.output, report)
+    if arguments.compare:
+        print(compare(*arguments.compare))
+        return
+    check_device(arguments.device)
+    report, failed = open_report(arguments), []
+    missing = {name: missing_lengths(report, name, arguments.keep) for name in arguments.layouts}
+    layout = one_rank() if any(missing.values()) else None
+    for name, lengths in missing.items():
+        try:
+            for length, row in rows_of(name, lengths, arguments, layout):
+                add_row(report, name, length, row)
+                write_report(arguments.output, report)
+        except Exception:  # of one layout: the others are to be measured in this call too
+            log.exception("layout %s", name)
+            failed.append(name)
     print(markdown(report))
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed, see above; the others are in the report")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time a training step of Qwen2.5-7B into Qwen2.5-1.5B."
     )
+    parser.add_argument("--output", type=Path, help="folder of train_step.json and train_step.md")
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder of train_step.json and train_step.md"
+        "--compare", type=Path, nargs=2, metavar="DIR", help="two such folders, and measure nothing"
+    )
+    parser.add_argument(
+        "--layouts",
+        type=_layouts,
+        default=list(LAYOUTS),
+        help=f"one after the other; all of them: {', '.join(LAYOUTS)}",
     )
     parser.add_argument(
         "--keep", type=_lengths, help="tokens of a sequence, of each length to measure; 4096,2048"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
-        "--steps", type=_at_least_two, default=10, help="timed optimizer steps of each length"
+        "--steps", type=_at_least_two, default=10, help="timed optimizer steps of each row"
     )
     parser.add_argument(
         "--small", action="store_true", help="the same on tiny shapes: seconds on a CPU"
@@ -164,10 +195,20 @@ def parse_arguments() -> argparse.Namespace:
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
     )
     arguments = parser.parse_args()
+    if arguments.output is None and arguments.compare is None:
+        parser.error("--output DIR or --compare DIR DIR is needed")
     # Shortest first: a length that does not fit leaves the others, and the peak of a process on a
     # CPU only grows.
     arguments.keep = sorted(arguments.keep or ((128, 64) if arguments.small else (4096, 2048)))
     return arguments
+
+
+def _layouts(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in LAYOUTS:
+            raise argparse.ArgumentTypeError(f"{name}: choose from {', '.join(LAYOUTS)}")
+    return names
 
 
 def _lengths(text: str) -> list[int]:
@@ -181,9 +222,31 @@ def _at_least_two(text: str) -> int:
     return number
 
 
-def open_report(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
+def check_device(wanted: str) -> None:
+    if wanted != device_type():
+        raise UserError(
+            f"--device {wanted}, but DeepSpeed finds {device_type()} here: name that one; a CPU "
+            "beside a GPU is used with DS_ACCELERATOR=cpu in the environment"
+        )
+
+
+def one_rank() -> Layout:
+    layout = init_distributed()
+    if layout.world_size != 1:
+        raise UserError(f"{layout.world_size} ranks were started: start one, without a launcher")
+    configure_logging(rank=0)
+    return layout
+
+
+def recipe_of(name: str, overrides: list[str]) -> Recipe:
+    """The recipe in a layout, which sets its own keys last: its name stays true."""
+    size = f"training.global_batch_size={GLOBAL_BATCH_SIZE}"
+    return load_recipe(RECIPE, [size, *overrides, *LAYOUTS[name]])
+
+
+def open_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report in --output when it was measured with the same code, hardware and settings, else
-    one of no length.
+    one without rows.
     """
     settings = {
         "device": arguments.device,
@@ -191,15 +254,17 @@ def open_report(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, Any]
         "steps": arguments.steps,
         "warmup_steps": WARMUP_STEPS,
         "world_size": 1,
-        "gradient_checkpointing": recipe.student.gradient_checkpointing,
-        "micro_batch_size": recipe.training.micro_batch_size,
-        "gradient_accumulation_steps": recipe.max_micro_batches(world_size=1),
+        "global_batch_size": GLOBAL_BATCH_SIZE,
         "overrides": arguments.overrides,
     }
-    fresh = {"environment": environment(), "settings": settings, "lengths": {}}
+    fresh = {"environment": environment(), "settings": settings, "layouts": {}, "ratios": {}}
     path = arguments.output / "train_step.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found if is_same(found, fresh) else fresh
+
+
+def missing_lengths(report: dict[str, Any], name: str, wanted: list[int]) -> list[int]:
+    return [length for length in wanted if str(length) not in report["layouts"].get(name, {})]
 
 
 def is_same(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
@@ -211,44 +276,91 @@ def is_same(found: dict[str, Any], fresh: dict[str, Any]) -> bool:
     return named and all(found.get(key) == fresh[key] for key in ("environment", "settings"))
 
 
-def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
-    """Both models with random weights, in engines as kd.training.build makes them. Raises UserError
-    when they do not fit.
+def rows_of(
+    name: str, lengths: list[int], arguments: argparse.Namespace, layout: Layout | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(length, its row) of a layout, whose models are gone when the last is taken. When one does
+    not fit in memory, neither do longer ones: their rows hold "error" alone.
     """
+    if not lengths:
+        return
+    assert layout is not None
+    recipe, pair = recipe_of(name, arguments.overrides), None
+    facts = {"set": LAYOUTS[name], "command": shlex.join(["python", *sys.argv])}
+    facts["memory_before_gib"] = settle(layout.device)
+    remaining = list(lengths)
+    try:
+        pair = build_pair(recipe, arguments.small, layout.device)
+        clock = Clock(layout.device)
+        watch_phases(pair, clock)
+        for length in lengths:
+            row = measure(pair, recipe, length, arguments.steps, clock, layout)
+            if length == lengths[0]:
+                batches = random_batches(pair, recipe, length)
+                whole, short = (
+                    step_on(pair, recipe, some, layout) for some in (batches, batches[:1])
+                )
+                row["profile"] = profile_step(whole, short, layout.device)
+            yield remaining.pop(0), facts | pair.facts | row
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().splitlines()[0]
+    finally:
+        if pair is not None:
+            release(pair.teacher._run, pair.student.engine)
+    for length in remaining:
+        yield length, facts | {"error": f"out of memory: {reason}"}
+
+
+def build_pair(recipe: Recipe, small: bool, device: torch.device) -> Pair:
+    """Both models with random weights, the same in every layout, running as in training."""
     started = time.perf_counter()
+    torch.manual_seed(recipe.run.seed)
     assert recipe.teacher is not None
     configs = model_configs(small)
-    ds_configs = {
-        "teacher": teacher_ds_config(recipe),
-        "student": student_ds_config(recipe, 1, device.type),
-    }
+    ds_config = teacher_ds_config(recipe)
+    model = random_model(recipe.teacher, configs["teacher"], ds_config, "teacher", device)
+    run = teacher_run(model, recipe.teacher.shard, ds_config)
+    teacher = LiveTeacher(model, run)
+    ds_config = student_ds_config(recipe, 1, device.type)
     try:
-        model = random_model(
-            recipe.teacher, configs["teacher"], ds_configs["teacher"], "teacher", device
-        )
-        teacher = LiveTeacher(model, initialize(TeacherModule(model), ds_configs["teacher"]))
-        model = random_model(
-            recipe.student, configs["student"], ds_configs["student"], "student", device
-        )
-        if recipe.student.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        module = StudentModule(model.train(), recipe.loss)
-        student = Student(model, initialize(module, ds_configs["student"]))
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the two models and the optimizer's state do not fit in the device's memory: "
-            f"{_first_line(error)}. --set deepspeed.student=zero3_bf16_offload.json keeps that "
-            "state on the host"
-        ) from error
+        model = random_model(recipe.student, configs["student"], ds_config, "student", device)
+        student = Student(model, student_engine(model, recipe, ds_config))
+    except torch.OutOfMemoryError:
+        release(run)
+        raise
+    model.train()
     optimizer = student.engine.optimizer.optimizer
     facts = {
-        "teacher": model_facts(teacher.model),
-        "student": model_facts(model),
+        "models": {"teacher": model_facts(teacher.model), "student": model_facts(model)},
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
         "optimizer_fused": bool(optimizer.defaults.get("fused")),
+        "gradient_checkpointing": recipe.student.checkpointing,
+        "sequence_layout": choose_layout(recipe, student, teacher),
         "build_s": time.perf_counter() - started,
     }
     return Pair(teacher, student, configs, facts)
+
+
+def release(*sides: TeacherModule | Engine) -> None:
+    """Have engines let go of their memory, and the next layout run as in a process of its own:
+    ZeRO-3 keeps a list of the modules that run, and replaces torch's linear() for good.
+    """
+    for side in sides:
+        weights = list(side.parameters())
+        if not isinstance(side, TeacherModule):
+            inner = getattr(side.optimizer, "optimizer", None)  # of a student
+            if inner is not None:
+                weights += [weight for group in inner.param_groups for weight in group["params"]]
+                inner.state.clear()
+            side.destroy()
+            vars(side.optimizer).clear()
+        # Emptied one by one: they are in cycles through autograd's C++, which Python does not
+        # collect.
+        for weight in weights:
+            vars(weight).clear()
+            weight.data, weight.grad = weight.data.new_empty(0), None
+    FWD_MODULE_STACK.clear()
+    nn.functional.linear = LINEAR
 
 
 def model_configs(small: bool) -> dict[str, Qwen2Config]:
@@ -349,24 +461,14 @@ def watch_phases(pair: Pair, clock: Clock) -> None:
 def measure(
     pair: Pair, recipe: Recipe, length: int, num_steps: int, clock: Clock, layout: Layout
 ) -> dict[str, Any]:
-    """Everything about steps on sequences of `length` tokens. Raises UserError when they do not
-    fit.
-    """
+    """Everything about steps on sequences of `length` tokens."""
     batches, device = random_batches(pair, recipe, length), layout.device
-    step = partial(
-        train_step, pair.student, pair.teacher, batches, recipe.training.learning_rate, layout
-    )
-    try:
-        for _ in range(WARMUP_STEPS):
-            step()
-        resident_gib = settle(device)
-        clock.take_ms()
-        steps = [timed_step(step, clock, device) for _ in range(num_steps)]
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"a step on {length} tokens does not fit in the device's memory, beside what was "
-            f"resident: {_first_line(error)}. Lengths measured before it are in the report"
-        ) from error
+    step = step_on(pair, recipe, batches, layout)
+    for _ in range(WARMUP_STEPS):
+        step()
+    resident_gib = settle(device)
+    clock.take_ms()
+    steps = [timed_step(step, clock, device) for _ in range(num_steps)]
     peak_gib, rate = peak_memory_gib(device), matmul_flops(device)
     step_ms = [ms for ms, _, _ in steps]
     sums_ms = [sum(phases.values()) for _, phases, _ in steps]
@@ -377,6 +479,8 @@ def measure(
     achieved = num_flops["model"] / (statistics.median(step_ms) / 1000)
     nominal = nominal_flops(device)
     return {
+        "num_micro_batches": len(batches),
+        "micro_batch_shape": list(batches[0].input_ids.shape),
         "step_ms": spread(step_ms),
         "phases_ms": phases_ms,
         "phases_sum_ms": spread(sums_ms),
@@ -400,19 +504,29 @@ def measure(
     }
 
 
+def step_on(
+    pair: Pair, recipe: Recipe, batches: list[Batch], layout: Layout
+) -> Callable[[], StepResult]:
+    rate = recipe.training.learning_rate
+    return partial(train_step, pair.student, pair.teacher, batches, rate, layout)
+
+
 def random_batches(pair: Pair, recipe: Recipe, length: int) -> list[Batch]:
-    """The micro-batches of one optimizer step; every token but a sequence's first is supervised."""
+    """The micro-batches of one optimizer step, of the same sequences in every layout; every token
+    but a sequence's first is supervised.
+    """
     random = np.random.default_rng([recipe.run.seed, length])
     vocab_size = min(config.vocab_size for config in pair.configs.values())
-    batches = []
-    for _ in range(recipe.max_micro_batches(world_size=1)):
-        rows = random.integers(0, vocab_size, (recipe.training.micro_batch_size, length))
-        examples = [
-            Example(ids, ids, row=0, num_tokens_3=np.array([length, 0, 0]), read_start=0)
-            for ids in rows
-        ]
-        batches.append(collate(examples, pad_token_id=0))
-    return batches
+    examples = [
+        Example(ids, ids, row=row, num_tokens_3=np.array([length, 0, 0]), read_start=0)
+        for row, ids in enumerate(random.integers(0, vocab_size, (GLOBAL_BATCH_SIZE, length)))
+    ]
+    training, packing = recipe.training, pair.facts["sequence_layout"]
+    shape = BatchShape(
+        GLOBAL_BATCH_SIZE, training.micro_batch_size, training.max_tokens_per_micro_batch, packing
+    )
+    (dealt,) = deal(np.full(GLOBAL_BATCH_SIZE, length), shape, num_ranks=1)
+    return [collate([examples[i] for i in micro], 0, packing) for micro in dealt]
 
 
 def timed_step(
@@ -440,10 +554,11 @@ def settle(device: torch.device) -> float | None:
     """GPU memory held between steps, in GiB, peaks counting from here; None on a CPU, where a
     process has no such.
     """
+    gc.collect()
     if device.type == "cpu":
         return None
-    gc.collect()
     synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device) / 2**30
 
@@ -467,11 +582,10 @@ def resident_parts(pair: Pair) -> dict[str, float]:
 def count_flops(pair: Pair, recipe: Recipe, batches: list[Batch]) -> dict[str, float]:
     """FLOPs of one optimizer step by the formula of plans; "model" is without recomputation."""
     teacher, student = (config_shapes(pair.configs[role]) for role in ("teacher", "student"))
-    padded_N = np.repeat(
-        [batch.input_ids.shape[1] for batch in batches], [len(batch.input_ids) for batch in batches]
-    )
+    # Equally long, so that no micro-batch is padded
+    padded_N = np.array([place.length for batch in batches for place in batch.places])
     supervised_N = np.array([batch.num_supervised_tokens for batch in batches])
-    shapes = flops.PairShapes(student, teacher, recipe.student.gradient_checkpointing)
+    shapes = flops.PairShapes(student, teacher, recipe.student.checkpointing)
     step = shapes.step_flops(padded_N, supervised_N, len(padded_N))
     forward, backward = step.student / 3, step.student * 2 / 3
     return {
@@ -510,19 +624,27 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
 
 
+def add_row(report: dict[str, Any], name: str, length: int, row: dict[str, Any]) -> None:
+    """Longest first, and layouts in their own order."""
+    layouts = report["layouts"]
+    rows = layouts.get(name, {}) | {str(length): row}
+    layouts[name] = dict(sorted(rows.items(), key=lambda item: -int(item[0])))
+    report["layouts"] = {known: layouts[known] for known in LAYOUTS if known in layouts}
+    report["ratios"] = {known: ratios(rows) for known, rows in report["layouts"].items()}
+
+
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    report["lengths"] = dict(sorted(report["lengths"].items(), key=lambda item: -int(item[0])))
-    report["ratios"] = ratios(report["lengths"])
     write_json(folder / "train_step.json", report)
     write_text(folder / "train_step.md", markdown(report))
 
 
-def ratios(lengths: dict[str, Any]) -> dict[str, Any]:
+def ratios(rows: dict[str, Any]) -> dict[str, Any]:
     """What each shorter length takes of the longest's time, memory and FLOPs, as fractions."""
-    if not lengths:
+    measured = {length: row for length, row in rows.items() if "error" not in row}
+    if not measured:
         return {}
-    longest = max(lengths, key=int)
-    whole = lengths[longest]
+    longest = max(measured, key=int)
+    whole = measured[longest]
     return {
         f"{length}/{longest}": {
             "tokens": row["num_input_tokens"] / whole["num_input_tokens"],
@@ -531,7 +653,7 @@ def ratios(lengths: dict[str, Any]) -> dict[str, Any]:
             "peak_above_resident": above_resident(row, whole),
             "model_flops": row["flops"]["model"] / whole["flops"]["model"],
         }
-        for length, row in lengths.items()
+        for length, row in measured.items()
         if length != longest
     }
 
@@ -547,7 +669,10 @@ def above_resident(row: dict[str, Any], whole: dict[str, Any]) -> float | None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    here, settings, models = (report[key] for key in ("environment", "settings", "models"))
+    here, settings = report["environment"], report["settings"]
+    rows = [
+        (name, length, row) for name, of in report["layouts"].items() for length, row in of.items()
+    ]
     hardware = (
         ", ".join(here["gpus"])
         if settings["device"] == "cuda"
@@ -556,35 +681,53 @@ def markdown(report: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in here["packages"].items() if version
     )
+    lines = [
+        *dict.fromkeys(f"`{row['command']}`" for _, _, row in rows),
+        "",
+        f"{hardware}; commit {here['commit']}; Python {here['python']}, {versions}.",
+        "",
+        *dict.fromkeys(models_line(row) for _, _, row in rows if "error" not in row),
+        f"{settings['global_batch_size']} sequences a step, one rank; median of "
+        f"{settings['steps']} steps. A layout's name: the teacher, whole on the GPU or in ZeRO-3; "
+        "the student's stage; and what else its settings change.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *(markdown_row(name, length, row) for name, length, row in rows),
+        "",
+    ]
+    for name, of in report["layouts"].items():
+        settings_text = " ".join(f"--set {text}" for text in next(iter(of.values()))["set"])
+        lines.append(f"- {name}: `{settings_text or 'as the recipe is'}`")
+        lines += [
+            f"  - {int(length):,} tokens: {profile_line(row['profile'])}"
+            for length, row in of.items()
+            if "profile" in row
+        ]
+        for ratio_name, ratio in report["ratios"][name].items():
+            figures = (f"{key} {number(value, '.3f')}" for key, value in ratio.items())
+            lines.append(f"  - {ratio_name}: {', '.join(figures)}")
+    return "\n".join(lines) + "\n"
+
+
+def models_line(row: dict[str, Any]) -> str:
+    models = row["models"]
     names = " -> ".join(
         f"{models[role]['num_parameters'] / 1e6:,.1f} M parameters ({models[role]['attention']})"
         for role in ("teacher", "student")
     )
-    lines = [
-        *dict.fromkeys(f"`{row['command']}`" for row in report["lengths"].values()),
-        "",
-        f"{hardware}; commit {here['commit']}; Python {here['python']}, {versions}.",
-        "",
-        f"Random weights, {names}, {models['student']['dtype']}; optimizer {models['optimizer']}, "
-        f"fused {models['optimizer_fused']}; micro-batch {settings['micro_batch_size']}, "
-        f"{settings['gradient_accumulation_steps']} of them a step; gradient checkpointing "
-        f"{settings['gradient_checkpointing']}; one rank; median of {settings['steps']} steps.",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
-        *(markdown_row(length, row) for length, row in report["lengths"].items()),
-        "",
-    ]
-    for name, ratio in report["ratios"].items():
-        lines.append(
-            f"{name}: " + ", ".join(f"{key} {number(value, '.3f')}" for key, value in ratio.items())
-        )
-    return "\n".join(lines) + "\n"
+    return (
+        f"Random weights, {names}, {models['student']['dtype']}; optimizer {row['optimizer']}, "
+        f"fused {row['optimizer_fused']}."
+    )
 
 
-def markdown_row(length: str, row: dict[str, Any]) -> str:
+def markdown_row(name: str, length: str, row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {name} | {int(length):,} | {row['error']} |{' |' * (len(COLUMNS) - 3)}"
     step, memory = row["step_ms"], row["memory_gib"]
     cells = [
+        name,
         f"{int(length):,}",
         f"{step['median']:.1f} ({step['p20']:.1f}-{step['p80']:.1f})",
         *(f"{row['phases_ms'][name]['median']:.1f}" for name in PHASES),
@@ -602,10 +745,6 @@ def markdown_row(length: str, row: dict[str, Any]) -> str:
 
 def number(value: float | None, form: str) -> str:
     return "none" if value is None else format(value, form)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -98,17 +98,14 @@ def build_live_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher:
     log.info("loading the teacher, %s", section.model)
     ds_config = teacher_ds_config(recipe)
     reference = _reference_of(section, ds_config, role="teacher")
-    run: TeacherModule | Engine
     if section.shard == "gpu":
         model = load_whole(section, ds_config, role="teacher", device=layout.device)
-        run = TeacherModule(model)
     else:
         model = load_partitioned(section, ds_config, role="teacher")
         if section.shard == "node":
             group = group_of_node(layout.nodes, recipe.run.collective_timeout_minutes)
             repartition(model, group, ds_config)
-        set_leaf_modules(model)
-        run = initialize(TeacherModule(model), fetching_layers(ds_config, model))
+    run = teacher_run(model, section.shard, ds_config)
     check_shapes(section, model, role="teacher")
     teacher = LiveTeacher(model, run, keeps_packed_apart=reference.keeps_packed_apart)
     verify_weights(model, teacher.probe, reference.probed, role="teacher", device=layout.device)
@@ -130,15 +127,32 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
         reference = _reference_of(section, ds_config, role="student")
         model = load_partitioned(section, ds_config, role="student")
     check_shapes(section, model, role="student")
-    if section.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    set_leaf_modules(model)
-    engine = initialize(StudentModule(model, recipe.loss), fetching_layers(ds_config, model))
+    engine = student_engine(model, recipe, ds_config)
     student = Student(model, engine, keeps_packed_apart=reference.keeps_packed_apart)
     verify_weights(model, student.probe, reference.probed, role="student", device=layout.device)
     _log_size("student", model)
     model.train()
     return student
+
+
+def teacher_run(
+    model: PreTrainedModel, shard: str, ds_config: dict[str, Any]
+) -> TeacherModule | Engine:
+    """What a loaded teacher runs as: a plain module where each device has all of it, else an
+    engine. Collective: every rank must call this.
+    """
+    if shard == "gpu":
+        return TeacherModule(model)
+    set_leaf_modules(model)
+    return initialize(TeacherModule(model), fetching_layers(ds_config, model))
+
+
+def student_engine(model: PreTrainedModel, recipe: Recipe, ds_config: dict[str, Any]) -> Engine:
+    """The engine around a loaded student and its loss. Collective: every rank must call this."""
+    if recipe.student.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_leaf_modules(model)
+    return initialize(StudentModule(model, recipe.loss), fetching_layers(ds_config, model))
 
 
 def choose_layout(

@@ -38,7 +38,8 @@ def full_loss(recipe: Recipe, student: Any, teacher: Any, batch: Batch) -> torch
 
 def _logits(model: Any, batch: Batch) -> torch.Tensor:
     hidden_BLH = model.model(batch.input_ids).last_hidden_state
-    return F.linear(hidden_BLH, model.lm_head.weight).flatten(0, 1)
+    logits_BLV = F.linear(hidden_BLH, model.lm_head.weight)
+    return logits_BLV.float().flatten(0, 1)  # of models in bf16, softmax is not
 
 
 @torch.no_grad()
