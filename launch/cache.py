@@ -31,7 +31,8 @@ def main() -> None:
         "hidden": HiddenKind(arguments.dtype),
         "top_k": TopKKind(arguments.top_k, recipe.loss.temperature),
     }
-    fill_cache(recipe, kinds[arguments.kind], arguments.output, interruption)
+    kind, shard_bytes = kinds[arguments.kind], arguments.shard_mib * 2**20
+    fill_cache(recipe, kind, arguments.output, interruption, shard_bytes=shard_bytes)
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,14 +54,19 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--top-k", type=int, default=128, metavar="K", help="tokens of top_k")
     parser.add_argument(
+        "--shard-mib", type=int, default=256, metavar="N", help="MiB of a shard (%(default)s)"
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="read every byte, name what is damaged, fill nothing"
     )
     parser.add_argument(
         "--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts"
     )
     arguments = parser.parse_args()
-    if arguments.top_k < 1:
-        raise UserError(f"--top-k {arguments.top_k}: at least 1 is needed")
+    for name in ("top_k", "shard_mib"):
+        value = getattr(arguments, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     return arguments
 
 

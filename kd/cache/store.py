@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kd.cache.cache_records import REMEDY, CacheManifest, ShardRecord
 from kd.cache.kinds import Fields, Kind, kind_of
-from kd.cache.records import REMEDY, CacheManifest, ShardRecord
 from kd.errors import UserError
 from kd.files import write_json
 from kd.runs.records import read_record
@@ -45,8 +45,9 @@ class ShardWriter:
 
     def __init__(self, folder: Path, prefix: str, shard_bytes: int = SHARD_BYTES) -> None:
         """prefix: of file names that no other writer uses."""
-        self._folder, self._prefix, self._limit = folder / "shards", prefix, shard_bytes
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._shards, self._prefix, self._limit = folder / "shards", prefix, shard_bytes
+        self._shards.mkdir(parents=True, exist_ok=True)
         self._number = 0
         self._clear()
 
@@ -98,7 +99,7 @@ class ShardWriter:
 
     def _free_path(self) -> Path:
         while True:
-            path = self._folder / f"{self._prefix}-{self._number:06d}.safetensors"
+            path = self._shards / f"{self._prefix}-{self._number:06d}.safetensors"
             self._number += 1
             if not path.exists():
                 return path

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from kd.cache.cache_records import CachedModel, CachedTokens, CacheManifest
 from kd.cache.kinds import Kind, parameters_of
-from kd.cache.records import CachedModel, CachedTokens, CacheManifest
 from kd.cache.store import Cache
 from kd.data.dataset import Data
 from kd.errors import UserError

@@ -13,9 +13,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from kd.cache.cache_records import REMEDY, CacheManifest
 from kd.cache.kinds import Kind
-from kd.cache.records import REMEDY, CacheManifest
 from kd.cache.store import (
+    SHARD_BYTES,
     Cache,
     ShardWriter,
     damage_of,
@@ -58,7 +59,14 @@ ROWS_PER_GROUP = 16  # of each rank, between two looks at signals
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
-def fill_cache(recipe: Recipe, kind: Kind, folder: Path, interruption: Interruption) -> None:
+def fill_cache(
+    recipe: Recipe,
+    kind: Kind,
+    folder: Path,
+    interruption: Interruption,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Bring the cache in folder to hold every row of the recipe's data, training and validation;
     shards that are damaged are filled again.
 
@@ -86,7 +94,8 @@ def fill_cache(recipe: Recipe, kind: Kind, folder: Path, interruption: Interrupt
         if missing:
             teacher = build_live_teacher(recipe, layout)
             _check_prefixes(teacher, missing, tokenizer.pad_token_id, layout)
-            _fill(recipe, kind, folder, missing, teacher, tokenizer, layout, interruption)
+            writer = ShardWriter(folder, f"rank{layout.rank:05d}", shard_bytes)
+            _fill(recipe, kind, writer, missing, teacher, tokenizer, layout, interruption)
         cache = open_cache(folder)
         if left := len(_missing(cache, data)):
             raise UserError(f"{folder}: {left} rows are still missing: start again")
@@ -174,7 +183,7 @@ def _first(example: Example, num_tokens: int) -> Example:
 def _fill(
     recipe: Recipe,
     kind: Kind,
-    folder: Path,
+    writer: ShardWriter,
     missing: list[tuple[Examples, int]],
     teacher: LiveTeacher,
     tokenizer: PreTrainedTokenizerFast,
@@ -182,8 +191,7 @@ def _fill(
     interruption: Interruption,
 ) -> None:
     """Groups of rows, each dealt over the ranks as a global batch is."""
-    writer = ShardWriter(folder, f"rank{layout.rank:05d}")
-    vocab_size = read_manifest(folder).vocab_size
+    vocab_size = read_manifest(writer.folder).vocab_size
     budget = recipe.training.max_tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH
     bar = tqdm(total=len(missing), unit="row", disable=layout.rank != 0)
     for group in _groups(missing, ROWS_PER_GROUP * layout.world_size):
@@ -201,7 +209,7 @@ def _fill(
             except OSError as error:  # its peers learn of it below, and none waits for it
                 problem = error
         bar.update(len(group))
-        _stop_together(problem, folder, layout)
+        _stop_together(problem, writer.folder, layout)
         if any_rank(interruption.is_requested(), layout.device):
             writer.flush()
             raise Interrupted
@@ -210,7 +218,7 @@ def _fill(
         problem = None
     except OSError as error:
         problem = error
-    _stop_together(problem, folder, layout)
+    _stop_together(problem, writer.folder, layout)
     barrier()
 
 
