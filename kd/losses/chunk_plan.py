@@ -8,6 +8,7 @@ product.
 Shapes: V rows of a head, Hs hidden size of the student.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,18 @@ def plan_chunks(
     teacher_rows = max(1, _whole_tiles(budget_rows // (STUDENT_TO_TEACHER + 1)))
     student_rows = (budget_rows - teacher_rows) // teacher_rows * teacher_rows
     return ChunkPlan(max(1, student_rows), teacher_rows)
+
+
+def even_parts(num_rows: int, max_rows: int) -> Iterator[slice]:
+    """Yield the rows in order, in as few parts of at most `max_rows` as there can be: of one size,
+    give or take a tile, or a row where max_rows is not whole tiles.
+    """
+    num_parts = -(-num_rows // max_rows)
+    unit = 1 if max_rows % TILE_ROWS else TILE_ROWS
+    num_units = -(-num_rows // unit)
+    # The larger parts come last, where the last tile may be ragged.
+    bounds = [unit * (part * num_units // num_parts) for part in range(num_parts)]
+    yield from map(slice, bounds, [*bounds[1:], num_rows])
 
 
 def _whole_tiles(num_rows: int) -> int:
