@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-LOGITS_BUDGET_BYTES = 2 * 2**30
+from kd.constants import LOGITS_GIB
+
 STUDENT_TO_TEACHER = 8
 TILE_ROWS = 128
 
@@ -31,15 +32,15 @@ def plan_chunks(
     *,
     has_teacher: bool = True,
     chunk_size: int | None = None,
-    budget_bytes: int = LOGITS_BUDGET_BYTES,
+    logits_gib: float = LOGITS_GIB,
 ) -> ChunkPlan:
-    """Return the largest plan whose logits, of `vocab_size` columns, fit in `budget_bytes`: at
+    """Return the largest plan whose logits, of `vocab_size` columns, fit in `logits_gib`: at
     least a row each.
 
     A `chunk_size` replaces the student's rows, and with them the budget. The number of rows in a
     batch plays no part: all steps of a run have one plan.
     """
-    budget_rows = budget_bytes // (vocab_size * logits_dtype.itemsize)
+    budget_rows = int(logits_gib * 2**30) // (vocab_size * logits_dtype.itemsize)
     if not has_teacher:
         return ChunkPlan(chunk_size or max(1, _whole_tiles(budget_rows)), 0)
     if chunk_size:

@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
+from kd.constants import LOGITS_GIB
 from kd.losses import distillation_loss
 from kd.losses.chunk_plan import (
-    LOGITS_BUDGET_BYTES,
     ChunkPlan,
     even_parts,
     plan_chunks,
@@ -16,9 +16,10 @@ from kd.losses.chunk_plan import (
 
 @pytest.mark.parametrize("vocab_size", [32000, 49152, 128256, 151936, 248320])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_plan_spends_most_of_the_budget_and_no_more_on_whole_tiles(vocab_size, dtype):
-    plan = plan_chunks(vocab_size, dtype)
-    assert 0.85 < sum(plan) * vocab_size * dtype.itemsize / LOGITS_BUDGET_BYTES <= 1
+@pytest.mark.parametrize("logits_gib", [LOGITS_GIB, 5.0])
+def test_plan_spends_most_of_the_budget_and_no_more_on_whole_tiles(vocab_size, dtype, logits_gib):
+    plan = plan_chunks(vocab_size, dtype, logits_gib=logits_gib)
+    assert 0.85 < sum(plan) * vocab_size * dtype.itemsize / (logits_gib * 2**30) <= 1
     assert plan.student_rows >= 8 * plan.teacher_rows
     assert plan.student_rows % plan.teacher_rows == plan.teacher_rows % 128 == 0
 
@@ -41,7 +42,7 @@ def test_chunk_size_replaces_the_budget():
 
 @pytest.mark.parametrize("budget_bytes", [1, 4 * 1000 - 1, 4 * 1000, 2 * 4 * 1000, 5 * 4 * 1000])
 def test_no_budget_is_too_small_for_a_row_each(budget_bytes):
-    plan = plan_chunks(1000, torch.float32, budget_bytes=budget_bytes)
+    plan = plan_chunks(1000, torch.float32, logits_gib=budget_bytes / 2**30)
     assert plan.teacher_rows == 1
     assert plan.student_rows == max(1, budget_bytes // 4000 - 1)
 
