@@ -35,6 +35,7 @@ import torch
 from measure import errors, forward_backward, peak_of_call, times_and_floors
 from peers import BETA, PEERS, Peer, Shape, make_problem
 
+from kd.distributed.device import use_device
 from kd.files import write_json, write_text
 from kd.runs.environment import environment
 
@@ -248,7 +249,8 @@ def measure(cell: Cell) -> dict[str, Any]:
     """
     if cell.num_threads:
         torch.set_num_threads(cell.num_threads)
-    peer, device, dtype = PEERS[cell.peer], torch.device(cell.device), getattr(torch, cell.dtype)
+    peer, device, dtype = PEERS[cell.peer], torch.device(cell.device, 0), getattr(torch, cell.dtype)
+    use_device(device)  # as training does, for every peer
     row: dict[str, Any] = {"status": "measured"}
     try:
         problem = make_problem(

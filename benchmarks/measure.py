@@ -22,7 +22,7 @@ from peers import Problem, Shape, make_problem
 from torch import Tensor
 
 from kd.losses import distillation_loss
-from kd.losses.chunk_plan import ChunkPlan, plan_chunks
+from kd.losses.chunk_plan import ChunkPlan, even_parts, plan_chunks
 
 Call = Callable[[], None]
 Loss = Callable[[Problem], Tensor]
@@ -192,15 +192,16 @@ def planned_floor(problem: Problem, plan: ChunkPlan, logits_dtype: torch.dtype) 
         teacher_DV = student_hidden_NH.new_empty(teacher_rows, vocab_size, dtype=logits_dtype)
         grad_hidden_NH = torch.empty_like(student_hidden_NH)
         grad_head_VH = torch.empty_like(student_head_VH, dtype=torch.float32)
-        for start in range(0, num_rows, student_rows):
-            rows = slice(start, start + student_rows)
+        for rows in even_parts(num_rows, plan.student_rows):
             hidden_CH, teacher_hidden_CH = student_hidden_NH[rows], teacher_hidden_NH[rows]
             num_chunk_rows = hidden_CH.shape[0]
             _mm(hidden_CH, student_head_VH.T, student_CV[:num_chunk_rows])
-            for teacher_hidden_DH in teacher_hidden_CH.split(teacher_rows):
-                _mm(teacher_hidden_DH, teacher_head_VH.T, teacher_DV[: teacher_hidden_DH.shape[0]])
-            _mm(dlogits_CV[:num_chunk_rows], student_head_VH, grad_hidden_NH[rows])
-            _accumulate(grad_head_VH, dlogits_CV[:num_chunk_rows].T, hidden_CH, is_first=start == 0)
+            for part in even_parts(num_chunk_rows, plan.teacher_rows):
+                logits_DV = teacher_DV[: part.stop - part.start]
+                _mm(teacher_hidden_CH[part], teacher_head_VH.T, logits_DV)
+            chunk_CV, is_first = dlogits_CV[:num_chunk_rows], rows.start == 0
+            _mm(chunk_CV, student_head_VH, grad_hidden_NH[rows])
+            _accumulate(grad_head_VH, chunk_CV.T, hidden_CH, is_first=is_first)
 
     return products
 

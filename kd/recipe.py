@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from kd.constants import FORMAT_VERSION
+from kd.constants import FORMAT_VERSION, LOGITS_GIB
 from kd.errors import UserError
 from kd.files import read_json, read_toml
 from kd.names import shortened
@@ -395,6 +395,11 @@ class LossSection(RecipeSection):
     kd_weight: Annotated[Weight, FIXED] = 0.5
     ce_weight: Annotated[Weight, FIXED] = 0.5
     chunk_size: Annotated[Positive | None, FIXED] = None
+    logits_gib: Annotated[float, Field(gt=0.0, le=1024.0), FREE] = Field(
+        LOGITS_GIB,
+        description="what logits of both models may take at a time, which chunk_size replaces; "
+        "with more, the loss reads and writes the head's gradient less often",
+    )
     logits_dtype: Annotated[Literal["float32", "bfloat16"] | None, FIXED] = None
     backend: Annotated[Literal["auto", "triton", "torch", "reference"], FIXED] = "auto"
 

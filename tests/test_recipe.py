@@ -220,6 +220,7 @@ OUT_OF_RANGE = [
     f"training.global_batch_size={10**9}",
     f"training.micro_batch_size={10**9}",
     f"loss.chunk_size={10**30}",
+    *[f"loss.logits_gib={value}" for value in ("0", "-1.0", "1e300", "true")],
     "loss.temperature=1e-300",
     "loss.kd_weight=1e300",
     "evaluation.temperature=1e-300",

@@ -57,6 +57,15 @@ def memory_gib(device: torch.device, num_sharing: int) -> float:
     return host_bytes / num_sharing / 2**30
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU this process's own, on which it sums products in float32: in bf16, as torch allows
+    it by default where cuBLAS splits the inner dimension, a sum over the vocabulary loses digits.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def _why_no_cuda() -> str:
     try:
         torch.cuda.init()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd.distributed.device import device_of_rank
+from kd.distributed.device import device_of_rank, use_device
 from kd.distributed.layout import Layout
 from kd.distributed.nodes import divide, node_key
 from kd.distributed.ports import free_port
@@ -99,12 +99,10 @@ def init_distributed(timeout_minutes: float = 30.0) -> Layout:
     # This op is compiled on first use (minutes), and an interrupted build leaves a lock that hangs
     # later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device, backend = device_of_rank(int(os.environ["LOCAL_RANK"])), "gloo"
-    if device.type == "cuda":
-        backend = "nccl"
-        torch.cuda.set_device(device)
+    device = device_of_rank(int(os.environ["LOCAL_RANK"]))
+    use_device(device)
     deepspeed.init_distributed(
-        dist_backend=backend,
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(minutes=timeout_minutes),
         auto_mpi_discovery=False,
         verbose=False,

@@ -8,11 +8,13 @@ product.
 Shapes: V rows of a head, Hs hidden size of the student.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-LOGITS_BUDGET_BYTES = 2 * 2**30
+from kd.constants import LOGITS_GIB
+
 STUDENT_TO_TEACHER = 8
 TILE_ROWS = 128
 
@@ -30,15 +32,15 @@ def plan_chunks(
     *,
     has_teacher: bool = True,
     chunk_size: int | None = None,
-    budget_bytes: int = LOGITS_BUDGET_BYTES,
+    logits_gib: float = LOGITS_GIB,
 ) -> ChunkPlan:
-    """Return the largest plan whose logits, of `vocab_size` columns, fit in `budget_bytes`: at
+    """Return the largest plan whose logits, of `vocab_size` columns, fit in `logits_gib`: at
     least a row each.
 
     A `chunk_size` replaces the student's rows, and with them the budget. The number of rows in a
     batch plays no part: all steps of a run have one plan.
     """
-    budget_rows = budget_bytes // (vocab_size * logits_dtype.itemsize)
+    budget_rows = int(logits_gib * 2**30) // (vocab_size * logits_dtype.itemsize)
     if not has_teacher:
         return ChunkPlan(chunk_size or max(1, _whole_tiles(budget_rows)), 0)
     if chunk_size:
@@ -46,6 +48,18 @@ def plan_chunks(
     teacher_rows = max(1, _whole_tiles(budget_rows // (STUDENT_TO_TEACHER + 1)))
     student_rows = (budget_rows - teacher_rows) // teacher_rows * teacher_rows
     return ChunkPlan(max(1, student_rows), teacher_rows)
+
+
+def even_parts(num_rows: int, max_rows: int) -> Iterator[slice]:
+    """Yield the rows in order, in as few parts of at most `max_rows` as there can be: of one size,
+    give or take a tile, or a row where max_rows is not whole tiles.
+    """
+    num_parts = -(-num_rows // max_rows)
+    unit = 1 if max_rows % TILE_ROWS else TILE_ROWS
+    num_units = -(-num_rows // unit)
+    # The larger parts come last, where the last tile may be ragged.
+    bounds = [unit * (part * num_units // num_parts) for part in range(num_parts)]
+    yield from map(slice, bounds, [*bounds[1:], num_rows])
 
 
 def _whole_tiles(num_rows: int) -> int:

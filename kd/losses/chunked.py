@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses.chunk_plan import ChunkPlan
+from kd.losses.chunk_plan import ChunkPlan, even_parts
 from kd.losses.heads import addmm_, gradient_view, logits_buffer, operand, product, shared_head
 from kd.losses.inputs import DistillationLoss, Inputs, RowDiagnostics, sum_rows
 from kd.losses.row_functions import RowChunk, RowFunction
@@ -51,12 +51,12 @@ def chunked_loss(
         kd_N, ce_N = torch.empty_like(inputs.weights_N), torch.empty_like(inputs.weights_N)
         if with_diagnostics and teacher is not None:
             diagnostics_N5 = kd_N.new_empty(num_rows, len(RowDiagnostics._fields))
+        # One size for all long batches, whatever their parts: its memory is found again.
         num_buffered = min(plan.student_rows, num_rows)
         buffer_CV = logits_buffer(student.weight_VH, num_buffered, inputs.logits_dtype)
 
-        for start in range(0, num_rows, plan.student_rows):
-            chunk = slice(start, min(start + plan.student_rows, num_rows))
-            index_C, num_chunk = inputs.row_index_N[chunk], chunk.stop - start
+        for chunk in even_parts(num_rows, plan.student_rows):
+            index_C, num_chunk = inputs.row_index_N[chunk], chunk.stop - chunk.start
             hidden_CH = operand(student_MH.index_select(0, index_C), dtype)
             student_CV = product(hidden_CH, student.weight_VH.T, out=buffer_CV[:num_chunk])
             dlogits_CV = gradient_view(student_CV, hidden_CH.dtype) if any(needs_grad) else None
@@ -77,10 +77,9 @@ def chunked_loss(
             else:
                 num_part = min(plan.teacher_rows, num_chunk)
                 teacher_CV = logits_buffer(teacher.weight_VH, num_part, inputs.logits_dtype)
-                for first in range(0, num_chunk, num_part):
-                    part = slice(first, min(first + num_part, num_chunk))
+                for part in even_parts(num_chunk, plan.teacher_rows):
                     hidden_PH = operand(teacher_MH.index_select(0, index_C[part]), dtype)
-                    teacher_PV = teacher_CV[: part.stop - first]
+                    teacher_PV = teacher_CV[: part.stop - part.start]
                     product(hidden_PH, teacher.weight_VH.T, out=teacher_PV)
                     row_function(rows.part(part, teacher_PV), inputs.objective, student, teacher)
                 del teacher_CV, teacher_PV  # their memory is free for the products below
@@ -92,7 +91,7 @@ def chunked_loss(
                 grad_CH = product(dlogits_CV, student.weight_VH, dtype=grad_hidden_MH.dtype)
                 grad_hidden_MH.index_copy_(0, index_C, grad_CH)
             if grad_weight_VH is not None:
-                grad_VH, is_first = grad_weight_VH[:vocab_size], start == 0
+                grad_VH, is_first = grad_weight_VH[:vocab_size], chunk.start == 0
                 addmm_(grad_VH, dlogits_CV.T, hidden_CH, is_first=is_first)
             if grad_bias_V is not None:
                 grad_bias_V[:vocab_size] += dlogits_CV.sum(0, dtype=dtype)

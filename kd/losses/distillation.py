@@ -13,8 +13,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kd.constants import IGNORE_INDEX
-from kd.losses.checks import check_choice, check_size, check_tensors
+from kd.constants import IGNORE_INDEX, LOGITS_GIB
+from kd.losses.checks import check_choice, check_positive, check_size, check_tensors
 from kd.losses.chunk_plan import ChunkPlan, plan_chunks
 from kd.losses.chunked import chunked_loss
 from kd.losses.divergences import Divergence, Objective
@@ -52,6 +52,7 @@ def distillation_loss(
     teacher_scale: float = 1.0,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    logits_gib: float = LOGITS_GIB,
     logits_dtype: torch.dtype | None = None,
     reduction: Literal["sum", "mean"] = "sum",
     ignore_index: int = IGNORE_INDEX,
@@ -85,6 +86,7 @@ def distillation_loss(
     teacher_scale: float = 1.0,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    logits_gib: float = LOGITS_GIB,
     logits_dtype: torch.dtype | None = None,
     reduction: Literal["sum", "mean"] = "sum",
     ignore_index: int = IGNORE_INDEX,
@@ -118,6 +120,7 @@ def distillation_loss(
     teacher_scale: float = 1.0,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    logits_gib: float = LOGITS_GIB,
     logits_dtype: torch.dtype | None = None,
     reduction: Literal["sum", "mean"] = "sum",
     ignore_index: int = IGNORE_INDEX,
@@ -153,7 +156,9 @@ def distillation_loss(
             kd_weight is. Heads are sliced to V; rows beyond it take no part and get a zero
             gradient.
         chunk_size: rows of the student whose logits exist at a time, the teacher's an eighth of
-            them; None: as many as 2 GiB of logits hold (`kd.losses.chunk_plan`).
+            them; None: as many as `logits_gib` hold.
+        logits_gib: what the logits of both models may take at a time (`kd.losses.chunk_plan`); a
+            row of each always exists, and a chunk_size replaces it.
         logits_dtype: dtype in which logits and their gradient are stored; None: float32, or float64
             where hidden states are. bfloat16 saves memory and costs accuracy; softmax sums stay in
             float32.
@@ -188,6 +193,7 @@ def distillation_loss(
     check_choice("backend", backend, BACKENDS)
     check_choice("reduction", reduction, ("sum", "mean"))
     check_size("chunk_size", chunk_size)
+    check_positive("logits_gib", logits_gib, f"the default is {LOGITS_GIB}")
     objective = Objective(divergence, beta, alpha, mix_weight, temperature, kd_weight, ce_weight)
     student = Head(student_head, student_bias, student_softcap, student_scale)
     teacher = None
@@ -225,6 +231,7 @@ def distillation_loss(
                 inputs.logits_dtype,
                 has_teacher=has_teacher,
                 chunk_size=chunk_size,
+                logits_gib=logits_gib,
             )
             num_rows = inputs.labels_N.numel()
             _log_plan(name, plan, num_rows, inputs.vocab_size, inputs.logits_dtype)

@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kd.constants import IGNORE_INDEX
-from kd.losses.checks import check_choice, check_size, check_tensors, check_top_k
+from kd.constants import IGNORE_INDEX, LOGITS_GIB
+from kd.losses.checks import check_choice, check_positive, check_size, check_tensors, check_top_k
 from kd.losses.chunk_plan import plan_chunks
 from kd.losses.chunked import chunked_loss
 from kd.losses.divergences import Divergence, Objective
@@ -55,6 +55,7 @@ def sparse_distillation_loss(
     student_scale: float = 1.0,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    logits_gib: float = LOGITS_GIB,
     logits_dtype: torch.dtype | None = None,
     reduction: Literal["sum", "mean"] = "sum",
     ignore_index: int = IGNORE_INDEX,
@@ -97,6 +98,7 @@ def sparse_distillation_loss(
     check_choice("reduction", reduction, ("sum", "mean"))
     check_choice("tail", tail, TAILS)
     check_size("chunk_size", chunk_size)
+    check_positive("logits_gib", logits_gib, f"the default is {LOGITS_GIB}")
     objective = Objective(divergence, beta, alpha, mix_weight, temperature, kd_weight, ce_weight)
     if tail == "ignore" and objective.spec.infinite_without_tail:
         raise ValueError(
@@ -134,7 +136,11 @@ def sparse_distillation_loss(
             return sum_rows(inputs, kd_N, ce_N)
         inputs = replace(inputs, top_NK=top_NK, log_p_NO=_with_tail(logprobs_NK, tail))
         plan = plan_chunks(
-            inputs.vocab_size, inputs.logits_dtype, has_teacher=False, chunk_size=chunk_size
+            inputs.vocab_size,
+            inputs.logits_dtype,
+            has_teacher=False,
+            chunk_size=chunk_size,
+            logits_gib=logits_gib,
         )
         result, _ = chunked_loss(inputs, plan, top_k_rows)
         return result

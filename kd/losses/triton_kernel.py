@@ -17,6 +17,7 @@ import triton.language as tl
 
 # A masked lane: its exp() is zero, and the difference of two is finite.
 NEVER = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(
@@ -251,10 +252,18 @@ def _finished(
         s = s * scale
     if FINISH >= 2:
         # tanh(z) = 1 - 2 / (exp(2 z) + 1); where exp overflows that is 1
-        s = softcap * (1.0 - 2.0 / (tl.exp(2.0 * s / softcap) + 1.0))
+        s = softcap * (1.0 - 2.0 / (_exp(2.0 * s / softcap) + 1.0))
     if MASKED:
         s = tl.where(cols < V, s, NEVER)
     return s
+
+
+@triton.jit
+def _exp(x):
+    """exp(x) in fewer instructions than tl.exp(), which scales to keep what is below 1.2e-38: here
+    that is zero (ex2.approx.ftz).
+    """
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -270,7 +279,7 @@ def _online(x, top):
     """One step of an online softmax: the new maximum, the factor of the sums so far, and the term
     of x; one exp.
     """
-    e = tl.exp(-tl.abs(x - top))
+    e = _exp(-tl.abs(x - top))
     is_new = x > top
     return tl.where(is_new, x, top), tl.where(is_new, e, 1.0), tl.where(is_new, 1.0, e)
 
@@ -350,7 +359,7 @@ def _row_sums(sums, shift, DIVERGENCE: tl.constexpr, TEMPERED: tl.constexpr):
 def _across_lanes(top, total):
     """The row's maximum, its log(sum(exp)), and what turns a lane's sum into its part of a mean."""
     row_top = tl.max(top, 0)
-    rescale = tl.exp(top - row_top)
+    rescale = _exp(top - row_top)
     row_total = tl.sum(total * rescale, 0)
     return row_top, row_top + tl.log(row_total), rescale / row_total
 
@@ -382,27 +391,27 @@ def _terms(log_p, log_q, q, parameter, DIVERGENCE: tl.constexpr):
     """
     value = q * 0.0
     if DIVERGENCE == "forward_kl":
-        w = -tl.exp(log_p)
+        w = -_exp(log_p)
     elif DIVERGENCE == "reverse_kl":
         w = q * (log_q - log_p)
     elif DIVERGENCE == "mixed_kl":
-        w = (1.0 - parameter) * q * (log_q - log_p) - parameter * tl.exp(log_p)
+        w = (1.0 - parameter) * q * (log_q - log_p) - parameter * _exp(log_p)
     elif DIVERGENCE == "tvd":
-        p = tl.exp(log_p)
+        p = _exp(log_p)
         w = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0)) * q
         value = 0.5 * tl.abs(q - p)
     elif DIVERGENCE == "jsd":
         log_m = _log_mixture(log_p, log_q, parameter)
         w = (1.0 - parameter) * q * (log_q - log_m)
-        value = parameter * tl.exp(log_p) * (log_p - log_m) + w
+        value = parameter * _exp(log_p) * (log_p - log_m) + w
     elif DIVERGENCE == "skew_kl":
         log_m = _log_mixture(log_p, log_q, parameter)
-        p = tl.exp(log_p)
-        w = (parameter - 1.0) * p * tl.exp(log_q - log_m)
+        p = _exp(log_p)
+        w = (parameter - 1.0) * p * _exp(log_q - log_m)
         value = p * (log_p - log_m)
     elif DIVERGENCE == "skew_reverse_kl":
         log_ratio = log_q - _log_mixture(log_q, log_p, parameter)
-        w = q * (log_ratio - parameter * tl.exp(log_ratio))
+        w = q * (log_ratio - parameter * _exp(log_ratio))
         value = q * log_ratio
     else:
         tl.static_assert(False, "_terms does not know this divergence")
@@ -413,7 +422,7 @@ def _terms(log_p, log_q, q, parameter, DIVERGENCE: tl.constexpr):
 def _log_mixture(log_a, log_b, weight):
     """log(weight * a + (1 - weight) * b)"""
     a, b = log_a + tl.log(weight), log_b + tl.log(1.0 - weight)
-    return tl.maximum(a, b) + tl.log(1.0 + tl.exp(-tl.abs(a - b)))
+    return tl.maximum(a, b) + tl.log(1.0 + _exp(-tl.abs(a - b)))
 
 
 @triton.jit
@@ -443,7 +452,7 @@ def _mixture_tile(
         _tempered(_finished(teacher, cols, values.dtype, V, TEACHER_FINISH, MASKED), T, TEMPERED)
         - lse_y
     )
-    value, w = _terms(log_p, log_q, tl.exp(log_q), parameter, DIVERGENCE)
+    value, w = _terms(log_p, log_q, _exp(log_q), parameter, DIVERGENCE)
     return values + value, w_sums + w
 
 
@@ -477,10 +486,10 @@ def _gradient_tile(
             top_x, top_y = tops
             agrees = agrees | ((x == top_x) & (y == top_y)).to(tl.int32)
     if dlogits_row is not None:
-        q = tl.exp(x - lse_x)
+        q = _exp(x - lse_x)
         q1 = q
         if TEMPERED:
-            q1 = tl.exp(s - lse_s)
+            q1 = _exp(s - lse_s)
         dlogits = ce_scale * tl.where(cols == label, q1 - 1.0, q1)
         if DIVERGENCE != "none":
             _, w = _terms(y - lse_y, x - lse_x, q, parameter, DIVERGENCE)

@@ -14,6 +14,8 @@ from kd.losses.triton_kernel import row_kernel
 # With twice as many columns, registers for diagnostics leave room for fewer rows at a time.
 MAX_BLOCK = 1024
 NUM_WARPS = 8
+# With 64 registers a thread, four rows of NUM_WARPS run on a multiprocessor at a time, not three.
+KL_REGISTERS = 64
 
 
 def triton_rows(rows: RowChunk, objective: Objective, student: Head, teacher: Head | None) -> None:
@@ -55,9 +57,23 @@ def triton_rows(rows: RowChunk, objective: Objective, student: Head, teacher: He
             STUDENT_FINISH=_finish_of(student),
             TEACHER_FINISH=_finish_of(other),
             num_warps=NUM_WARPS,
+            maxnreg=_max_registers(rows, objective, student, other),
         )
 
 
 def _finish_of(head: Head) -> int:
     """Which of scale and softcap follow the product, as the kernel's constant: bit 0 and bit 1."""
     return (head.scale != 1.0) + 2 * (head.softcap is not None)
+
+
+def _max_registers(
+    rows: RowChunk, objective: Objective, student: Head, teacher: Head
+) -> int | None:
+    """A limit where the compiler, left alone, takes more registers and with it spills none: a KL
+    with diagnostics at T = 1, of logits as the products leave them. Others take fewer, or spill.
+    """
+    needs_fewer = rows.diagnostics_C5 is None or objective.spec.is_mixture
+    is_finished = any(_finish_of(head) or head.bias_V is not None for head in (student, teacher))
+    if needs_fewer or is_finished or objective.temperature != 1.0:
+        return None
+    return KL_REGISTERS

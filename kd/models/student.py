@@ -81,6 +81,7 @@ class HeadLoss:
                     student_softcap=head.softcap,
                     student_scale=head.scale,
                     chunk_size=settings.chunk_size,
+                    logits_gib=settings.logits_gib,
                     logits_dtype=logits_dtype,
                     row_index=row_index_N,
                 )
@@ -106,6 +107,7 @@ class HeadLoss:
                     teacher_softcap=teacher.softcap if teacher else None,
                     teacher_scale=teacher.scale if teacher else 1.0,
                     chunk_size=settings.chunk_size,
+                    logits_gib=settings.logits_gib,
                     logits_dtype=logits_dtype,
                     row_index=row_index_N,
                     backend=settings.backend,

@@ -108,6 +108,10 @@ def _chunk_bytes(
     dtype: torch.dtype = getattr(torch, loss.logits_dtype or "float32")
     vocab_size = min(engine.shapes.vocab_size for engine in (student, teacher) if engine)
     chunks = plan_chunks(
-        vocab_size, dtype, has_teacher=teacher is not None, chunk_size=loss.chunk_size
+        vocab_size,
+        dtype,
+        has_teacher=teacher is not None,
+        chunk_size=loss.chunk_size,
+        logits_gib=loss.logits_gib,
     )
     return sum(min(num_rows, num_tokens) for num_rows in chunks) * vocab_size * dtype.itemsize

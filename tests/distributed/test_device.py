@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kd.distributed import device
-from kd.distributed.device import device_of_rank, device_type
+from kd.distributed.device import device_of_rank, device_type, use_device
 from kd.errors import UserError
 
 
@@ -52,3 +52,15 @@ def test_one_visible_gpu_is_the_tasks_own_whatever_its_local_rank(
     if num_visible > 1:
         with pytest.raises(UserError, match=f"LOCAL_RANK = {num_visible}, and {num_visible} GPUs"):
             device_of_rank(num_visible)
+
+
+def test_a_gpu_that_is_used_sums_products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = SimpleNamespace(allow_bf16_reduced_precision_reduction=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    used: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    use_device(torch.device("cpu"))
+    assert matmul.allow_bf16_reduced_precision_reduction
+    use_device(torch.device("cuda", 1))
+    assert used == [torch.device("cuda", 1)]
+    assert not matmul.allow_bf16_reduced_precision_reduction

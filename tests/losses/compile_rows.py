@@ -7,6 +7,7 @@ A script, for in the process of the other tests Triton interprets.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from kd.losses.inputs import supervised_inputs
 from kd.losses.triton_kernel import row_kernel
 from kd.losses.triton_rows import triton_rows
 
-VOCAB_SIZE, DEVICE = 5008, 0  # a multiple of 16, as rows of CUDA's buffers are
+VOCAB_SIZE, DEVICE = 151936, 0  # of Qwen2.5; registers differ a little with it
 PLAN = ChunkPlan(64, 8)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -101,6 +102,11 @@ def resources(kernel):
     }
 
 
+def exponentials(kernel):
+    """Which instructions take powers of two."""
+    return sorted(set(re.findall(r"ex2\.[.\w]+", kernel.asm["ptx"])))
+
+
 def refusal_of_an_unknown(is_mixture):
     """What the compiler says of a divergence that stands in the table alone."""
     DIVERGENCE_TABLE["unheard_of"] = DIVERGENCE_TABLE["tvd"]._replace(is_mixture=is_mixture)
@@ -122,12 +128,13 @@ def main():
         run(num_rows)
         run(num_rows, plan=ChunkPlan(5, 3))
         counts.append(len(compiled()))
-    kernels = {}
+    kernels, powers = {}, {}
     for capability in (80, 90):
         compile_for(capability)
         for divergence in DIVERGENCES:
             run(9, Objective(divergence))
             kernels[f"sm_{capability} {divergence}"] = resources(compiled()[-1])
+            powers[f"sm_{capability} {divergence}"] = exponentials(compiled()[-1])
     run(9, Objective(temperature=2.0))
     kernels["sm_90 tempered"] = resources(compiled()[-1])
     run(9, Objective("mixed_kl", temperature=2.0), softcap=30.0)
@@ -135,7 +142,8 @@ def main():
     run(9, Objective(kd_weight=0.0), diagnostics=False)
     kernels["sm_90 cross-entropy"] = resources(compiled()[-1])
     refusals = [refusal_of_an_unknown(is_mixture) for is_mixture in (False, True)]
-    json.dump({"counts": counts, "kernels": kernels, "refusals": refusals}, sys.stdout)
+    report = {"counts": counts, "kernels": kernels, "powers": powers, "refusals": refusals}
+    json.dump(report, sys.stdout)
 
 
 if __name__ == "__main__":

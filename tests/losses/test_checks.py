@@ -50,6 +50,7 @@ BAD = {
     "backend of another type": (lambda p: {"backend": 3}, "backend=3.*torch, triton"),
     "reduction None": (lambda p: {"reduction": None}, "reduction=None.*'mean'|'sum'"),
     "chunk_size below 0": (lambda p: {"chunk_size": -4}, "chunk_size=-4"),
+    "logits_gib 0": (lambda p: {"logits_gib": 0}, "logits_gib=0 must be positive"),
     "softcap nan": (lambda p: {"teacher_softcap": NAN}, "teacher_softcap=nan"),
     "softcap 1e-300": (lambda p: {"student_softcap": 1e-300}, "student_softcap=1e-300.*float32"),
     "scale infinite": (lambda p: {"student_scale": INF}, "student_scale=inf"),
@@ -197,6 +198,7 @@ OTHER_TYPES = {
     "ce_weight": [True, [0.5]],
     "beta": ["0.5", True, None],
     "chunk_size": ["4", 4.0, True, torch.tensor(4)],
+    "logits_gib": ["2", True, None],
     "vocab_size": ["31", 31.0, True],
     "ignore_index": ["-100", -100.0, None],
     "student_softcap": ["30", True],
@@ -292,6 +294,7 @@ BAD_TOP_K = {
     "tail of another type": (lambda k: {"tail": 0}, ValueError, "tail=0.*bucket, ignore"),
     "temperature": (lambda k: {"temperature": True}, TypeError, "temperature=True"),
     "chunk_size": (lambda k: {"chunk_size": 1.5}, TypeError, "chunk_size=1.5"),
+    "logits_gib": (lambda k: {"logits_gib": 0.0}, ValueError, "logits_gib=0.0.*default is 2.0"),
     "row_index": (lambda k: {"row_index": INDEX + 12}, ValueError, "row_index"),
     "token_weights": (lambda k: {"token_weights": -torch.ones(13)}, ValueError, "token_weights"),
 }

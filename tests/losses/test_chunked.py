@@ -78,6 +78,12 @@ def test_no_tensor_larger_than_a_chunk_of_logits_is_made(make_problem, divergenc
     assert reference.largest_elements >= 500 * vocab_size
 
 
+def test_logits_take_what_they_may(make_problem):
+    problem = make_problem((512,), (8, 12), (400, 400), dtype=torch.float32)
+    meter = forward_and_backward(problem, MemoryMeter(), logits_gib=4 * 400 * 45 / 2**30)
+    assert meter.largest_elements == 40 * 400  # and the teacher has 5 rows
+
+
 def test_peak_memory_grows_by_hidden_states_alone(make_problem):
     sizes = {
         "hidden_sizes": (8, 12),

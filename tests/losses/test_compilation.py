@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kd.losses import DIVERGENCES
+from kd.losses.triton_rows import NUM_WARPS
 
 pytestmark = pytest.mark.process
 
@@ -40,6 +41,18 @@ def test_every_kernel_compiles_and_spills_no_register(report):
         assert resources["LOCAL"] == resources["STACK"] == 0, name
         # of 65536 a multiprocessor, with 256 threads a row: two rows at a time at least
         assert 0 < resources["REG"] <= 128, name
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "mixed_kl"])
+@pytest.mark.parametrize("capability", ["sm_80", "sm_90"])
+def test_four_rows_of_a_kl_run_on_a_multiprocessor_at_a_time(report, capability, name):
+    assert report["kernels"][f"{capability} {name}"]["REG"] <= 65536 // (4 * 32 * NUM_WARPS)
+
+
+def test_exponentials_flush_to_zero(report):
+    powers = report["powers"]
+    assert len(powers) == 2 * len(DIVERGENCES)
+    assert set(map(tuple, powers.values())) == {("ex2.approx.ftz.f32",)}
 
 
 def test_a_divergence_that_the_kernel_does_not_know_does_not_compile(report):

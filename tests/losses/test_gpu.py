@@ -9,6 +9,7 @@ import torch
 from test_distillation import CASES, OPTIONS, assert_same
 from test_precision import nearly_matched, relative_error
 
+from kd.distributed.device import use_device
 from kd.losses import DIVERGENCES, distillation_loss, sparse_distillation_loss
 
 pytestmark = [
@@ -92,6 +93,30 @@ def test_bfloat16_errs_little_more_than_eager_that_widens_its_products(
     ):
         assert relative_error(gradient, truth) <= 1.5 * relative_error(eager_gradient, truth)
     torch.testing.assert_close(actual.result.loss.double(), exact.result.loss, rtol=1e-4, atol=0)
+
+
+@pytest.fixture
+def as_in_training():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    use_device(torch.device("cuda", torch.cuda.current_device()))
+    yield
+    matmul.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_over_a_real_vocabulary_are_summed_in_float32(
+    make_problem, evaluate, as_in_training, backend
+):
+    p = make_problem((256,), (64, 64), (151936, 151936), dtype=torch.bfloat16)
+    # small logits, so that all of the vocabulary takes part in the sums
+    p = replace(p, student_hidden=p.student_hidden / 8, teacher_hidden=p.teacher_hidden / 8)
+    problem, options = on_gpu(p), {"kd_weight": 1.0, "ce_weight": 0.0}
+    exact = evaluate(problem.to(torch.float64), backend="reference", **options)
+    actual = evaluate(problem, backend=backend, chunk_size=100, **options)
+    for gradient, truth in zip(actual.gradients[:2], exact.gradients[:2], strict=True):
+        # dlogits and the gradient are each rounded to bfloat16 once
+        assert relative_error(gradient, truth) < 4e-3
 
 
 def _eager_gradients(problem, divergence):

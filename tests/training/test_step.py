@@ -15,6 +15,7 @@ from kd.constants import IGNORE_INDEX
 from kd.data.collate import collate
 from kd.data.dataset import Example
 from kd.losses import DenseTargets, Head, TopKTargets
+from kd.losses.chunk_plan import plan_chunks
 from kd.models.student import Student, StudentModule
 from kd.recipe import LossSection
 from kd.training.step import train_step, validate
@@ -162,6 +163,22 @@ def test_the_loop_says_which_micro_batch_is_the_last(student, batches):
         train_step(student, FakeTeacher(dense), batches[:number], RATE, LAYOUT)
         assert student.engine.boundaries == [False] * (number - 1) + [True]
         assert student.engine.optimizer.param_groups[0]["lr"] == RATE
+
+
+@pytest.mark.parametrize("make_targets", [dense, all_tokens])
+def test_the_loss_takes_the_recipes_share_of_memory(batches, monkeypatch, make_targets):
+    budgets = []
+
+    def plan(*sizes, logits_gib, **options):
+        budgets.append(logits_gib)
+        return plan_chunks(*sizes, logits_gib=logits_gib, **options)
+
+    for module in ("distillation", "sparse"):
+        monkeypatch.setattr(f"kd.losses.{module}.plan_chunks", plan)
+    model = Qwen3ForCausalLM(tiny_config(vocab_size=VOCAB_SIZE))
+    student = Student(model, PlainEngine(StudentModule(model, LossSection(logits_gib=1e-5))))
+    train_step(student, FakeTeacher(make_targets), batches, RATE, LAYOUT)
+    assert budgets == [1e-5] * len(batches)
 
 
 def test_without_a_teacher_only_cross_entropy_is_left(batches):
