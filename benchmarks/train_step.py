@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from step_peers import compare
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
@@ -114,6 +115,9 @@ class Pair(NamedTuple):
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.peers:
+        compare(arguments.output, arguments.small)
+        return
     if arguments.device != device_type():
         raise UserError(
             f"--device {arguments.device}, but DeepSpeed finds {device_type()} here: name that "
@@ -159,6 +163,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--small", action="store_true", help="the same on tiny shapes: seconds on a CPU"
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="instead, a step on the CPU beside TRL and plain torch"
     )
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
