@@ -4,6 +4,7 @@ lengths: time by phase, memory, FLOPs and a profile, as JSON and Markdown.
     python benchmarks/train_step.py --output DIR [--layouts zero3_zero3,gpu_zero2]
         [--keep 4096,2048] [--device cuda|cpu] [--small]
     python benchmarks/train_step.py --compare DIR1 DIR2
+    python benchmarks/train_step.py --peers --output DIR    (step_peers.py)
 
 Both models have the real shapes and random weights, made on the device. They run as
 kd.training.build has them run, and what is timed is kd.training.step.train_step() itself, on one
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from step_compare import compare
+from step_peers import compare as compare_with_peers
 from step_profile import profile_line, profile_step
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
@@ -150,6 +152,9 @@ def main() -> None:
     if arguments.compare:
         print(compare(*arguments.compare))
         return
+    if arguments.peers:
+        compare_with_peers(arguments.output, arguments.small)
+        return
     check_device(arguments.device)
     report, failed = open_report(arguments), []
     missing = {name: missing_lengths(report, name, arguments.keep) for name in arguments.layouts}
@@ -190,6 +195,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--small", action="store_true", help="the same on tiny shapes: seconds on a CPU"
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="instead, a step on the CPU beside TRL and plain torch"
     )
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
