@@ -24,14 +24,10 @@ def main() -> None:
     if arguments.verify:
         verify(arguments.output)
         return
-    from kd.cache.kinds import HiddenKind, Kind, TopKKind  # after --help: it imports torch
-    from kd.training.fill_cache import fill_cache
+    from kd.training.fill_cache import fill_cache, make_kind  # after --help: it imports torch
 
-    kinds: dict[str, Kind] = {
-        "hidden": HiddenKind(arguments.dtype),
-        "top_k": TopKKind(arguments.top_k, recipe.loss.temperature),
-    }
-    kind, shard_bytes = kinds[arguments.kind], arguments.shard_mib * 2**20
+    kind = make_kind(recipe, arguments.kind, arguments.dtype, arguments.num_tokens)
+    shard_bytes = arguments.shard_mib * 2**20
     fill_cache(recipe, kind, arguments.output, interruption, shard_bytes=shard_bytes)
 
 
@@ -41,18 +37,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument(
         "--kind",
-        choices=("hidden", "top_k"),
+        choices=("hidden", "vector", "top_k", "sampled"),
         default="hidden",
-        help="hidden: last states, for any divergence and temperature; top_k: the most likely "
-        "tokens, at loss.temperature",
+        help="hidden: last states, for any divergence and temperature; and at loss.temperature: "
+        "vector, exact forward_kl for a student whose head is frozen; top_k, the likeliest tokens; "
+        "sampled, drawn tokens, for forward_kl",
     )
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "int8"),
         default="bf16",
-        help="of hidden states: exact where it is no narrower than the teacher's own",
+        help="of hidden (exact where it is no narrower than the teacher's own) and vector",
     )
-    parser.add_argument("--top-k", type=int, default=128, metavar="K", help="tokens of top_k")
+    parser.add_argument(
+        "--num-tokens", type=int, metavar="K", help="of top_k (128) and sampled (12)"
+    )
     parser.add_argument(
         "--shard-mib", type=int, default=256, metavar="N", help="MiB of a shard (%(default)s)"
     )
@@ -63,9 +62,9 @@ def parse_args() -> argparse.Namespace:
         "--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts"
     )
     arguments = parser.parse_args()
-    for name in ("top_k", "shard_mib"):
+    for name in ("num_tokens", "shard_mib"):
         value = getattr(arguments, name)
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     return arguments
 

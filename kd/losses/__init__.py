@@ -2,9 +2,17 @@
 
 from kd.losses.distillation import distillation_loss, resolve_backend
 from kd.losses.divergences import DIVERGENCES, Divergence, Objective
+from kd.losses.expected import expected_logit_loss
 from kd.losses.inputs import DistillationLoss, RowDiagnostics
 from kd.losses.sparse import sparse_distillation_loss
-from kd.losses.targets import DenseTargets, Head, Targets, TopKTargets
+from kd.losses.targets import (
+    DenseTargets,
+    Head,
+    SampledTargets,
+    Targets,
+    TopKTargets,
+    VectorTargets,
+)
 
 __all__ = [
     "DIVERGENCES",
@@ -14,9 +22,12 @@ __all__ = [
     "Head",
     "Objective",
     "RowDiagnostics",
+    "SampledTargets",
     "Targets",
     "TopKTargets",
+    "VectorTargets",
     "distillation_loss",
+    "expected_logit_loss",
     "resolve_backend",
     "sparse_distillation_loss",
 ]

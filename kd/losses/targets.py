@@ -1,4 +1,5 @@
-"""What a student learns from: a teacher's hidden states and head, or its most likely tokens.
+"""What a student learns from: a teacher's hidden states and head, its most likely tokens, tokens
+drawn from it, or what a student's own head makes of its probabilities.
 
 Shapes: B sequences, L tokens of each, V rows of a head, H hidden size, K tokens of the teacher.
 """
@@ -39,4 +40,29 @@ class TopKTargets:
     tail: Literal["bucket", "ignore"] = "bucket"
 
 
-Targets = DenseTargets | TopKTargets
+@dataclass(frozen=True)
+class SampledTargets:
+    """K tokens drawn from the teacher at each position, at the loss's temperature, with
+    replacement, out of the vocab_size tokens that both models share: int64 ids (B, L, K), and its
+    entropy in nats (B, L).
+    """
+
+    ids_BLK: Tensor
+    entropy_BL: Tensor
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class VectorTargets:
+    """The teacher's probabilities times the student's head, at the loss's temperature (B, L, H of
+    the student), times its bias (B, L), and their entropy in nats (B, L); over the vocab_size
+    tokens that both models share.
+    """
+
+    vector_BLH: Tensor
+    bias_BL: Tensor
+    entropy_BL: Tensor
+    vocab_size: int
+
+
+Targets = DenseTargets | TopKTargets | SampledTargets | VectorTargets

@@ -19,9 +19,12 @@ from kd.engine.export import export_student
 from kd.engine.zero3 import gathered, is_partitioned
 from kd.losses import (
     DenseTargets,
+    SampledTargets,
     Targets,
     TopKTargets,
+    VectorTargets,
     distillation_loss,
+    expected_logit_loss,
     sparse_distillation_loss,
 )
 from kd.models.head import head_of, hidden_states
@@ -83,6 +86,23 @@ class HeadLoss:
                     chunk_size=settings.chunk_size,
                     logits_gib=settings.logits_gib,
                     logits_dtype=logits_dtype,
+                    row_index=row_index_N,
+                )
+            case SampledTargets() | VectorTargets():
+                result = expected_logit_loss(
+                    hidden_BLH,
+                    head.weight_VH,
+                    targets,
+                    labels_BL,
+                    temperature=settings.temperature,
+                    kd_weight=settings.kd_weight,
+                    ce_weight=settings.ce_weight,
+                    student_bias=head.bias_V,
+                    student_softcap=head.softcap,
+                    student_scale=head.scale,
+                    chunk_size=settings.chunk_size,
+                    logits_dtype=logits_dtype,
+                    logits_gib=settings.logits_gib,
                     row_index=row_index_N,
                 )
             case DenseTargets() | None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kd.cache import Cache
-from kd.cache.kinds import Fields, HiddenKind
+from kd.cache.kinds import Fields
 from kd.data.collate import Batch, Place
-from kd.losses import DenseTargets, Head, Targets, TopKTargets
+from kd.losses import Head, Targets
 
 
 class CachedTeacher:
@@ -46,10 +46,7 @@ class CachedTeacher:
         fields = ahead.result() if ahead else self._read(batch)
         self.waited_seconds += time.perf_counter() - started
         moved = {name: f.to(self._device, non_blocking=True) for name, f in fields.items()}
-        if self._head is not None:
-            yield DenseTargets(moved["hidden"], self._head)
-        else:
-            yield TopKTargets(moved["ids"], moved["logprobs"])
+        yield self._cache.kind.targets(moved, self._head, self._cache.manifest.vocab_size)
 
     def _read(self, batch: Batch) -> Fields:
         """By name (B, L, ...), on the host, zero where no token of a sequence stands."""
@@ -61,7 +58,7 @@ class CachedTeacher:
                 if name not in fields:
                     fields[name] = values.new_zeros((num_rows * num_columns, *values.shape[1:]))
                 fields[name][start : start + place.length] = values
-        fields = fields or self._of_no_tokens(num_rows * num_columns)
+        fields = fields or self._of_padding(num_rows * num_columns)
         pinned = self._device.type == "cuda"
         return {
             name: (values.pin_memory() if pinned else values).view(num_rows, num_columns, -1)
@@ -69,19 +66,12 @@ class CachedTeacher:
         }
 
     def _decoded(self, stored: Fields) -> Fields:
-        kind = self._cache.kind
-        if isinstance(kind, HiddenKind):
-            assert self._head is not None
-            return {"hidden": kind.hidden_states(stored, self._head.weight_VH.dtype)}
-        return {"ids": stored["ids"].long(), "logprobs": stored["logprobs"]}
+        dtype = torch.float32 if self._head is None else self._head.weight_VH.dtype
+        return self._cache.kind.decode(stored, dtype)
 
-    def _of_no_tokens(self, num_positions: int) -> Fields:
-        """For a batch of padding, which takes part in every collective."""
-        kind = self._cache.kind
-        if isinstance(kind, HiddenKind):
-            assert self._head is not None
-            weight_VH = self._head.weight_VH
-            hidden = torch.zeros(num_positions, weight_VH.shape[1], dtype=weight_VH.dtype)
-            return {"hidden": hidden}
-        ids = torch.zeros(num_positions, kind.k, dtype=torch.int64)
-        return {"ids": ids, "logprobs": ids.float()}
+    def _of_padding(self, num_positions: int) -> Fields:
+        """For a batch without a sequence, which takes part in every collective: zeros, of the form
+        that any row has.
+        """
+        form = self._decoded(self._cache.read(*self._cache.any_token()))
+        return {name: v.new_zeros((num_positions, *v.shape[1:])) for name, v in form.items()}

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kd.cache import open_cache
-from kd.cache.kinds import TopKKind
+from kd.cache.kinds import HiddenKind
 from kd.data.dataset import Data
 from kd.data.step_plan import SequenceLayout
 from kd.distributed.layout import Layout
@@ -35,7 +35,7 @@ from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher, TeacherModule
-from kd.training.cache_identity import check_holds, check_same, make_manifest
+from kd.training.cache_identity import check_holds, check_same, check_serves, make_manifest
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def build_cached_teacher(
 
     Collective: every rank must call this.
     """
-    section, loss = recipe.teacher, recipe.loss
+    section = recipe.teacher
     assert section is not None
     assert section.cache is not None
     cache = open_cache(Path(section.cache))
@@ -70,15 +70,10 @@ def build_cached_teacher(
     ours = on_rank_zero(lambda: make_manifest(recipe, cache.kind, tokenizer))
     check_same(cache.manifest, ours, Path(section.cache))
     on_rank_zero(lambda: check_holds(cache, data, where))
-    if isinstance(cache.kind, TopKKind):
-        if cache.kind.temperature != loss.temperature:
-            raise UserError(
-                f"{where} was filled at temperature {cache.kind.temperature}, and loss.temperature "
-                f"= {loss.temperature}: set the cache's, or fill another"
-            )
-        log.info("the teacher: %s, its %d likeliest tokens", where, cache.kind.k)
+    on_rank_zero(lambda: check_serves(cache.kind, recipe, where))
+    log.info("the teacher: %s, %s", where, cache.kind)
+    if not isinstance(cache.kind, HiddenKind):
         return CachedTeacher(cache, None, layout.device)
-    log.info("the teacher: %s, hidden states in %s", where, cache.kind.dtype)
     dtype = torch.bfloat16 if is_bf16(teacher_ds_config(recipe)) else torch.float32
     head = load_head(section, role="teacher", dtype=dtype)
     moved = [None if t is None else t.to(layout.device) for t in (head.weight_VH, head.bias_V)]

@@ -3,14 +3,24 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from kd.cache.cache_records import CachedModel, CachedTokens, CacheManifest
-from kd.cache.kinds import Kind, parameters_of
+from kd.cache.kinds import (
+    HiddenKind,
+    Kind,
+    TopKKind,
+    VectorKind,
+    head_sha256,
+    parameters_of,
+)
 from kd.cache.store import Cache
 from kd.data.dataset import Data
+from kd.engine.ds_config import is_bf16, read_ds_config
 from kd.errors import UserError
-from kd.models.weights import weights_sha256
+from kd.losses import Head
+from kd.models.weights import load_head, weights_sha256
 from kd.plan.shapes import model_shapes
 from kd.recipe import Recipe
 
@@ -52,6 +62,41 @@ def check_same(there: CacheManifest, here: CacheManifest, folder: Path) -> None:
             f"{folder} is the cache of another teacher, kind or way to make tokens:\n{listing}\n"
             "Use what it was filled with, or fill another folder"
         )
+
+
+def student_head(recipe: Recipe, device: torch.device) -> Head:
+    """The student's head as its checkpoint has it, in the dtype in which it is trained."""
+    is_wide = not is_bf16(read_ds_config(recipe, "student"))
+    dtype = torch.float32 if is_wide else torch.bfloat16
+    head = load_head(recipe.student, role="student", dtype=dtype)
+    bias_V = None if head.bias_V is None else head.bias_V.to(device)
+    return head._replace(weight_VH=head.weight_VH.to(device), bias_V=bias_V)
+
+
+def check_serves(kind: Kind, recipe: Recipe, where: str) -> None:
+    """Raise UserError for a loss that a cache of this kind knows too little for."""
+    loss = recipe.loss
+    if isinstance(kind, HiddenKind):
+        return
+    if kind.temperature != loss.temperature:
+        raise UserError(
+            f"{where} was filled at temperature {kind.temperature}, and loss.temperature = "
+            f"{loss.temperature}: set the cache's, or fill another"
+        )
+    if isinstance(kind, TopKKind):
+        return
+    if loss.divergence != "forward_kl":
+        raise UserError(
+            f"{where} is of kind {kind.name}, which serves forward_kl alone, and loss.divergence = "
+            f"{loss.divergence!r}: set forward_kl, or fill a cache of hidden states"
+        )
+    if isinstance(kind, VectorKind):
+        ours = head_sha256(student_head(recipe, torch.device("cpu")))
+        if ours != kind.head_sha256:
+            raise UserError(
+                f"{where} was made with another student's head: SHA-256 {kind.head_sha256} there, "
+                f"{ours} of {recipe.student.model!r} here: fill one for this student"
+            )
 
 
 def check_holds(cache: Cache, data: Data, where: str) -> None:

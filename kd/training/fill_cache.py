@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from kd.cache.cache_records import REMEDY, CacheManifest
-from kd.cache.kinds import Kind
+from kd.cache.kinds import Heads, Kind, VectorKind, head_sha256, kind_of
 from kd.cache.store import (
     SHARD_BYTES,
     Cache,
@@ -49,7 +49,7 @@ from kd.runs.lock import hold
 from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_live_teacher
-from kd.training.cache_identity import check_same, make_manifest
+from kd.training.cache_identity import check_same, make_manifest, student_head
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,26 @@ def fill_cache(
             raise UserError(f"{folder}: {left} rows are still missing: start again")
         log.info("%s: whole, %d rows", folder, len(cache))
         barrier()
+
+
+def make_kind(recipe: Recipe, name: str, dtype: str, num_tokens: int | None) -> Kind:
+    """The kind of a cache for this recipe. Raises UserError for what a kind does not have."""
+    parameters: dict[str, Any] = {}
+    if name in ("hidden", "vector"):
+        if num_tokens is not None:
+            raise UserError(
+                f"--num-tokens {num_tokens}: --kind {name} holds no tokens: leave it out"
+            )
+        parameters["dtype"] = dtype
+    elif num_tokens is not None:
+        parameters["k"] = num_tokens
+    if name == "vector":
+        if dtype == "int8":
+            raise UserError("--dtype int8: a vector is kept in fp32 or bf16")
+        parameters["head_sha256"] = head_sha256(student_head(recipe, torch.device("cpu")))
+    if name != "hidden":
+        parameters["temperature"] = recipe.loss.temperature
+    return kind_of(name, parameters)
 
 
 def whole_traces(recipe: Recipe) -> Recipe:
@@ -192,6 +212,7 @@ def _fill(
 ) -> None:
     """Groups of rows, each dealt over the ranks as a global batch is."""
     vocab_size = read_manifest(writer.folder).vocab_size
+    student = student_head(recipe, layout.device) if isinstance(kind, VectorKind) else None
     budget = recipe.training.max_tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH
     bar = tqdm(total=len(missing), unit="row", disable=layout.rank != 0)
     for group in _groups(missing, ROWS_PER_GROUP * layout.world_size):
@@ -201,11 +222,11 @@ def _fill(
         for micro in deal(lengths, shape, layout.world_size)[layout.rank]:
             batch = collate([group[i] for i in micro], tokenizer.pad_token_id).to(layout.device)
             hidden_BLH = teacher.hidden_states(**batch.model_inputs)
-            head = teacher.head
+            heads = Heads(teacher.head, student, vocab_size)
             try:
                 for hidden_LH, place in zip(hidden_BLH, batch.places, strict=False):
-                    fields = kind.encode(hidden_LH[: place.length], head, vocab_size)
-                    writer.add(place.key, fields)
+                    seed = int.from_bytes(place.key[:7], "big")
+                    writer.add(place.key, kind.encode(hidden_LH[: place.length], heads, seed))
             except OSError as error:  # its peers learn of it below, and none waits for it
                 problem = error
         bar.update(len(group))

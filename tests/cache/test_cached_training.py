@@ -29,7 +29,7 @@ CACHES = {
     "fp32": ("--dtype", "fp32"),
     "bf16": ("--dtype", "bf16"),
     "int8": ("--dtype", "int8"),
-    "top_k": ("--kind", "top_k", "--top-k", "20"),  # of a vocabulary of 20
+    "top_k": ("--kind", "top_k", "--num-tokens", "20"),  # of a vocabulary of 20
 }
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from kd.cache.cache_records import CachedModel, CachedTokens, CacheManifest
-from kd.cache.kinds import HiddenKind, TopKKind, kind_of, parameters_of
+from kd.cache.kinds import (
+    Heads,
+    HiddenKind,
+    SampledKind,
+    TopKKind,
+    VectorKind,
+    kind_of,
+    parameters_of,
+)
 from kd.cache.store import (
     BLOCK,
     ShardWriter,
@@ -156,13 +164,17 @@ def test_what_is_no_cache_is_said(tmp_path: Path):
         open_cache(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [HiddenKind("int8"), TopKKind(3, 2.0)])
+@pytest.mark.parametrize(
+    "kind", [HiddenKind("int8"), TopKKind(3, 2.0), SampledKind(5), VectorKind("ab", 2.0, "fp32")]
+)
 def test_a_kind_is_what_its_manifest_says(kind):
     assert kind_of(kind.name, parameters_of(kind)) == kind
 
 
 def test_a_kind_of_a_later_version_is_refused():
-    with pytest.raises(UserError, match="kind = 'sketch': this version reads hidden and top_k"):
+    with pytest.raises(
+        UserError, match="kind = 'sketch': this version reads hidden, top_k, sampled, vector"
+    ):
         kind_of("sketch", {})
     with pytest.raises(UserError, match="kind = 'top_k'"):
         kind_of("top_k", {"depth": 3})
@@ -176,25 +188,53 @@ def test_hidden_states_come_back_within_what_their_dtype_holds(dtype, bound: flo
     hidden[:, 5] *= 1000  # an outlier, which only its own group should suffer from
     kind = HiddenKind(dtype)
     head = Head(torch.zeros(4, size), None, None, 1.0)
-    stored = kind.encode(hidden, head, 4)
-    back = kind.hidden_states(stored, torch.float32)
+    stored = kind.encode(hidden, Heads(head, None, 4), seed=0)
+    back = kind.decode(stored, torch.float32)["hidden"]
     assert back.shape == hidden.shape
     quiet = [c for c in range(size) if c // 32 != 0]
     for columns in (slice(None), quiet):
         error = (back[:, columns] - hidden[:, columns]).norm() / hidden[:, columns].norm()
         assert error <= bound
     assert sum(t.nbytes for t in stored.values()) / 9 == pytest.approx(
-        kind.bytes_per_token(size), rel=0.05
+        kind.bytes_per_token(size, 0), rel=0.05
     )
 
 
 def test_top_k_holds_the_likeliest_tokens_of_what_both_models_share():
     torch.manual_seed(0)
     hidden, head = torch.randn(5, 8), Head(torch.randn(20, 8), torch.randn(20), 30.0, 0.5)
-    fields = TopKKind(4, temperature=2.0).encode(hidden, head, vocab_size=16)
+    heads = Heads(head, None, vocab_size=16)
+    fields = TopKKind(4, temperature=2.0).encode(hidden, heads, seed=0)
     logits = 30.0 * torch.tanh(0.5 * (hidden @ head.weight_VH.T + head.bias_V) / 30.0)
     expected = torch.log_softmax(logits / 2.0, -1)[:, :16].topk(4)
     assert torch.equal(fields["ids"].long(), expected.indices)
     torch.testing.assert_close(fields["logprobs"], expected.values)
-    with pytest.raises(UserError, match="--top-k 17: the models share 16 tokens"):
-        TopKKind(17).encode(hidden, head, vocab_size=16)
+    with pytest.raises(UserError, match="--num-tokens 17: the models share 16 tokens"):
+        TopKKind(17).encode(hidden, heads, seed=0)
+
+
+def kinds_problem() -> tuple[torch.Tensor, Heads]:
+    torch.manual_seed(0)
+    teacher = Head(torch.randn(28, 8), None, None, 1.0)
+    student = Head(torch.randn(30, 6), torch.randn(30), None, 0.5)
+    return torch.randn(5, 8), Heads(teacher, student, vocab_size=28)
+
+
+def test_a_vector_is_the_teachers_probabilities_times_the_students_head():
+    hidden, heads = kinds_problem()
+    fields = VectorKind("", 2.0, "fp32").encode(hidden, heads, seed=0)
+    p = torch.softmax(hidden @ heads.teacher.weight_VH.T / 2.0, -1)
+    torch.testing.assert_close(fields["vector"], p @ heads.student.weight_VH[:28])
+    torch.testing.assert_close(fields["bias"][:, 0], p @ heads.student.bias_V[:28])
+    torch.testing.assert_close(fields["entropy"][:, 0], -(p * p.log()).sum(-1))
+
+
+def test_the_same_trace_has_the_same_draws_as_often_as_they_are_likely():
+    hidden, heads = kinds_problem()
+    kind = SampledKind(4000, 2.0)
+    first, again, other = (kind.encode(hidden, heads, seed)["ids"] for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    p = torch.softmax(hidden @ heads.teacher.weight_VH.T / 2.0, -1)
+    counted = torch.nn.functional.one_hot(first.long(), 28).float().mean(1)
+    assert float((counted - p).abs().max()) < 4 * (0.25 / 4000) ** 0.5
