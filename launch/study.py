@@ -33,6 +33,20 @@ def main() -> None:
         "launch/hosts.sh does",
     )
     parser.add_argument(
+        "--cache",
+        nargs="?",
+        const="hidden",
+        choices=("hidden", "top_k", "sampled"),
+        help="run the teacher once, over whole traces, and train every cell from what it said: a "
+        "kind of launch/cache.py (%(const)s)",
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=("fp32", "bf16", "int8"),
+        default="bf16",
+        help="of hidden states (%(default)s)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check and list the cells; train nothing"
     )
     arguments = parser.parse_args()
@@ -44,7 +58,15 @@ def main() -> None:
     axes = parse_axes(
         arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross
     )
-    study = make_study(arguments.recipe, arguments.overrides, axes, arguments.output)
+    cache = None
+    if arguments.cache:
+        if arguments.hostfile:
+            raise UserError(
+                "--cache with --hostfile: fill a cache on the hosts by launch/cache.py, and --set "
+                "teacher.cache=FOLDER"
+            )
+        cache = ("--kind", arguments.cache, "--dtype", arguments.cache_dtype)
+    study = make_study(arguments.recipe, arguments.overrides, axes, arguments.output, cache)
     from kd.study.runner import Runner, check_study  # imports torch and transformers
 
     if arguments.dry_run:

@@ -50,7 +50,7 @@ ALLOWED = {
     },
     "cluster": {"cli", "distributed", "evaluate", "plan", "runs"},
     "preflight": {"cluster", "distributed", "engine", "models", "plan", "runs"},
-    "study": {"cli", "cluster", "data", "evaluate", "runs"},
+    "study": {"cache", "cli", "cluster", "data", "evaluate", "runs"},
     "report": {"evaluate", "runs"},
 }
 PACKAGES = sorted(name for name in ALLOWED if (ROOT / "kd" / name).is_dir())

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kd.runs.records import Count, Record, Text
+from kd.runs.records import Amount, Count, Record, Text
 
 REMEDY = "restore it, or fill another folder"
 
@@ -44,3 +44,13 @@ class ShardRecord(Record):
     num_tokens: Count
     bytes: Count
     sha256: Text
+    rank_seconds: Amount = 0.0  # that one rank took for it, from the shard before
+
+
+class FilledRecord(Record):
+    """filled.json: while it is there, the cache held all rows of the recipe that filled it last."""
+
+    num_rows: Count
+    num_tokens: Count
+    bytes: Count
+    rank_seconds: Amount

@@ -4,6 +4,7 @@
     shards/NAME.safetensors     one tensor (tokens, ...) for each field of the kind, and of its rows
                                 "keys" (R, 16), "starts" (R + 1,) and checksums
     shards/NAME.json            ShardRecord: the shard is whole
+    filled.json                 FilledRecord: no row is missing
 
 safetensors is mapped into memory, knows bf16 and int8, holds no code, and slices without reading
 the rest. A row is keyed by a hash of its token ids: other orders and mixtures find it. Each BLOCK
@@ -16,6 +17,7 @@ Shapes: R rows of a shard, T tokens.
 import hashlib
 import itertools
 import os
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kd.cache.cache_records import REMEDY, CacheManifest, ShardRecord
+from kd.cache.cache_records import REMEDY, CacheManifest, FilledRecord, ShardRecord
 from kd.cache.kinds import Fields, Kind, kind_of
 from kd.errors import UserError
 from kd.files import write_json
@@ -36,6 +38,7 @@ from kd.runs.records import read_record
 
 BLOCK = 128  # tokens that share a checksum
 SHARD_BYTES = 2**28
+FILLED = "filled.json"
 REFILL = "launch/cache.py with the recipe that filled it fills this shard again"
 OF_ROWS = ("keys", "starts", "checksums", "first_blocks")
 
@@ -89,6 +92,7 @@ class ShardWriter:
                 num_tokens=sum(lengths),
                 bytes=len(content),
                 sha256=hashlib.sha256(content).hexdigest(),
+                rank_seconds=time.perf_counter() - self._started,
             )
             write_json(path.with_suffix(".json"), record.model_dump())
         except OSError:
@@ -106,7 +110,7 @@ class ShardWriter:
 
     def _clear(self) -> None:
         self._rows: list[tuple[bytes, Fields]] = []
-        self._num_bytes = 0
+        self._num_bytes, self._started = 0, time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,16 @@ def whole_shards(folder: Path) -> Iterator[tuple[Path, ShardRecord]]:
                 f", and {record.bytes} were written. {REFILL}"
             )
         yield shard, record
+
+
+def set_filled(folder: Path) -> FilledRecord:
+    """Say that nothing is missing, and what it took."""
+    records = [record for _, record in whole_shards(folder)]
+    names = FilledRecord.model_fields
+    totals = {name: sum(getattr(record, name) for record in records) for name in names}
+    filled = FilledRecord.model_validate(totals | {"rank_seconds": float(totals["rank_seconds"])})
+    write_json(folder / FILLED, filled.model_dump())
+    return filled
 
 
 def damage_of(folder: Path) -> Iterator[tuple[Path, str]]:

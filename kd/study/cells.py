@@ -59,11 +59,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A folder of runs, one for each cell."""
+    """A folder of runs, one for each cell.
+
+    cache_options: of launch/cache.py, for the teacher's cache that all cells read; None: each cell
+    runs the teacher.
+    """
 
     name: str
     folder: Path
     cells: tuple[Cell, ...]
+    cache_options: tuple[str, ...] | None = None
+
+    @property
+    def cache(self) -> Path:
+        """Where it is, if there is one."""
+        return self.folder / "cache"
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,13 @@ def parse_fractions(keep: str | None) -> tuple[float, ...]:
     return tuple(_fraction(text) for text in _split("--keep", keep))
 
 
-def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None = None) -> Study:
+def make_study(
+    name: str,
+    overrides: list[str],
+    axes: Axes,
+    folder: Path | None = None,
+    cache_options: tuple[str, ...] | None = None,
+) -> Study:
     """The study of a recipe: by default in run.output_dir/studies/RECIPE.
 
     The cells of one seed come before those of the next, so that the first figures are there early.
@@ -115,8 +131,12 @@ def make_study(name: str, overrides: list[str], axes: Axes, folder: Path | None 
             "truncation.keep_fraction=0.5, or --cross with --keep"
         )
     _check_names(points)
+    if cache_options is not None:
+        if base.teacher is None:
+            raise UserError(f"--cache: {base.run.name} has no [teacher]: leave it out")
+        base = base.with_values({"teacher.cache": str(folder / "cache")})
     cells = tuple(Cell(point, _recipe_at(base, point, folder)) for point in points)
-    return Study(base.run.name, folder, cells)
+    return Study(base.run.name, folder, cells, cache_options)
 
 
 def write_study(study: Study, outcomes: Mapping[Point, Outcome] = MappingProxyType({})) -> None:

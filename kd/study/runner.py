@@ -4,6 +4,7 @@ STUDY/study.json       the cells, and how far each is
 STUDY/CELL/            the run of a cell, with evaluation/[TASK/]export-best.json
 STUDY/recipes/, logs/  of each cell: its resolved recipe, and what training and evaluation printed
 STUDY/references/      scores of the teacher, and of the student before training
+STUDY/cache/           with --cache: what the teacher says of all traces, once for all cells
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from types import FrameType
 
 import psutil
 
+from kd.cache.store import FILLED
 from kd.cluster.local import local_launch
 from kd.data.dataset import load_data
 from kd.data.tokenizers import load_tokenizers
@@ -26,7 +28,7 @@ from kd.errors import Interrupted, NothingToLearn, UserError
 from kd.evaluate.evaluation import is_scored, result_files
 from kd.evaluate.results import read_results
 from kd.evaluate.tasks import check_evaluation
-from kd.recipe import ROOT
+from kd.recipe import ROOT, Recipe
 from kd.runs.check import check_recipe
 from kd.runs.folder import INTERRUPTED, SUCCESS, check_same_run
 from kd.runs.lock import hold, is_free
@@ -41,9 +43,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 def check_study(study: Study) -> None:
     """Everything that can be known before the first cell starts. Raises UserError."""
     for cell in study.cells:
-        check_recipe(cell.recipe)
+        check_recipe(_before_the_cache(study, cell.recipe))
         check_same_run(cell.recipe)
     check_evaluation(study.cells[0].recipe)
+
+
+def _before_the_cache(study: Study, recipe: Recipe) -> Recipe:
+    """Of a cell, while there is no cache yet that it could be looked for."""
+    is_to_come = study.cache_options is not None and not (study.cache / FILLED).exists()
+    return recipe.with_values({"teacher.cache": None}) if is_to_come else recipe
 
 
 class Runner:
@@ -67,12 +75,23 @@ class Runner:
         self._train_command(self.study.cells[0])  # whether the GPUs here can divide the batch
         write_study(self.study, self.outcomes)
         with self._signals():
+            self._fill_cache()
             for cell in self.study.cells:
                 outcome = self._outcome(cell)
                 self.outcomes[cell.point] = outcome
                 write_study(self.study, self.outcomes)
                 yield cell, outcome
             self._score_references()
+
+    def _fill_cache(self) -> None:
+        """Once for all cells, which differ in what they read of it alone."""
+        study = self.study
+        if study.cache_options is None:
+            return
+        command, environment = local_launch(study.cells[0].recipe, ROOT / "launch" / "cache.py")
+        recipe = ["--recipe", str(recipe_file(study, study.cells[0]))]
+        options = [*recipe, "--output", str(study.cache), *study.cache_options]
+        self._call([*command, *options], environment, "cache", leaves=[study.cache / FILLED])
 
     def _outcome(self, cell: Cell) -> Outcome:
         run, name = cell.recipe.run_dir, cell.point.name

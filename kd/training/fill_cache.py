@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from kd.cache.cache_records import REMEDY, CacheManifest
 from kd.cache.kinds import Heads, Kind, VectorKind, head_sha256, kind_of
 from kd.cache.store import (
+    FILLED,
     SHARD_BYTES,
     Cache,
     ShardWriter,
@@ -24,6 +25,7 @@ from kd.cache.store import (
     read_manifest,
     remove_shard,
     remove_unfinished,
+    set_filled,
 )
 from kd.data.collate import collate
 from kd.data.dataset import Data, Example, Examples, load_data
@@ -99,7 +101,17 @@ def fill_cache(
         cache = open_cache(folder)
         if left := len(_missing(cache, data)):
             raise UserError(f"{folder}: {left} rows are still missing: start again")
-        log.info("%s: whole, %d rows", folder, len(cache))
+        if layout.rank == 0:
+            filled = set_filled(folder)
+            gib, minutes = filled.bytes / 2**30, filled.rank_seconds / 60
+            log.info(
+                "%s: whole, %d rows of %d tokens, %.2f GiB, %.1f rank minutes",
+                folder,
+                len(cache),
+                filled.num_tokens,
+                gib,
+                minutes,
+            )
         barrier()
 
 
@@ -147,6 +159,7 @@ def _prepare(folder: Path, manifest: CacheManifest) -> None:
         check_same(read_manifest(folder), manifest, folder)
     else:
         write_json(path, manifest.model_dump())
+    (folder / FILLED).unlink(missing_ok=True)
     (folder / "shards").mkdir(exist_ok=True)
     remove_unfinished(folder)
     for shard, what in damage_of(folder):

@@ -244,3 +244,37 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, whole, t
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     assert cells(whole)[DONE[0]][0] == "done"
+
+
+def test_a_study_from_a_cache_runs_the_teacher_once_and_has_the_same_figures(recipe, whole):
+    folder = recipe.parent / "cached"
+    arguments = [*command(recipe, folder), "--cache", "--cache-dtype", "fp32"]
+    process = Forked(
+        with_launcher(*arguments), cwd=recipe.parent, stderr=subprocess.STDOUT, nested=True
+    )
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    filled = json.loads((folder / "cache" / "filled.json").read_text())
+    assert filled["num_rows"] > 0
+    assert cells(folder) == cells(whole)
+    for name in DONE:
+        resolved = json.loads((folder / name / "recipe.json").read_text())
+        assert resolved["teacher"]["cache"] == str(folder / "cache")
+        for cached, live in zip(losses(folder / name), losses(whole / name), strict=True):
+            assert [value is None for value in cached] == [value is None for value in live]
+            numbers = [value for value in live if value is not None]
+            assert [v for v in cached if v is not None] == pytest.approx(numbers, rel=1e-5)
+        there, here = (
+            (study / name / "evaluation" / "export-best.responses.jsonl").read_text()
+            for study in (whole, folder)
+        )
+        assert there == here, "to the last response"
+    before = (folder / "cache" / "filled.json").stat().st_mtime_ns
+    shards = {p: p.stat().st_mtime_ns for p in (folder / "cache" / "shards").iterdir()}
+    again = Forked(
+        with_launcher(*arguments), cwd=recipe.parent, stderr=subprocess.STDOUT, nested=True
+    )
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, output
+    assert (folder / "cache" / "filled.json").stat().st_mtime_ns >= before
+    assert {p: p.stat().st_mtime_ns for p in shards} == shards, "nothing is filled twice"
