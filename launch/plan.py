@@ -80,7 +80,8 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """The plans as JSON. Raises UserError for a bad argument, or an unknown model."""
     keep_fractions = check_arguments(arguments)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from kd.plan.cost import plan_run  # the package imports torch
+    from kd.plan.cache_cost import describe_cache  # the package imports torch
+    from kd.plan.cost import plan_run
     from kd.plan.gpus import Site, named_gpu
     from kd.plan.lengths import find_traces, state_traces
     from kd.plan.placement import settle
@@ -95,12 +96,14 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f'{" and ".join(recipe.autos)} = "auto" depends on the GPU: add --gpu KIND')
     figures = arguments.mean_tokens, arguments.max_tokens, arguments.rows
     traces = state_traces(recipe, *figures) if any(figures) else find_traces(recipe)
-    plans = []
+    plans, notes = [], []
     for keep_fraction in keep_fractions:
         kept = recipe.with_values({"truncation.keep_fraction": keep_fraction})
         lengths, steps = traces.read(kept, nodes * ranks)
         sizes = {"num_nodes": nodes, "gpus_per_node": ranks}
-        plans.append(plan_run(kept, lengths, steps, traces.longest, **sizes).as_dict(site))
+        plan = plan_run(kept, lengths, steps, traces.longest, **sizes)
+        plans.append(plan.as_dict(site))
+        notes.append(describe_cache(kept, plan, traces, site))
     return {
         "recipe": recipe.run.name,
         "num_nodes": nodes,
@@ -111,6 +114,7 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
         "disk_gb_s": arguments.disk_gb_s,
         "choice": choice,
         "lengths": str(traces),
+        "cache": notes[-1],
         "plans": plans,
         "placements": site and placements_of(recipe, traces, site),
     }

@@ -195,8 +195,8 @@ def open_cache(folder: Path) -> Cache:
     return Cache(folder, read_manifest(folder))
 
 
-def read_manifest(folder: Path) -> CacheManifest:
-    path = folder / "manifest.json"
+def read_manifest(folder: str | Path) -> CacheManifest:
+    path = Path(folder) / "manifest.json"
     if not path.is_file():
         raise UserError(f"{folder} is no cache: it has no manifest.json; launch/cache.py makes one")
     return read_record(path, CacheManifest, REMEDY)

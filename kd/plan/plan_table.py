@@ -58,6 +58,8 @@ def print_report(report: dict[str, Any]) -> None:
         "FLOPs: 2 m n k of each product, attention in full; what is recomputed is not in the sum, "
         "nor in MFU"
     ]
+    if report["cache"]:
+        notes += [f"at keep {plans[-1]['keep_fraction']}, {report['cache']}"]
     if gpu is None:
         notes += ["--gpu KIND adds times, what bounds them, and whether the run fits"]
         console.print("\n".join(notes), markup=False)

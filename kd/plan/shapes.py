@@ -83,7 +83,7 @@ def teacher_shapes(recipe: Recipe) -> ModelShapes | None:
     whole = model_shapes(section, role="teacher")
     if section.cache is None:
         return whole
-    if read_manifest(Path(section.cache)).kind != "hidden":
+    if read_manifest(section.cache).kind != "hidden":
         return None
     return dataclasses.replace(
         whole,
