@@ -24,7 +24,6 @@ from kd.losses import (
 from kd.losses.heads import finish_logits, operand, product, shared_head
 
 Fields = dict[str, Tensor]  # by name, (T, ...) each
-GROUP = 32  # channels that share a scale
 CHUNK = 512  # rows whose logits are held at a time
 
 
@@ -41,20 +40,21 @@ class HiddenKind:
     """The teacher's last hidden states: exact where dtype is no narrower than they are. Serves any
     divergence and temperature; the teacher's head is read beside it.
 
-    int8: each group of 32 channels of a token is divided by its own largest value.
+    int8: each group of channels of a token is divided by its own largest value.
     """
 
     dtype: Literal["fp32", "bf16", "int8"] = "bf16"
+    group: int = 32  # channels that share a scale, in int8
     name: Literal["hidden"] = "hidden"
 
     def bytes_per_token(self, hidden_size: int, student_hidden_size: int) -> float:
-        scales = 4 / GROUP if self.dtype == "int8" else 0
+        scales = 4 / self.group if self.dtype == "int8" else 0
         return hidden_size * ({"fp32": 4, "bf16": 2, "int8": 1}[self.dtype] + scales)
 
     def encode(self, hidden_TH: Tensor, heads: Heads, seed: int) -> Fields:
         if self.dtype != "int8":
             return {"hidden": hidden_TH.to(_DTYPES[self.dtype])}
-        groups_TGC = _in_groups(hidden_TH.float())
+        groups_TGC = _in_groups(hidden_TH.float(), self.group)
         scale_TG = groups_TGC.abs().amax(-1) / 127
         least = torch.finfo(torch.float32).tiny
         whole_TGC = (groups_TGC / scale_TG.clamp(min=least)[..., None]).round()
@@ -65,7 +65,8 @@ class HiddenKind:
         """dtype: of the teacher's head."""
         if self.dtype != "int8":
             return {"hidden": fields["hidden"].to(dtype)}
-        groups_TGC = _in_groups(fields["hidden"].float()) * fields["scale"][..., None]
+        groups_TGC = _in_groups(fields["hidden"].float(), self.group)
+        groups_TGC = groups_TGC * fields["scale"][..., None]
         size = fields["hidden"].shape[1]
         return {"hidden": groups_TGC.flatten(1)[:, :size].to(dtype)}
 
@@ -212,11 +213,11 @@ def head_sha256(head: Head) -> str:
     return digest.hexdigest()
 
 
-def _in_groups(values_TH: Tensor) -> Tensor:
+def _in_groups(values_TH: Tensor, group: int) -> Tensor:
     """(T, G, C), the last group filled with zeros."""
-    missing = -values_TH.shape[1] % GROUP
+    missing = -values_TH.shape[1] % group
     filled: Tensor = torch.nn.functional.pad(values_TH, (0, missing))
-    return filled.reshape(len(filled), -1, GROUP)
+    return filled.reshape(len(filled), -1, group)
 
 
 def _logits(hidden_TH: Tensor, head: Head) -> Iterator[Tensor]:
