@@ -71,3 +71,19 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes_with_room(
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming from {kept[-1]}" in done.stderr
     assert (folder / "SUCCESS").exists()
+
+
+def test_a_cache_whose_disk_is_full_says_so_on_all_ranks_and_is_filled_with_room(launch, tmp_path):
+    recipe = write_tiny_recipe(tmp_path / "recipe")
+    with disk_of_its_own(tmp_path / "disk", "200k") as folder:
+        arguments = ["launch/cache.py", "--recipe", str(recipe), "--output", str(folder / "cache")]
+        done = launch(*arguments, "--dtype", "fp32")
+        assert done.returncode == 2, done.stderr[-2000:]
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("make room, and start again: what is written stays") == 1
+        assert not (folder / "cache" / "filled.json").exists()
+        assert not list((folder / "cache" / "shards").glob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=8m", folder], check=True)
+        done = launch(*arguments, "--dtype", "fp32")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert (folder / "cache" / "filled.json").exists()
