@@ -31,6 +31,7 @@ from kd.errors import UserError
 from kd.models.loading import load_partitioned, load_whole, random_model
 from kd.models.probe import Reference, reference_of, verify_weights
 from kd.models.student import Student, StudentModule
+from kd.models.trained import set_trained
 from kd.models.weights import load_head
 from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
@@ -130,6 +131,7 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
         reference = _reference_of(section, ds_config, role="student")
         model = load_partitioned(section, ds_config, role="student")
     check_shapes(section, model, role="student")
+    set_trained(model, section, recipe.run.seed)
     if section.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     set_leaf_modules(model)
