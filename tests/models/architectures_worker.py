@@ -21,7 +21,7 @@ from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.errors import UserError
 from kd.recipe import Recipe
-from kd.training.build import build_student, build_teacher
+from kd.training.build import build_live_teacher, build_student
 from kd.training.step import train_step
 
 ROLES = {"student": 0, "teacher": 1}  # and the seed of its weights
@@ -48,7 +48,7 @@ def _losses(name: str, folder: Path, layout: Layout) -> list[float]:
     dist.barrier()
     recipe = _recipe(folder)
     batches = [_batch(rank) for rank in range(2)]
-    teacher = build_teacher(recipe, layout)
+    teacher = build_live_teacher(recipe, layout)
     student = build_student(recipe, student_ds_config(recipe, 2, "cpu"), layout)
     result = train_step(student, teacher, [batches[layout.rank]], 1e-3, layout)
     again = train_step(student, teacher, [batches[layout.rank]], 1e-3, layout)

@@ -20,7 +20,7 @@ from kd.engine.ds_config import student_ds_config
 from kd.plan.cost import pair_of
 from kd.plan.lengths import batch_shape, step_lengths
 from kd.recipe import Recipe, load_recipe
-from kd.training.build import build_student, build_teacher
+from kd.training.build import build_live_teacher, build_student
 from kd.training.step import train_step
 
 # (truncation.keep_fraction, student.gradient_checkpointing)
@@ -48,7 +48,7 @@ def measure(recipe: Recipe) -> dict[str, list[float]]:
     tokenizer = load_tokenizers(recipe)
     examples = load_data(recipe, tokenizer).train
     loader = Loader(examples, batch_shape(recipe), 0, tokenizer.pad_token_id)
-    teacher = build_teacher(recipe, layout)
+    teacher = build_live_teacher(recipe, layout)
     student = build_student(recipe, student_ds_config(recipe, 1, layout.device.type), layout)
     pair, result = pair_of(recipe), {"counted": [], "planned": []}
     for step in range(NUM_STEPS):

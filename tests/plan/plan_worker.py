@@ -23,7 +23,7 @@ from kd.engine.ds_config import is_zero3, student_ds_config
 from kd.plan import model_shapes
 from kd.plan.shapes import shapes_of
 from kd.recipe import ROOT, Recipe
-from kd.training.build import build_student, build_teacher
+from kd.training.build import build_live_teacher, build_student
 from kd.training.step import train_step
 
 # case -> JSON of student and teacher: in ds_configs/, or written by the test
@@ -68,7 +68,7 @@ def main() -> None:
 
 def measure(recipe: Recipe, checkpoints: Path, layout: Layout) -> dict[str, int]:
     ds_config = student_ds_config(recipe, layout.world_size, layout.device.type)
-    teacher = build_teacher(recipe, layout)
+    teacher = build_live_teacher(recipe, layout)
     student = build_student(recipe, ds_config, layout)
     model, engine = student.model, student.engine
     assert teacher is not None
