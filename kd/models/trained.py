@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from kd.engine.zero3 import num_parameters
 from kd.errors import UserError
 from kd.hub import first_line, resolve
 from kd.models.head import backbone
@@ -39,6 +40,11 @@ def set_trained(model: PreTrainedModel, section: StudentSection, seed: int) -> N
     if not embeddings.weight.requires_grad:
         # Hooks of ZeRO-3 and of checkpointing run in backward where an input needs a gradient.
         model.enable_input_require_grads()
+    parameters = list(model.parameters())
+    num_trained = num_parameters(p for p in parameters if p.requires_grad)
+    if num_trained < num_parameters(parameters):
+        sizes = (num_trained / 1e6, num_parameters(parameters) / 1e6)
+        log.info("student: %.2f of %.2f M parameters are trained", *sizes)
 
 
 def check_trained(model: PreTrainedModel, section: StudentSection) -> None:
