@@ -21,7 +21,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -213,6 +213,21 @@ class TeacherSection(ModelSection):
     )
 
 
+class LoraSection(RecipeSection):
+    """Trained beside each matrix W of target_modules, which is frozen: W + alpha / rank * B A
+    (arXiv 2106.09685).
+    """
+
+    rank: Positive = 16
+    alpha: Magnitude = 32.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="of what an adapter reads"
+    )
+    target_modules: Literal["all-linear"] | Annotated[tuple[Filled, ...], Field(min_length=1)] = (
+        Field("all-linear", description="names of linear layers, or all of them but the lm_head")
+    )
+
+
 class StudentSection(ModelSection):
     init: Annotated[Literal["pretrained", "random"], FIXED] = Field(
         "pretrained", description="random: fresh weights from the model's config.json"
@@ -220,6 +235,36 @@ class StudentSection(ModelSection):
     gradient_checkpointing: Annotated[bool | Literal["auto"], FIXED] = Field(
         True, description="auto: only where the plan says that activations do not fit without"
     )
+    lora: Annotated[LoraSection | None, FIXED] = Field(
+        None, description="a table [student.lora]: adapters are trained, and nothing else"
+    )
+    freeze_head: Annotated[bool, FIXED] = Field(
+        False, description="the lm_head is not trained; nor are the embeddings where they are tied"
+    )
+    freeze_embeddings: Annotated[bool, FIXED] = False
+
+    @model_validator(mode="after")
+    def _adapts_what_is_stored(self) -> "StudentSection":
+        if self.lora is not None and self.init == "random":
+            raise ValueError(
+                'init = "random" with [student.lora]: adapters are of use beside trained weights '
+                "alone, and their base must be a model that can be loaded again"
+            )
+        return self
+
+    @property
+    def trains_layers(self) -> bool:
+        """Whether the decoder layers' own weights are trained."""
+        return self.lora is None
+
+    @property
+    def trains_head(self) -> bool:
+        return self.lora is None and not self.freeze_head
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Of a model whose head is another tensor."""
+        return self.lora is None and not self.freeze_embeddings
 
     @property
     def checkpointing(self) -> bool:
@@ -527,15 +572,18 @@ class Recipe(RecipeSection):
         return self
 
     def with_values(self, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe with other values, {"section.key": value}: the one way to change one in code.
+        """The recipe with other values, {"section.key": value}, or "section.table.key": the one way
+        to change one in code.
 
         Raises UserError for a key that there is not, and for a value that is not valid.
         """
         sections = self.model_dump()
         for name, value in values.items():
-            section, _, key = name.partition(".")
-            _check_keys(f"{name} = {shortened(value)}", {section: {key: value}})
-            sections[section] = {**(sections[section] or {}), key: value}
+            layer, is_entry = _nested(name, value), name.count(".") > 1
+            _check_keys(f"{name} = {shortened(value)}", layer)
+            for section, changed in layer.items():
+                below = sections[section] or {}
+                sections[section] = _merge(below, changed) if is_entry else {**below, **changed}
         try:
             return Recipe.model_validate(sections)
         except ValidationError as error:
@@ -718,9 +766,8 @@ def _read_resolved(path: Path) -> dict[str, Any]:
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
-    section, dot, field = key.strip().partition(".")
-    field, _, entry = field.partition(".")  # of a table: data.template_kwargs.enable_thinking
-    if not (equals and dot and section and field):
+    section, _, field = key.strip().partition(".")
+    if not (equals and section and field.partition(".")[0]):
         raise UserError(
             f"--set {_cut(text)}: write section.key=value, as in --set training.max_steps=10"
         )
@@ -730,8 +777,16 @@ def _parse_override(text: str) -> dict[str, Any]:
         parsed = {"value": value}  # a bare word is a string: --set run.name=trial
     if len(parsed) > 1:
         raise UserError(f"--set {_cut(text)}: holds {len(parsed)} values: give each its own --set")
-    found = parsed["value"]
-    return {section: {field: {entry: found} if entry else found}}
+    return _nested(key.strip(), parsed["value"])
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    """{section: {key: value}} of "section.key", and of a table's entry, "section.key.entry", as
+    data.template_kwargs.enable_thinking, {section: {key: {entry: value}}}.
+    """
+    section, _, field = name.partition(".")
+    key, _, entry = field.partition(".")
+    return {section: {key: {entry: value} if entry else value}}
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -753,15 +808,37 @@ def _check_keys(where: str, layer: dict[str, Any]) -> None:
             raise UserError(
                 f"{where}: {section} is a section: write [{section}] and its keys below it"
             )
-        fields = _section_model(section).model_fields
-        for key in values:
-            if key not in fields:
-                near = _nearest(key, fields)
-                raise UserError(f"{where}: unknown key {section}.{_cut(key)}.{near}")
+        _check_names(where, section, values, _section_model(section))
+
+
+def _check_names(
+    where: str, prefix: str, values: dict[str, Any], model: type[RecipeSection]
+) -> None:
+    fields, tables = model.model_fields, _tables(model)
+    for key, value in values.items():
+        if key not in fields:
+            near = _nearest(key, fields)
+            raise UserError(f"{where}: unknown key {prefix}.{_cut(key)}.{near}")
+        if key in tables and isinstance(value, dict):
+            _check_names(where, f"{prefix}.{key}", value, tables[key])
 
 
 def _section_model(section: str) -> type[RecipeSection]:
     return TeacherSection if section == "teacher" else Recipe.model_fields[section].annotation  # type: ignore[return-value]
+
+
+def _tables(model: type[RecipeSection]) -> dict[str, type[RecipeSection]]:
+    """The keys of a section that are tables of keys of their own, as student.lora."""
+    kinds = {
+        key: (field.annotation, *get_args(field.annotation))
+        for key, field in model.model_fields.items()
+    }
+    return {
+        key: kind
+        for key, of_key in kinds.items()
+        for kind in of_key
+        if isinstance(kind, type) and issubclass(kind, RecipeSection)
+    }
 
 
 def _cut(text: str) -> str:
@@ -783,7 +860,8 @@ def _describe(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) 
         where = [file for file, layer in layers if key in (layer.get(section) or {})] or [
             layers[-1][0]
         ]
-        field = ".".join(map(str, problem["loc"][:2]))
+        is_of_table = section in Recipe.model_fields and key in _tables(_section_model(section))
+        field = ".".join(map(str, problem["loc"][: 3 if is_of_table else 2]))
         value = f" = {shortened(problem['input'])}" if key and problem["type"] != "missing" else ""
         what = problem["msg"].removeprefix("Value error, ")
         lines.append(f"{where[-1]}: {field}{value}{': ' if field else ''}{what}")

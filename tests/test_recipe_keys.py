@@ -158,3 +158,41 @@ def test_a_variable_or_a_date_that_cannot_be_is_named(override, message):
 )
 def test_a_key_that_a_file_lacks_has_its_default(name, default):
     assert default_of(name) == default
+
+
+def test_a_table_of_keys_is_set_by_key_and_read_back(tmp_path):
+    recipe = load_recipe("tiny_trunc50", ["student.lora.rank=8"])
+    assert recipe.student.lora is not None
+    assert (recipe.student.lora.rank, recipe.student.lora.alpha) == (8, 32.0)
+    assert load_recipe("tiny_trunc50").student.lora is None
+    other = recipe.with_values({"student.lora.target_modules": ("q_proj",)})
+    assert (other.student.lora.rank, other.student.lora.target_modules) == (8, ("q_proj",))
+    (tmp_path / "recipe.json").write_text(json.dumps(other.as_file()))
+    assert load_recipe(str(tmp_path / "recipe.json")) == other
+    assert facts_of("student.lora.rank") == facts_of("student.lora")
+
+
+def test_a_table_is_replaced_where_a_value_changes_all_of_it():
+    recipe = load_recipe("tiny_trunc50", ["data.template_kwargs={a = 1}"])
+    changed = recipe.with_values({"data.template_kwargs": {"b": 2}})
+    assert changed.data.template_kwargs == {"b": 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.lora.rnk=8", r"unknown key student\.lora\.rnk\. Did you mean rank"),
+        ("student.lora.rank=0", r"student\.lora\.rank = 0: .*greater than 0"),
+        ("student.lora.dropout=1.0", r"student\.lora\.dropout = 1\.0"),
+        ("student.lora.target_modules=[]", r"student\.lora\.target_modules = \[\]"),
+        ("student.lora=8", r"student\.lora = 8"),
+    ],
+)
+def test_an_entry_of_a_table_that_cannot_be_is_named(override, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("tiny_trunc50", [override])
+
+
+def test_adapters_are_refused_beside_random_weights():
+    with pytest.raises(UserError, match=r'init = "random" with \[student\.lora\]'):
+        load_recipe("tiny_trunc50", ["student.init=random", "student.lora.rank=8"])

@@ -87,7 +87,9 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
             partial.mkdir(parents=True)
         dist.barrier()
         with hashed_files(engine) as checksums:
-            engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+            engine.save_checkpoint(
+                str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True
+            )
         random_state = partial / f"rng_rank{rank}.safetensors"
         random_state.write_bytes(save(_random_state()))  # save_file() keeps it to its owner
         checksums[random_state] = _checksum(random_state, sync=True)
@@ -229,7 +231,11 @@ def read_manifest(path: Path, state_type: type[Any]) -> Manifest:
 
 def _load_engine(engine: Engine, path: Path) -> None:
     loaded, _ = engine.load_checkpoint(
-        str(path.parent), tag=path.name, load_lr_scheduler_states=False
+        str(path.parent),
+        tag=path.name,
+        # What is frozen was not saved
+        load_module_strict=all(parameter.requires_grad for parameter in engine.parameters()),
+        load_lr_scheduler_states=False,
     )
     if loaded is None:
         raise UserError(

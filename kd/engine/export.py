@@ -1,4 +1,6 @@
-"""A trained student as an ordinary Hugging Face folder: weights, tokenizer, generation config."""
+"""A trained student as an ordinary Hugging Face folder: weights, tokenizer, generation config; and
+its adapters, where it has any, once more in a folder of their own.
+"""
 
 import shutil
 from pathlib import Path
@@ -7,6 +9,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kd.engine.adapters import has_adapters, merged_weights, save_adapter
 from kd.engine.engine import Engine
 from kd.engine.zero3 import consolidated_state_dict
 from kd.errors import UserError
@@ -18,7 +21,8 @@ def export_student(
     engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Write the engine's student to `folder`, aside first and then renamed over what was there.
-    set_generation_config() has been called for the model.
+    set_generation_config() has been called for the model. Adapters are merged, and written to
+    folder/adapter too.
 
     Collective: every rank must call this.
     """
@@ -29,10 +33,12 @@ def export_student(
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            model.save_pretrained(partial, state_dict=weights)
+            model.save_pretrained(partial, state_dict=merged_weights(model, weights))
+            if has_adapters(model):
+                save_adapter(model, weights, partial / "adapter")
             tokenizer.save_pretrained(partial)
             # Weights are written for the owner only; others may load a model.
-            for weights_file in partial.glob("*.safetensors"):
+            for weights_file in partial.rglob("*.safetensors"):
                 shutil.copymode(partial / "config.json", weights_file)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)

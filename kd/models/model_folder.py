@@ -28,6 +28,7 @@ from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
 from kd.files import read_json
 from kd.hub import find_model, first_line, hub_errors, resolve
+from kd.models.trained import check_trained
 from kd.recipe import ModelSection, Recipe, StudentSection
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ def _num_embedded(field: str, section: ModelSection) -> int:
             _check_header(field, section, file)
         model = _described(field, section, folder, files)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(section, StudentSection) and head is not None:
+        check_trained(model, section)
     return min(part.weight.shape[0] for part in (embedding, head) if part is not None)
 
 

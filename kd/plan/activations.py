@@ -10,7 +10,8 @@ import numpy as np
 
 from kd.data.truncate import plan_windows
 from kd.plan.shapes import ModelShapes
-from kd.recipe import TruncationSection
+from kd.plan.trainable import adapted_widths
+from kd.recipe import LoraSection, TruncationSection
 
 
 def num_tokens_read(truncation: TruncationSection, full_tokens: int) -> int:
@@ -19,16 +20,23 @@ def num_tokens_read(truncation: TruncationSection, full_tokens: int) -> int:
 
 
 def saved_activations(
-    shapes: ModelShapes, num_tokens: int, width: int, *, checkpointing: bool
+    shapes: ModelShapes,
+    num_tokens: int,
+    width: int,
+    *,
+    checkpointing: bool,
+    lora: LoraSection | None = None,
 ) -> int:
     """Bytes kept from forward to backward; under checkpointing only the layers' inputs."""
     inputs = shapes.num_layers * width * shapes.hidden_size * num_tokens
-    layers = shapes.num_layers * layer_activations(shapes, num_tokens, width)
-    final_norm = (4 + width) * shapes.hidden_size * num_tokens
+    layers = shapes.num_layers * layer_activations(shapes, num_tokens, width, lora)
+    final_norm = (4 + _normalised(width, lora)) * shapes.hidden_size * num_tokens
     return (inputs if checkpointing else layers) + final_norm
 
 
-def layer_activations(shapes: ModelShapes, num_tokens: int, width: int) -> int:
+def layer_activations(
+    shapes: ModelShapes, num_tokens: int, width: int, lora: LoraSection | None = None
+) -> int:
     """Bytes that one decoder layer keeps for its backward (w = width, a token):
 
     two RMSNorms        (4 + 2 w) H each: the fp32 input, the normalised one, and the output as the
@@ -38,9 +46,23 @@ def layer_activations(shapes: ModelShapes, num_tokens: int, width: int) -> int:
     attention           w (2 Q + 2 K) for q, k, v and the output, 4 bytes a head for log-sum-exp;
                         by flash or sdpa: no matrix of tokens by tokens is kept
     gated MLP           4 w F: gate, up, silu(gate), their product; F: the intermediate size
+    adapters            of each, w rank for what lies between A and B; with dropout at most 2 w I
+                        for what is left of its input, I wide, and for the mask. Norms keep w less
+                        a value, since their weights are frozen
     """
     queries, keys = shapes.num_heads * shapes.head_dim, shapes.num_key_value_heads * shapes.head_dim
-    norms = 2 * (4 + 2 * width) * shapes.hidden_size
-    head_norms = (4 + width) * (queries + keys) if shapes.has_qk_norm else 0
+    normalised = _normalised(width, lora)
+    norms = 2 * (4 + normalised + width) * shapes.hidden_size
+    head_norms = (4 + normalised) * (queries + keys) if shapes.has_qk_norm else 0
     attention = width * (2 * queries + 2 * keys) + 4 * shapes.num_heads
-    return num_tokens * (norms + head_norms + attention + 4 * width * shapes.intermediate_size)
+    mlp, adapters = 4 * width * shapes.intermediate_size, 0
+    if lora is not None:
+        inputs = [columns for columns, _ in adapted_widths(lora, shapes)]
+        adapters = width * lora.rank * len(inputs)
+        adapters += 2 * width * sum(inputs) if lora.dropout else 0
+    return num_tokens * (norms + head_norms + attention + mlp + adapters)
+
+
+def _normalised(width: int, lora: LoraSection | None) -> int:
+    """Bytes of what a norm multiplies by its weight: kept for that weight's gradient alone."""
+    return width if lora is None else 0

@@ -13,6 +13,7 @@ import numpy as np
 from kd.data.step_plan import Work
 from kd.data.truncate import IntArray
 from kd.plan.shapes import ModelShapes, model_shapes, teacher_shapes
+from kd.plan.trainable import trainable_of
 from kd.recipe import Recipe
 
 
@@ -33,11 +34,16 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class PairShapes:
-    """What the FLOPs of a run depend on, its lengths apart."""
+    """What the FLOPs of a run depend on, its lengths apart.
+
+    num_frozen_weights: of student.num_active_weights, those that get no gradient.
+    """
 
     student: ModelShapes
     teacher: ModelShapes | None
     checkpointing: bool
+    num_frozen_weights: int = 0
+    trains_head: bool = True
 
     def step_flops(
         self, padded_N: IntArray, supervised_N: IntArray, global_batch_size: int
@@ -45,15 +51,17 @@ class PairShapes:
         """The mean over global batches of N sequences: lengths in micro-batches, and labels.
 
         Backward is twice forward: the gradient of each factor of a product is a product of the same
-        size. Without ZeRO-3, torch would leave out the last product of a layer that it recomputes
-        (set_checkpoint_early_stop).
+        size, which falls away for a factor that is frozen. Without ZeRO-3, torch would leave out
+        the last product of a layer that it recomputes (set_checkpoint_early_stop).
         """
         num_steps = len(padded_N) / global_batch_size
         student = forward_flops(self.student, padded_N) / num_steps
+        spared = 2 * self.num_frozen_weights * float(padded_N.sum()) / num_steps
+        num_supervised = float(supervised_N.sum())
         return StepFlops(
             teacher=forward_flops(self.teacher, padded_N) / num_steps if self.teacher else 0.0,
-            student=3 * student,
-            loss=loss_flops(self.student, self.teacher, float(supervised_N.sum())) / num_steps,
+            student=3 * student - spared,
+            loss=self._loss_flops(num_supervised) / num_steps,
             recomputed=student if self.checkpointing else 0.0,
         )
 
@@ -62,15 +70,25 @@ class PairShapes:
         """Of one sequence, all of it supervised: forward of both models, backward, and the loss."""
         passes = [(self.student, 4 if self.checkpointing else 3)]
         passes += [(self.teacher, 1)] if self.teacher else []
-        linear = sum(times * 2 * shapes.num_active_weights for shapes, times in passes)
+        linear: float = sum(times * 2 * shapes.num_active_weights for shapes, times in passes)
         quadratic = sum(times * _attention_flops(shapes) for shapes, times in passes)
-        return Work(linear + loss_flops(self.student, self.teacher, 1.0), quadratic)
+        linear += self._loss_flops(1.0) - 2 * self.num_frozen_weights
+        return Work(linear, quadratic)
+
+    def _loss_flops(self, num_supervised: float) -> float:
+        return loss_flops(self.student, self.teacher, num_supervised, trains_head=self.trains_head)
 
 
 def pair_of(recipe: Recipe) -> PairShapes:
     """The shapes of the recipe's models. Raises UserError when they are not to be had."""
-    student = model_shapes(recipe.student, role="student")
-    return PairShapes(student, teacher_shapes(recipe), recipe.student.checkpointing)
+    student = trainable_of(recipe.student, model_shapes(recipe.student, role="student"))
+    return PairShapes(
+        student.shapes,
+        teacher_shapes(recipe),
+        recipe.student.checkpointing,
+        student.num_frozen_weights,
+        student.trains_head,
+    )
 
 
 def forward_flops(shapes: ModelShapes, padded_N: IntArray) -> float:
@@ -91,14 +109,22 @@ def _attention_flops(shapes: ModelShapes) -> int:
     return 4 * shapes.num_layers * shapes.num_heads * shapes.head_dim
 
 
-def loss_flops(student: ModelShapes, teacher: ModelShapes | None, num_supervised: float) -> float:
+def loss_flops(
+    student: ModelShapes,
+    teacher: ModelShapes | None,
+    num_supervised: float,
+    *,
+    trains_head: bool = True,
+) -> float:
     """Of `kd.losses.chunked` over supervised rows alone, 2 * N * V * (3 * Hs + Ht): logits of both
-    models, and the gradients of the student's hidden states and head, over the shared
-    vocabulary."""
+    models, and the gradients of the student's hidden states and head, over the shared vocabulary.
+    A frozen head has none, and there are 2 * Hs.
+    """
+    num_products = 3 if trains_head else 2
     vocab_size = min(shapes.vocab_size for shapes in (student, teacher) if shapes)
     return (
         2
         * num_supervised
         * vocab_size
-        * (3 * student.hidden_size + (teacher.hidden_size if teacher else 0))
+        * (num_products * student.hidden_size + (teacher.hidden_size if teacher else 0))
     )

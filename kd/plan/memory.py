@@ -12,6 +12,7 @@ from kd.errors import UserError
 from kd.plan.activations import num_tokens_read, saved_activations
 from kd.plan.rank_memory import GIB, RankMemory, rank_memory
 from kd.plan.shapes import model_shapes, teacher_shapes
+from kd.plan.trainable import trainable_of
 from kd.plan.zero_memory import ZeroEngine
 from kd.recipe import Recipe
 
@@ -103,7 +104,8 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         max(budget, num_tokens) if budget else num_tokens * recipe.training.micro_batch_size
     )
     gib_per_rank, moment, gather_peak_gib = rank_memory(recipe, student, teacher, batch_tokens)
-    saved = functools.partial(saved_activations, student.shapes, batch_tokens, student.width)
+    kept = functools.partial(saved_activations, student.shapes, batch_tokens, student.width)
+    saved = functools.partial(kept, lora=recipe.student.lora)
     # Rank 0 alone reads the files of a model that is partitioned while it is loaded, and else every
     # rank.
     loading = max(
@@ -140,8 +142,9 @@ def engines_of(recipe: Recipe, num_nodes: int, gpus_per_node: int) -> Engines:
             "what is meant"
         )
     world_size = num_nodes * gpus_per_node
-    student_shapes = model_shapes(recipe.student, role="student")
-    student = ZeroEngine(student_shapes, read_ds_config(recipe, "student"), world_size)
+    trainable = trainable_of(recipe.student, model_shapes(recipe.student, role="student"))
+    ds_config = read_ds_config(recipe, "student")
+    student = ZeroEngine(trainable.shapes, ds_config, world_size, trainable)
     shapes = teacher_shapes(recipe)
     if recipe.teacher is None or shapes is None:
         return Engines(student, None)
@@ -151,7 +154,7 @@ def engines_of(recipe: Recipe, num_nodes: int, gpus_per_node: int) -> Engines:
         shapes,
         read_ds_config(recipe, "teacher"),
         num_sharing,
-        is_trained=False,
+        trainable=None,
         is_plain=shard == "gpu",
     )
     return Engines(student, teacher)

@@ -75,11 +75,13 @@ def _moments(
         student.width,
         recipe.student.checkpointing,
     )
-    hidden, head = width * shapes.hidden_size * num_tokens, student.head_elements
-    saved = saved_activations(shapes, num_tokens, width, checkpointing=checkpointing) + hidden
-    recomputed = layer_activations(shapes, num_tokens, width) if checkpointing else 0
+    lora, hidden = recipe.student.lora, width * shapes.hidden_size * num_tokens
+    saved = saved_activations(shapes, num_tokens, width, checkpointing=checkpointing, lora=lora)
+    saved += hidden
+    recomputed = layer_activations(shapes, num_tokens, width, lora) if checkpointing else 0
     # The head's gradient: the loss's own in fp32; in backward one of the weight's dtype too, and a
     # copy to reduce.
+    head = student.head_elements if student.trains_head else 0
     moments = [
         _Moment(
             "backward", student.live_bytes, saved + recomputed, hidden + (4 + 2 * width) * head, 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kd.plan.activations import layer_activations
-from kd.plan.flops import StepFlops
+from kd.plan.flops import StepFlops, forward_flops
 from kd.plan.gpus import Site
 from kd.plan.lengths import Lengths
 from kd.plan.memory import Engines
@@ -86,14 +86,15 @@ def validation_seconds(
 ) -> float:
     """Of num_rows sequences like those of a step, through both models forward alone.
 
-    Of the student's gathers and of its hooks a part is backward's, and of the loss's products the
-    gradients are.
+    Of the student's hooks a part is backward's, and of the loss's products the gradients are.
     """
     student, teacher = engines.student, engines.teacher
     hidden = student.shapes.hidden_size
     logits = hidden + (teacher.shapes.hidden_size if teacher else 0)
-    forward = flops.teacher + flops.student / 3 + flops.loss * logits / (logits + 2 * hidden)
-    gathers = _gather_seconds(student, site) / 3
+    gradients = 2 * hidden if student.trains_head else hidden
+    forward = flops.teacher + flops.loss * logits / (logits + gradients)
+    forward += forward_flops(student.shapes, lengths.padded_N) / lengths.num_steps
+    gathers = student.received_per_forward / site.collective_rate(student.num_ranks)
     host = _host_seconds(student, checkpointing=False) / 2
     if teacher:
         gathers += _gather_seconds(teacher, site)
@@ -133,7 +134,7 @@ def _host_seconds(engine: ZeroEngine, checkpointing: bool) -> float:
 
 def _optimizer_seconds(student: ZeroEngine, site: Site) -> float:
     if student.offloads("optimizer"):
-        of_node = ADAM_BYTES * student.shard_elements * site.gpus_per_node
-        moved = student.shard_elements * (4 + student.width)
+        of_node = ADAM_BYTES * student.trained_shard_elements * site.gpus_per_node
+        moved = student.trained_shard_elements * (4 + student.width)
         return of_node / HOST_ADAM_RATE + moved / PCIE_RATE
-    return ADAM_BYTES * student.shard_elements / site.gpu.memory_rate
+    return ADAM_BYTES * student.trained_shard_elements / site.gpu.memory_rate

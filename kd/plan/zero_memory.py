@@ -10,6 +10,7 @@ from typing import Any
 
 from kd.engine.ds_config import is_bf16, is_zero3
 from kd.plan.shapes import ModelShapes
+from kd.plan.trainable import Sizes, Trainable
 
 # DeepSpeed's defaults (runtime/zero/config.py), in elements.
 ZERO_DEFAULTS = {
@@ -27,14 +28,23 @@ ZERO_DEFAULTS = {
 class ZeroEngine:
     """A model shared by `num_ranks` under the JSON of its engine.
 
+    trainable: of a student; None: nothing is trained, as of a teacher.
     is_plain: it runs without an engine, which costs the host less.
     """
 
     shapes: ModelShapes
     config: dict[str, Any]
     num_ranks: int
-    is_trained: bool = True
+    trainable: Trainable | None
     is_plain: bool = False
+
+    @property
+    def is_trained(self) -> bool:
+        return self.trainable is not None
+
+    @property
+    def trains_head(self) -> bool:
+        return self.trainable is not None and self.trainable.trains_head
 
     @property
     def stage(self) -> int:
@@ -61,9 +71,15 @@ class ZeroEngine:
     @property
     def shard_elements(self) -> int:
         """ZeRO-3 divides each parameter and rounds up (Init._partition_numel)."""
-        return sum(
-            -(-size // self.num_ranks) * count for size, count in self.shapes.parameter_sizes
-        )
+        return self._divided(self.shapes.parameter_sizes)
+
+    @property
+    def trained_elements(self) -> int:
+        return sum(size * count for size, count in self._trained_sizes)
+
+    @property
+    def trained_shard_elements(self) -> int:
+        return self._divided(self._trained_sizes)
 
     @property
     def weight_bytes(self) -> int:
@@ -117,13 +133,13 @@ class ZeroEngine:
         is_fp32 = self.config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
         width = 4 if is_fp32 else self.width
         if self.stage == 1:
-            return self.num_elements * (width + (self.width if is_bf16(self.config) else 0))
-        return self.shard_elements * width
+            return self.trained_elements * (width + (self.width if is_bf16(self.config) else 0))
+        return self.trained_shard_elements * width
 
     @property
     def optimizer_bytes(self) -> int:
         """Master weights and both moments of Adam, in fp32, sharded."""
-        return 0 if self.offloads("optimizer") else 12 * self.shard_elements
+        return 0 if self.offloads("optimizer") else 12 * self.trained_shard_elements
 
     @property
     def bucket_bytes(self) -> int:
@@ -132,47 +148,64 @@ class ZeroEngine:
         """
         bucket = self.value("reduce_bucket_size")
         num_buffers = 2 if not is_zero3(self.config) and self._zero.get("overlap_comm") else 1
-        return (num_buffers * bucket + min(bucket, self.num_elements)) * self.width
+        return (num_buffers * bucket + min(bucket, self.trained_elements)) * self.width
 
     @property
     def step_bytes(self) -> int:
         """Gradients once more, flat, by sub-group (_prepare_fp32_grad_for_sub_group)."""
         if self.offloads("optimizer"):
             return 0
-        return 4 * min(self.shard_elements, self.value("sub_group_size"))
+        return 4 * min(self.trained_shard_elements, self.value("sub_group_size"))
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of all ranks: optimizer states, and under stage 2 the weights besides them."""
-        weights = 0 if is_zero3(self.config) else self.model_bytes
-        return 12 * self.shard_elements * self.num_ranks + weights
+        """Of all ranks: optimizer states, and below stage 3 the weights besides them, of which
+        DeepSpeed leaves out the frozen ones, but knows a tied one by one of its names only.
+        """
+        weights = 0
+        if not is_zero3(self.config):
+            is_kept = self.shapes.tie_word_embeddings and not self.trains_head
+            weights = self.trained_elements + (self.head_elements if is_kept else 0)
+        return 12 * self.trained_shard_elements * self.num_ranks + weights * self.width
 
     @property
     def host_bytes(self) -> int:
         """Offloaded, in fp32: master weights, moments, and gradients twice (stage3.py)."""
         parameters = self.width * self.shard_elements if self.offloads("param") else 0
-        return parameters + (20 * self.shard_elements if self.offloads("optimizer") else 0)
+        return parameters + (20 * self.trained_shard_elements if self.offloads("optimizer") else 0)
+
+    @property
+    def received_per_forward(self) -> float:
+        """Bytes that a rank receives in the forward pass of a micro-batch: weights, under stage
+        3.
+        """
+        return self._of_others(self.num_elements) if self.stage == 3 else 0.0
 
     @property
     def received_per_micro_batch(self) -> float:
         """Bytes that a rank receives while it computes: under stage 3 weights in forward, and in
         backward again; from stage 2 on gradients, which are reduced.
         """
-        gathers = {1: 0, 2: 0, 3: 2 if self.is_trained else 1}[self.stage]
-        reductions = 1 if self.is_trained and self.stage > 1 else 0
-        return (gathers + reductions) * self._bytes_of_others
+        reduced = self._of_others(self.trained_elements) if self.stage > 1 else 0.0
+        return (2 if self.is_trained else 1) * self.received_per_forward + reduced
 
     @property
     def received_per_step(self) -> float:
         """Bytes that a rank receives after its micro-batches: below stage 3 the new weights, and
         under stage 1 all gradients, which are reduced and sent to all.
         """
-        return {1: 3, 2: 1, 3: 0}[self.stage] * self._bytes_of_others
+        return {1: 3, 2: 1, 3: 0}[self.stage] * self._of_others(self.trained_elements)
+
+    def _of_others(self, num_elements: int) -> float:
+        """Bytes of weights, or gradients: the part of other ranks."""
+        return num_elements * self.width * (self.num_ranks - 1) / self.num_ranks
+
+    def _divided(self, sizes: Sizes) -> int:
+        return sum(-(-size // self.num_ranks) * count for size, count in sizes)
 
     @property
-    def _bytes_of_others(self) -> float:
-        """Of all weights, or gradients, the part of other ranks."""
-        return self.model_bytes * (self.num_ranks - 1) / self.num_ranks
+    def _trained_sizes(self) -> Sizes:
+        return self.trainable.sizes if self.trainable else ()
 
     def offloads(self, what: str) -> bool:
         device: str = (self._zero.get(f"offload_{what}") or {}).get("device", "none")

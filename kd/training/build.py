@@ -30,6 +30,7 @@ from kd.errors import UserError
 from kd.models.loading import load_partitioned, load_whole, random_model
 from kd.models.probe import Reference, reference_of, verify_weights
 from kd.models.student import Student, StudentModule
+from kd.models.trained import set_trained
 from kd.models.weights import load_head
 from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
@@ -122,6 +123,7 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
         reference = _reference_of(section, ds_config, role="student")
         model = load_partitioned(section, ds_config, role="student")
     check_shapes(section, model, role="student")
+    set_trained(model, section, recipe.run.seed)
     engine = student_engine(model, recipe, ds_config)
     student = Student(model, engine, keeps_packed_apart=reference.keeps_packed_apart)
     verify_weights(model, student.probe, reference.probed, role="student", device=layout.device)

@@ -91,6 +91,11 @@ def check_serves(kind: Kind, recipe: Recipe, where: str) -> None:
             f"{loss.divergence!r}: set forward_kl, or fill a cache of hidden states"
         )
     if isinstance(kind, VectorKind):
+        if recipe.student.trains_head:
+            raise UserError(
+                f"{where} is of kind vector, made with one head of the student, which this recipe "
+                "trains: set student.freeze_head = true, or fill a cache of hidden states"
+            )
         ours = head_sha256(student_head(recipe, torch.device("cpu")))
         if ours != kind.head_sha256:
             raise UserError(

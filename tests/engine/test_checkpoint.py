@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_worker import ENGINES
 from tiny import save_tiny_model
 
 from kd.engine.checkpoint import MANIFEST, read_manifest
@@ -14,7 +15,7 @@ from kd.engine.pickles import DEEPSPEED_GLOBALS
 from kd.errors import UserError
 from kd.training.decisions import Progress
 
-STAGES = ("stage 1 fp32", "stage 1 bf16", "stage 2 fp32", "stage 2 bf16", "stage 3 fp32")
+STAGES = [f"stage {stage} {dtype}{kind}" for stage, dtype, kind in ENGINES]
 RIGHT: dict[str, Any] = {
     "step": 4,
     "world_size": 2,
@@ -39,6 +40,17 @@ def test_a_checkpoint_gives_back_weights_optimizer_and_state(results, stage):
     cases = {case: result for case, result in results.items() if case.startswith(f"{stage}: t")}
     assert len(cases) == 4
     assert all(cases.values()), cases
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", ["stage 2 bf16", "stage 3 fp32"])
+def test_a_checkpoint_holds_what_is_trained_alone(results, stage):
+    whole, adapters, head = (
+        results[f"{stage}{kind}: bytes"] for kind in ("", ", adapters", ", frozen head")
+    )
+    # The model has 20,672 weights, its adapters 3,712, its tied head 5,120
+    assert adapters < 0.6 * whole
+    assert head < 0.9 * whole
 
 
 @pytest.mark.dist

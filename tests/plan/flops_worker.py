@@ -23,22 +23,26 @@ from kd.recipe import Recipe, load_recipe
 from kd.training.build import build_live_teacher, build_student
 from kd.training.step import train_step
 
-# (truncation.keep_fraction, student.gradient_checkpointing)
-SETTINGS = [(0.5, False), (1.0, False), (0.5, True), (1.0, True)]
+# (truncation.keep_fraction, student.gradient_checkpointing, what else is set)
+LORA, HEAD = "student.lora.rank=8", "student.freeze_head=true"
+SETTINGS = [(0.5, False, ()), (1.0, False, ()), (0.5, True, ()), (1.0, True, ())]
+SETTINGS += [(0.5, False, (LORA,)), (1.0, True, (LORA,)), (0.5, False, (HEAD,))]
 NUM_STEPS = 2
 
 
 def main() -> None:
     init_distributed()
     results = []
-    for keep_fraction, checkpointing in SETTINGS:
+    for keep_fraction, checkpointing, more in SETTINGS:
         overrides = [
             f"truncation.keep_fraction={keep_fraction}",
             f"student.gradient_checkpointing={checkpointing}",
         ]
         attention = ["teacher.attention=eager", "student.attention=eager"]
         results.append(
-            measure(load_recipe(sys.argv[1], [text.lower() for text in overrides + attention]))
+            measure(
+                load_recipe(sys.argv[1], [*(text.lower() for text in overrides + attention), *more])
+            )
         )
     Path(sys.argv[2]).write_text(json.dumps(results))
 

@@ -22,6 +22,7 @@ from kd.engine.checkpoint import save_checkpoint
 from kd.engine.ds_config import is_zero3, student_ds_config
 from kd.plan import model_shapes
 from kd.plan.shapes import shapes_of
+from kd.plan.trainable import trainable_of
 from kd.recipe import ROOT, Recipe
 from kd.training.build import build_live_teacher, build_student
 from kd.training.step import train_step
@@ -33,6 +34,9 @@ CASES = {
     "bf16": ("zero3_bf16.json", "zero3_teacher.json"),
     "bf16, stage 2": ("zero2_bf16.json", "zero3_teacher.json"),
     "bf16, stage 1, whole teacher": ("zero1_bf16.json", "zero3_teacher.json"),
+    "fp32, adapters": ("zero3_cpu.json", "zero3_cpu.json"),
+    "bf16, stage 2, adapters": ("zero2_bf16.json", "zero3_teacher.json"),
+    "fp32, frozen head": ("zero3_cpu.json", "zero3_cpu.json"),
 }
 ASSETS = ROOT / "recipes" / "assets" / "tiny"
 
@@ -47,7 +51,11 @@ def make_recipe(folder: Path, case: str) -> Recipe:
                 "model": str(ASSETS / "teacher"),
                 "shard": "gpu" if "whole teacher" in case else "world",
             },
-            "student": {"model": str(ASSETS / "student_base")},
+            "student": {
+                "model": str(ASSETS / "student_base"),
+                "lora": {"rank": 64} if "adapters" in case else None,
+                "freeze_head": "frozen head" in case,
+            },
             "data": {"path": "unused.jsonl"},
             "truncation": {"max_full_tokens": 64},
             "training": {"global_batch_size": 4, "micro_batch_size": 2},
@@ -89,7 +97,7 @@ def measure(recipe: Recipe, checkpoints: Path, layout: Layout) -> dict[str, int]
         "same_shapes": shapes
         == [
             model_shapes(recipe.teacher, role="teacher"),
-            model_shapes(recipe.student, role="student"),
+            trainable_of(recipe.student, model_shapes(recipe.student, role="student")).shapes,
         ],
         "teacher_shard": held_bytes(weights_of(teacher.model)),
         "student_weights": held_bytes(weights_of(model)),

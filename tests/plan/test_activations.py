@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from kd.data.truncate import plan_windows
+from kd.models.trained import set_trained
 from kd.plan.activations import num_tokens_read, saved_activations
 from kd.plan.shapes import shapes_of
-from kd.recipe import TruncationSection
+from kd.recipe import LoraSection, StudentSection, TruncationSection
 
 SIZES = {
     "vocab_size": 64,
@@ -47,18 +48,28 @@ def saved_bytes(model: Any) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize(
+    "lora",
+    [None, LoraSection(rank=16), LoraSection(rank=16, dropout=0.1)],
+    ids=["all", "adapters", "adapters with dropout"],
+)
 def test_activations_are_what_autograd_saves(
-    config_class: Any, dtype: torch.dtype, checkpointing: bool
+    config_class: Any, dtype: torch.dtype, checkpointing: bool, lora: LoraSection | None
 ):
     extra = {"head_dim": 24} if config_class is Qwen3Config else {}
     model = AutoModelForCausalLM.from_config(config_class(**SIZES, **extra), dtype=dtype).train()
+    shapes = shapes_of(model)
+    set_trained(model, StudentSection(model="recipes", lora=lora), seed=0)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     expected = saved_bytes(model)
     planned = saved_activations(
-        shapes_of(model), NUM_TOKENS, dtype.itemsize, checkpointing=checkpointing
+        shapes, NUM_TOKENS, dtype.itemsize, checkpointing=checkpointing, lora=lora
     )
-    assert planned == pytest.approx(expected, rel=0.05)
+    if lora is not None and lora.dropout:
+        assert 0.99 * expected <= planned <= 1.2 * expected, "a bound"
+    else:
+        assert planned == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("window", ["head", "middle", "tail"])

@@ -25,8 +25,11 @@ from transformers import (
 )
 
 from kd.losses import distillation_loss
+from kd.models.trained import set_trained
 from kd.plan.flops import PairShapes, StepFlops, forward_flops, loss_flops
 from kd.plan.shapes import ModelShapes, config_shapes, shapes_of
+from kd.plan.trainable import trainable_of
+from kd.recipe import StudentSection
 
 SIZES = {
     key: value
@@ -77,33 +80,50 @@ def test_a_forward_pass_has_the_flops_that_torch_counts(name: str):
     )
 
 
+TRAINED: dict[str, dict[str, Any]] = {
+    "all": {},
+    "adapters": {"lora": {"rank": 4}},
+    "some adapters": {"lora": {"rank": 4, "target_modules": ["q_proj", "down_proj"]}},
+    "frozen embeddings": {"freeze_embeddings": True, "freeze_head": True},
+}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_a_backward_pass_has_the_flops_that_torch_counts(name: str, checkpointing: bool):
+@pytest.mark.parametrize("keys", TRAINED.values(), ids=TRAINED)
+def test_a_backward_pass_has_the_flops_that_torch_counts(
+    name: str, checkpointing: bool, keys: dict[str, Any]
+):
     model, input_ids = eager(CONFIGS[name]), torch.arange(LENGTH).view(1, -1)
+    section = StudentSection.model_validate({"model": "recipes", **keys})
+    student = trainable_of(section, shapes_of(model))
+    set_trained(model, section, seed=0)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # As it is under ZeRO-3, whose linear layers save their inputs last
     with set_checkpoint_early_stop(False):
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     lengths_N = np.array([LENGTH])
-    flops = PairShapes(shapes_of(model), None, checkpointing).step_flops(
-        lengths_N, np.array([0]), global_batch_size=1
-    )
-    backward = flops.student - forward_flops(shapes_of(model), lengths_N) + flops.recomputed
+    flops = PairShapes(
+        student.shapes, None, checkpointing, student.num_frozen_weights, student.trains_head
+    ).step_flops(lengths_N, np.array([0]), global_batch_size=1)
+    backward = flops.student - forward_flops(student.shapes, lengths_N) + flops.recomputed
     assert backward == pytest.approx(counted(hidden.sum().backward), rel=RELATIVE)
     assert (flops.recomputed > 0) == checkpointing
 
 
+@pytest.mark.parametrize("trains_head", [True, False], ids=["trained", "frozen head"])
 @pytest.mark.parametrize("has_teacher", [True, False], ids=["kd", "ce"])
-def test_the_loss_has_the_flops_that_torch_counts_on_supervised_rows_alone(has_teacher: bool):
+def test_the_loss_has_the_flops_that_torch_counts_on_supervised_rows_alone(
+    has_teacher: bool, trains_head: bool
+):
     teacher, student = pair_of_two()
     hidden, labels = (
         torch.randn(2, LENGTH, student.hidden_size),
         torch.arange(2 * LENGTH).view(2, -1) % 160,
     )
     labels[:, ::3] = -100
-    head = torch.randn(student.vocab_size, student.hidden_size, requires_grad=True)
+    head = torch.randn(student.vocab_size, student.hidden_size, requires_grad=trains_head)
     of_teacher = (
         torch.randn(2, LENGTH, teacher.hidden_size),
         torch.randn(teacher.vocab_size, teacher.hidden_size),
@@ -115,7 +135,10 @@ def test_the_loss_has_the_flops_that_torch_counts_on_supervised_rows_alone(has_t
             *inputs, labels, kd_weight=0.5 if has_teacher else 0.0, chunk_size=50
         ).loss.backward()
 
-    planned = loss_flops(student, teacher if has_teacher else None, int((labels >= 0).sum()))
+    num_supervised = int((labels >= 0).sum())
+    planned = loss_flops(
+        student, teacher if has_teacher else None, num_supervised, trains_head=trains_head
+    )
     assert planned == pytest.approx(counted(loss), rel=RELATIVE)
 
 

@@ -91,7 +91,9 @@ def test_chunks_of_logits_stay_within_their_budget():
 
 def chunk_gib(recipe: Recipe) -> float:
     engines = (
-        ZeroEngine(model_shapes(getattr(recipe, role), role=role), read_ds_config(recipe, role), 8)
+        ZeroEngine(
+            model_shapes(getattr(recipe, role), role=role), read_ds_config(recipe, role), 8, None
+        )
         for role in ("student", "teacher")
     )
     return _chunk_bytes(recipe.loss, *engines, num_tokens=2**16) / GIB

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from full_logits import full_loss
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kd.data.collate import collate
 from kd.data.dataset import Examples, load_data
@@ -25,8 +25,10 @@ from kd.data.tokenizers import load_tokenizers
 from kd.distributed.layout import Layout
 from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import student_ds_config
+from kd.models import trained
 from kd.plan.lengths import batch_shape
-from kd.recipe import Recipe, load_recipe
+from kd.recipe import Recipe, StudentSection, load_recipe
+from kd.training import build
 from kd.training.build import build_live_teacher, build_student, choose_layout
 from kd.training.step import train_step
 
@@ -38,24 +40,44 @@ CUTS: dict[str, dict[str, Any]] = {
     "packed by number": {"micro_batch_size": 3, "sequence_layout": "packed"},
 }
 STUDENTS, TEACHERS = ("zero1_fp32.json", "zero2_fp32.json", "zero3_cpu.json"), ("gpu", "world")
+# What is trained of each student beside a teacher of its own: keys of [student]
+TRAINED: dict[str, dict[str, Any]] = {
+    "adapters": {"student.lora": {"rank": 4}, "student.gradient_checkpointing": True},
+    "adapters, whole": {"student.lora": {"rank": 4}, "student.gradient_checkpointing": False},
+    "frozen head": {"student.freeze_head": True},
+}
+
+
+def set_trained(model: PreTrainedModel, section: StudentSection, seed: int) -> None:
+    """As the real one, and B a little off zero, so that A has a gradient and the probe passes."""
+    trained.set_trained(model, section, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=1e-5)  # drawn behind the seed that A was drawn from
 
 
 def main() -> None:
+    build.set_trained = set_trained  # type: ignore[attr-defined]
     recipe, folder, output = load_recipe(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     layout = init_distributed()
     tokenizer = load_tokenizers(recipe)
     examples = load_data(recipe, tokenizer).train
     results: dict[str, Any] = {}
-    for student_json, shard in itertools.product(STUDENTS, TEACHERS):
+    kinds = [(shard, "all", {}) for shard in TEACHERS]
+    kinds += [("gpu", name, changes) for name, changes in TRAINED.items()]
+    for student_json, (shard, kind, changes) in itertools.product(STUDENTS, kinds):
         own = folder / student_json
         lives = recipe.with_values(
             {
                 "teacher.shard": shard,
                 "deepspeed.student": str(own) if own.exists() else student_json,
                 "training.max_grad_norm": 1e9,
+                **changes,
             }
         )
-        results |= _cuts(lives, examples, tokenizer.pad_token_id, layout)
+        found = _cuts(lives, examples, tokenizer.pad_token_id, layout)
+        results |= {f"{kind} {case}": result for case, result in found.items()}
     if layout.rank == 0:
         output.write_text(json.dumps(results))
     dist.barrier()
@@ -72,7 +94,8 @@ def _cuts(recipe: Recipe, examples: Examples, pad: int, layout: Layout) -> dict[
     def capture_and_step() -> None:
         if student.engine.is_gradient_accumulation_boundary():
             for name, parameter in student.model.named_parameters():
-                captured[name] = safe_get_full_grad(parameter).clone()
+                if parameter.requires_grad:
+                    captured[name] = safe_get_full_grad(parameter).clone()
         step()
 
     student.engine.step = capture_and_step
@@ -105,15 +128,18 @@ def _reference(
         AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32)
         for section in (recipe.student, recipe.teacher)
     )
+    set_trained(student, recipe.student, recipe.run.seed)
     batches = [collate([examples[i]], pad) for i in rows]
     num_tokens = sum(batch.num_supervised_tokens for batch in batches)
     loss = sum(full_loss(recipe, student, teacher, batch) for batch in batches) / num_tokens
     loss.backward()
-    return float(loss), {name: p.grad for name, p in student.named_parameters()}
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
+    return float(loss), gradients
 
 
 def _error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The worst of all parameters, relative to the reference's norm."""
+    assert actual.keys() == expected.keys()
     return max(float((actual[n] - g).norm() / g.norm()) for n, g in expected.items())
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from layouts_worker import CUTS, STUDENTS, TEACHERS
+from layouts_worker import CUTS, STUDENTS, TEACHERS, TRAINED
 from tiny import write_tiny_recipe
 
 pytestmark = pytest.mark.dist
@@ -31,7 +31,7 @@ def results(
 @pytest.mark.parametrize("cut", CUTS)
 def test_loss_and_gradients_are_those_of_one_process(results: dict[str, Any], cut: str) -> None:
     found = {name: result for name, result in results.items() if name.endswith(cut)}
-    assert len(found) == len(STUDENTS) * len(TEACHERS)
+    assert len(found) == len(STUDENTS) * (len(TEACHERS) + len(TRAINED))
     for name, result in found.items():
         loss, expected = result["loss"]
         assert loss == pytest.approx(expected, rel=1e-5), name
