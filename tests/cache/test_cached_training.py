@@ -117,6 +117,34 @@ def test_narrower_caches_are_close_and_all_tokens_are_exact(
     assert losses(run) == pytest.approx(losses(live["half"]), rel=bound)
 
 
+@pytest.mark.parametrize("trained", ["student.freeze_head=true", "student.lora.rank=4"])
+def test_a_vector_serves_a_student_whose_head_is_frozen_exactly(
+    launch, recipe, live, tmp_path: Path, trained: str
+):
+    folder = tmp_path / "vector"
+    options = ("--kind", "vector", "--dtype", "fp32", "--set", trained)
+    done = fill(launch, recipe, folder, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    name = trained.partition("=")[0].replace(".", "_")
+    expected = train(launch, recipe, f"live_{name}", trained)
+    run = train(launch, recipe, f"vector_{name}", trained, f"teacher.cache={folder}")
+    for key in ("loss", "val_loss", "kd"):
+        assert losses(run, key) == pytest.approx(losses(expected, key), rel=1e-5)
+    assert losses(run) != pytest.approx(losses(live["half"]), rel=1e-3), "the head is not trained"
+    words = ["--set", f"teacher.cache={folder}", "--set", "run.name=refused"]
+    done = launch("launch/train.py", "--recipe", str(recipe), *words, num_ranks=1)
+    assert done.returncode == 2
+    assert "which this recipe trains: set student.freeze_head = true" in done.stderr
+
+
+def test_drawn_tokens_train_to_about_the_same_loss(launch, recipe, live, tmp_path: Path):
+    folder = tmp_path / "sampled"
+    done = fill(launch, recipe, folder, "--kind", "sampled", "--num-tokens", "200")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = train(launch, recipe, "sampled", f"teacher.cache={folder}")
+    assert losses(run) == pytest.approx(losses(live["half"]), rel=0.05)
+
+
 def test_a_run_goes_on_from_a_cache_to_the_last_bit_and_on_another_number_of_ranks(
     launch, recipe, caches
 ):
@@ -181,7 +209,9 @@ def test_what_differs_is_an_error_that_names_both(launch, recipe, caches, tmp_pa
     assert f"'{other}'" in said
     done = fill(launch, recipe, caches["bf16"], "--dtype", "int8", num_ranks=1)
     assert done.returncode == 2
-    assert "{'dtype': 'bf16'} there, {'dtype': 'int8'} here" in done.stderr
+    assert (
+        "{'dtype': 'bf16', 'group': 32} there, {'dtype': 'int8', 'group': 32} here" in done.stderr
+    )
 
 
 def test_a_window_that_a_cache_cannot_serve_is_refused_with_the_reason():
