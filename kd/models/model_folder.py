@@ -29,7 +29,7 @@ from kd.errors import UserError
 from kd.files import read_json
 from kd.hub import find_model, first_line, hub_errors, resolve
 from kd.models.trained import check_trained
-from kd.recipe import ModelSection, Recipe, StudentSection
+from kd.recipe import ModelSection, Recipe, StudentSection, TeacherSection
 
 if TYPE_CHECKING:
     from kd.data.dataset import Data  # imports datasets; --check does without
@@ -49,12 +49,10 @@ def check_models(recipe: Recipe) -> int:
     A hub model is looked at where its files are in the local cache: no network is asked. Raises
     UserError that names the field, the file and the remedy.
     """
-    sections = {"student.model": recipe.student, "teacher.model": recipe.teacher}
-    rows = {
-        field: _num_embedded(field, section)
-        for field, section in sections.items()
-        if section is not None
-    }
+    sections: dict[str, ModelSection] = {"student.model": recipe.student}
+    if recipe.teacher is not None and needs_weights(recipe.teacher):
+        sections["teacher.model"] = recipe.teacher
+    rows = {field: _num_embedded(field, section) for field, section in sections.items()}
     num_embedded = min(rows.values())
     if num_embedded:
         tokenizer = load_tokenizers(recipe)
@@ -62,6 +60,16 @@ def check_models(recipe: Recipe) -> int:
         _check_token_id(f"the pad token {pad!r}", tokenizer.pad_token_id, num_embedded)
         _check_token_id(f"the end token {end!r}", tokenizer.eos_token_id, num_embedded)
     return num_embedded
+
+
+def needs_weights(teacher: TeacherSection) -> bool:
+    """Whether of a teacher: a cache of its tokens or vectors stands for all of it, and one of its
+    hidden states for all but its head.
+    """
+    if teacher.cache is None:
+        return True
+    manifest = Path(teacher.cache) / "manifest.json"
+    return not manifest.is_file() or read_json(manifest).get("kind") == "hidden"
 
 
 def check_data_ids(data: "Data", tokenizer: PreTrainedTokenizerFast, num_embedded: int) -> None:

@@ -15,6 +15,7 @@ from kd.engine.ds_config import Role, read_ds_config, student_ds_config, teacher
 from kd.engine.engine import check_ds_config
 from kd.errors import UserError
 from kd.models.loading import choose_attention, load_config
+from kd.models.model_folder import needs_weights
 from kd.models.weights import weights_folder
 from kd.plan import MemoryPlan, memory_plan
 from kd.plan.gpus import Site, find_gpu
@@ -98,7 +99,8 @@ def _check_inputs(recipe: Recipe) -> None:
     if recipe.teacher:
         check_ds_config(teacher_ds_config(recipe), recipe.deepspeed.teacher)
     for role in _roles(recipe):
-        _check_weights(getattr(recipe, role), role)
+        if role == "student" or (recipe.teacher and needs_weights(recipe.teacher)):
+            _check_weights(getattr(recipe, role), role)
 
 
 def _choose_attention(recipe: Recipe) -> dict[str, str]:

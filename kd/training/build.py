@@ -36,7 +36,7 @@ from kd.plan import check_shapes
 from kd.recipe import ModelSection, Recipe
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher, TeacherModule
-from kd.training.cache_identity import check_holds, check_same, check_serves, make_manifest
+from kd.training.cache_identity import check_holds, check_is_of, check_serves
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,7 @@ def build_cached_teacher(
     assert section.cache is not None
     cache = open_cache(Path(section.cache))
     where = f"teacher.cache = {section.cache!r}"
-    ours = on_rank_zero(lambda: make_manifest(recipe, cache.kind, tokenizer))
-    check_same(cache.manifest, ours, Path(section.cache))
+    on_rank_zero(lambda: check_is_of(cache, recipe, tokenizer))
     on_rank_zero(lambda: check_holds(cache, data, where))
     on_rank_zero(lambda: check_serves(cache.kind, recipe, where))
     log.info("the teacher: %s, %s", where, cache.kind)

@@ -1,6 +1,7 @@
 """Whose cache it is: the teacher, the way rows become tokens, and whether it holds all of them."""
 
 import hashlib
+import logging
 from pathlib import Path
 
 import torch
@@ -20,13 +21,19 @@ from kd.data.dataset import Data
 from kd.engine.ds_config import is_bf16, read_ds_config
 from kd.errors import UserError
 from kd.losses import Head
-from kd.models.weights import load_head, weights_sha256
+from kd.models.weights import load_head, weights_folder, weights_sha256
 from kd.plan.shapes import model_shapes
 from kd.recipe import Recipe
 
+log = logging.getLogger(__name__)
 
-def make_manifest(recipe: Recipe, kind: Kind, tokenizer: PreTrainedTokenizerFast) -> CacheManifest:
-    """Of what a cache for this recipe would hold."""
+
+def make_manifest(
+    recipe: Recipe, kind: Kind, tokenizer: PreTrainedTokenizerFast, weights: str | None = None
+) -> CacheManifest:
+    """Of what a cache for this recipe would hold. weights: SHA-256 of the teacher's, where they
+    need not be read.
+    """
     teacher = recipe.teacher
     assert teacher is not None
     shapes = model_shapes(teacher, role="teacher")
@@ -39,7 +46,7 @@ def make_manifest(recipe: Recipe, kind: Kind, tokenizer: PreTrainedTokenizerFast
         teacher=CachedModel(
             model=teacher.model,
             revision=teacher.revision,
-            weights_sha256=weights_sha256(teacher, role="teacher"),
+            weights_sha256=weights or weights_sha256(teacher, role="teacher"),
             hidden_size=shapes.hidden_size,
             vocab_size=shapes.vocab_size,
         ),
@@ -62,6 +69,24 @@ def check_same(there: CacheManifest, here: CacheManifest, folder: Path) -> None:
             f"{folder} is the cache of another teacher, kind or way to make tokens:\n{listing}\n"
             "Use what it was filled with, or fill another folder"
         )
+
+
+def check_is_of(cache: Cache, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise UserError unless the cache is of the recipe's teacher and tokens.
+
+    Where the teacher's weights are not here, which only a cache of hidden states needs, its name
+    and revision are compared alone.
+    """
+    assert recipe.teacher is not None
+    weights = None
+    try:
+        weights_folder(recipe.teacher, role="teacher")
+    except UserError as error:
+        if isinstance(cache.kind, HiddenKind):
+            raise
+        log.warning("teacher.cache: its weights are not compared with the teacher's: %s", error)
+        weights = cache.manifest.teacher.weights_sha256
+    check_same(cache.manifest, make_manifest(recipe, cache.kind, tokenizer, weights), cache.folder)
 
 
 def student_head(recipe: Recipe, device: torch.device) -> Head:

@@ -290,3 +290,19 @@ def test_a_damaged_shard_is_named_by_verify_and_filled_alone(
     assert second.read_bytes() == untouched
     assert fill(launch, recipe, folder, "--verify", num_ranks=1).returncode == 0
     assert len(open_cache(folder)) == len(open_cache(caches["bf16"]))
+
+
+def test_a_cache_of_tokens_needs_nothing_of_the_teacher_but_its_name_and_tokenizer(
+    launch, recipe, caches
+):
+    weights = recipe.parent / "teacher" / "model.safetensors"
+    weights.rename(weights.with_suffix(".away"))
+    try:
+        run = train(launch, recipe, "no_weights", f"teacher.cache={caches['top_k']}")
+        words = ["--set", f"teacher.cache={caches['fp32']}", "--set", "run.name=refused"]
+        done = launch("launch/train.py", "--recipe", str(recipe), *words, num_ranks=1)
+    finally:
+        weights.with_suffix(".away").rename(weights)
+    assert losses(run) == losses(recipe.parent / "runs" / "kind_top_k")
+    assert done.returncode == 2
+    assert "no weights in" in done.stderr
