@@ -220,3 +220,39 @@ def test_a_bad_argument_is_named_with_its_value_and_the_remedy(
     with pytest.raises(UserError) as error:
         report_of(monkeypatch, QWEN, argument)
     assert message in str(error.value)
+
+
+def test_the_fastest_place_is_printed_ready_to_paste(monkeypatch, capsys):
+    report = report_of(monkeypatch, QWEN, "--gpu=h100", "--mean-tokens=2000", "--keep=0.25,1.0")
+    from kd.plan.plan_table import print_report
+
+    print_report(report)
+    printed = capsys.readouterr().out
+    fastest = report["placements"]["rows"][0]
+    assert f": {fastest['settings']}\n" in printed
+    assert ": the recipe as it is\n" in printed
+    settings = fastest["settings"].replace("--set ", "--set=").split()
+    faster = report_of(monkeypatch, QWEN, "--gpu=h100", "--mean-tokens=2000", *settings)
+    assert min(row["seconds_per_step"] for row in faster["placements"]["rows"]) == pytest.approx(
+        fastest["seconds_per_step"]
+    )
+    # A quarter of short traces is bound by the host as the recipe stands
+    assert "keep 0.25 takes 24% of the FLOPs of keep 1.0, and " in printed
+    assert (
+        f"bound by the host, which has as much to do for few tokens; faster: {fastest['settings']}"
+        in printed
+    )
+
+
+def test_auto_is_settled_for_the_gpu_that_is_named(monkeypatch, capsys):
+    report = report_of(
+        monkeypatch, QWEN, "--gpu=h100", "--set=teacher.shard=auto", "--mean-tokens=2000"
+    )
+    assert report["choice"].startswith("auto is teacher.shard = gpu: ")
+
+
+def test_the_plan_says_what_a_cache_would_take_and_spare(monkeypatch):
+    report = report_of(monkeypatch, QWEN, "--mean-tokens=2000", "--rows=1000", "--keep=1.0")
+    # 7168 bytes a token: 3584 channels in bf16
+    assert report["cache"].startswith("teacher.cache would spare 5")
+    assert report["cache"].endswith(": 14 GB of hidden states in bf16 for 2,000,000 tokens")
