@@ -19,8 +19,8 @@ from kd.plan.zero_memory import ZeroEngine
 # ms of one core for each decoder layer and micro-batch, by benchmarks/host_time.py on two cores of
 # a cloud's CPU: of the teacher's forward, plain and with the hooks of ZeRO-3, and of the student's
 # forward and backward, by stage, without checkpointing and with it.
-TEACHER_HOST_MS = {"plain": 0.34, "zero3": 1.19}
-STUDENT_HOST_MS = {1: (0.92, 2.03), 2: (1.07, 2.27), 3: (2.95, 4.06)}
+TEACHER_HOST_MS = {"plain": 0.32, "zero3": 1.14}
+STUDENT_HOST_MS = {1: (0.82, 1.88), 2: (0.99, 2.05), 3: (2.68, 3.82)}
 
 # ZeRO-Offload: bytes/s of Adam on a node's cores, and over PCIe to each GPU.
 HOST_ADAM_RATE, PCIE_RATE = 100e9, 25e9
