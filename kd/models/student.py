@@ -63,7 +63,7 @@ class HeadLoss:
         head = head_of(self._model)  # read here, inside the hooks: the weight is whole now
         settings, rows = self._settings, None
         logits_dtype = getattr(torch, settings.logits_dtype) if settings.logits_dtype else None
-        # Both calls name each argument, so that mypy sees a misspelt one.
+        # All calls name each argument, so that mypy sees a misspelt one.
         match targets:
             case TopKTargets():
                 result = sparse_distillation_loss(

@@ -4,7 +4,6 @@ fill_cache() from top to bottom.
 
 import logging
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,9 @@ from kd.cache.store import (
     set_filled,
 )
 from kd.data.collate import collate
-from kd.data.dataset import Data, Example, Examples, load_data
+from kd.data.dataset import Data, Example, Examples
 from kd.data.step_plan import BatchShape, deal
 from kd.data.tokenizers import load_tokenizers
-from kd.distributed.agreement import check_same_everywhere
 from kd.distributed.interruption import Interruption
 from kd.distributed.layout import Layout
 from kd.distributed.peers import gather_peers, watching
@@ -39,19 +37,18 @@ from kd.distributed.process_group import (
     any_rank,
     barrier,
     find_ranks,
-    init_distributed,
     on_rank_zero,
 )
 from kd.errors import Interrupted, UserError
 from kd.files import write_json
 from kd.logs import configure_logging
 from kd.recipe import Recipe
-from kd.runs.environment import facts_of_rank
 from kd.runs.lock import hold
 from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_live_teacher
 from kd.training.cache_identity import check_same, make_manifest, student_head
+from kd.training.meeting import load_data_by_node, meet
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +75,7 @@ def fill_cache(
     recipe = whole_traces(recipe)
     find_ranks()
     with watching([]):
-        meeting = timedelta(minutes=recipe.run.rendezvous_timeout_minutes)
-        check_same_everywhere(facts_of_rank(recipe), meeting)
-        layout = init_distributed(recipe.run.collective_timeout_minutes)
+        layout = meet(recipe)
         peers = gather_peers()
         interruption.arm()
     with watching(peers):
@@ -88,7 +83,7 @@ def fill_cache(
         on_rank_zero(lambda: hold(folder))
         check_shared(f"--output {str(folder)!r}", folder, layout)
         tokenizer = load_tokenizers(recipe)
-        data = on_rank_zero_first(recipe, tokenizer, layout)
+        data = load_data_by_node(recipe, tokenizer, layout)
         manifest = on_rank_zero(lambda: make_manifest(recipe, kind, tokenizer))
         on_rank_zero(lambda: _prepare(folder, manifest))
         missing = _missing(open_cache(folder), data)
@@ -143,13 +138,6 @@ def whole_traces(recipe: Recipe) -> Recipe:
     changes: dict[str, Any] = {f"truncation.{key}": value for key, value in values.items()}
     changes["data.loss_sections"] = ["prompt", "cot", "answer"]
     return recipe.with_values({**changes, "teacher.cache": None})
-
-
-def on_rank_zero_first(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, layout: Layout) -> Data:
-    """One rank of each node tokenises, unless that was done; the others find what it stored."""
-    data = load_data(recipe, tokenizer) if layout.is_first_on_node else None
-    barrier()
-    return data or load_data(recipe, tokenizer)
 
 
 def _prepare(folder: Path, manifest: CacheManifest) -> None:
@@ -227,6 +215,7 @@ def _fill(
     vocab_size = read_manifest(writer.folder).vocab_size
     student = student_head(recipe, layout.device) if isinstance(kind, VectorKind) else None
     budget = recipe.training.max_tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH
+    interrupted = False
     bar = tqdm(total=len(missing), unit="row", disable=layout.rank != 0)
     for group in _groups(missing, ROWS_PER_GROUP * layout.world_size):
         lengths = np.array([len(example.input_ids) for example in group])
@@ -244,16 +233,17 @@ def _fill(
                 problem = error
         bar.update(len(group))
         _stop_together(problem, writer.folder, layout)
-        if any_rank(interruption.is_requested(), layout.device):
-            writer.flush()
-            raise Interrupted
+        interrupted = any_rank(interruption.is_requested(), layout.device)
+        if interrupted:
+            break
     try:
         writer.flush()
         problem = None
     except OSError as error:
         problem = error
     _stop_together(problem, writer.folder, layout)
-    barrier()
+    if interrupted:
+        raise Interrupted
 
 
 def _groups(missing: list[tuple[Examples, int]], size: int) -> Iterator[list[Example]]:

@@ -4,7 +4,6 @@ loop, kd.training.step one step of it.
 
 import logging
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from kd.constants import FORMAT_VERSION
 from kd.data.collate import Batch
-from kd.data.dataset import Data, Examples, load_data
+from kd.data.dataset import Data, Examples
 from kd.data.fingerprints import data_fingerprints
 from kd.data.loader import Loader, check_fills_a_batch, validation_batches
 from kd.data.tokenizers import load_tokenizers
-from kd.distributed.agreement import check_same_everywhere
 from kd.distributed.device import memory_gib
 from kd.distributed.interruption import Interruption
 from kd.distributed.layout import Layout
@@ -28,7 +26,6 @@ from kd.distributed.process_group import (
     barrier,
     find_ranks,
     gather_objects,
-    init_distributed,
     on_rank_zero,
 )
 from kd.distributed.watchdog import Watchdog
@@ -53,7 +50,6 @@ from kd.plan.gpus import find_site
 from kd.plan.lengths import batch_shape
 from kd.plan.placement import settle
 from kd.recipe import Recipe
-from kd.runs.environment import facts_of_rank
 from kd.runs.folder import (
     INTERRUPTED,
     NOTHING_TO_LEARN,
@@ -67,6 +63,7 @@ from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.build import build_student, build_teacher, choose_layout
 from kd.training.decisions import Progress, run_steps
+from kd.training.meeting import load_data_by_node, meet
 from kd.training.metrics import MetricsLog, WallTime, peak_memory_gib, send_to_monitor
 from kd.training.plan_report import PlanReport, plan_training
 from kd.training.schedule import learning_rate
@@ -86,9 +83,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
     """
     find_ranks()
     with watching([]):
-        meeting = timedelta(minutes=recipe.run.rendezvous_timeout_minutes)
-        check_same_everywhere(facts_of_rank(recipe), meeting)
-        layout = init_distributed(recipe.run.collective_timeout_minutes)
+        layout = meet(recipe)
         peers = gather_peers()
         interruption.arm()
     with watching(peers):
@@ -305,13 +300,8 @@ class TrainingRun:
 
 def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerFast, Data]:
     tokenizer = load_tokenizers(recipe)
-    # One rank of each node first: it tokenises, unless that was done before; the others find its
-    # cache.
     try:
-        data = load_data(recipe, tokenizer) if layout.is_first_on_node else None
-        barrier()
-        if data is None:
-            data = load_data(recipe, tokenizer)
+        data = load_data_by_node(recipe, tokenizer, layout)
     except NothingToLearn as error:
         if layout.rank == 0:  # a study's cell need not be tried again
             write_text(recipe.run_dir / NOTHING_TO_LEARN, f"{error}\n")
