@@ -33,8 +33,7 @@ def hold(folder: Path, name: str = ".lock", patience_seconds: float = PATIENCE_S
     file = path.open("a+", encoding="utf-8")
     deadline, is_told = time.monotonic() + patience_seconds, False
     while not _try(file):
-        file.seek(0)
-        holder = file.read().strip() or "another process"
+        holder = _holder(file)
         if time.monotonic() >= deadline:
             raise UserError(
                 f"{folder} is in use by {holder}: wait until that ends, or end it; if its node is "
@@ -62,6 +61,16 @@ def is_free(folder: Path) -> bool:
         return True
     with path.open("a+", encoding="utf-8") as file:
         return _try(file)
+
+
+def _holder(file: IO[str]) -> str:
+    """Who has the lock, by what it wrote; a moment passes between its lock and its name."""
+    for _ in range(20):
+        file.seek(0)
+        if name := file.read().strip():
+            return name
+        time.sleep(0.05)
+    return "another process"
 
 
 def _try(file: IO[str]) -> bool:

@@ -47,3 +47,19 @@ def test_a_killed_process_holds_nothing(tmp_path: Path, holder):
     assert is_free(tmp_path)
     hold(tmp_path, patience_seconds=0)
     hold(tmp_path, patience_seconds=0)  # it is this process's own
+
+
+def test_a_holder_that_has_not_written_its_name_yet_is_waited_for(tmp_path: Path):
+    lock = "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(0.3)"
+    write = "file.write('process 1 on elsewhere'); file.flush(); time.sleep(60)"
+    code = f"import fcntl, sys, time; file = open(sys.argv[1], 'w'); {lock}; {write}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is in use by process 1 on elsewhere"):
+            hold(tmp_path, patience_seconds=0)
+    finally:
+        process.kill()
+        process.wait()
