@@ -45,12 +45,3 @@ class ShardRecord(Record):
     bytes: Count
     sha256: Text
     rank_seconds: Amount = 0.0  # that one rank took for it, from the shard before
-
-
-class FilledRecord(Record):
-    """filled.json: while it is there, the cache held all rows of the recipe that filled it last."""
-
-    num_rows: Count
-    num_tokens: Count
-    bytes: Count
-    rank_seconds: Amount

@@ -25,16 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kd.cache.cache_records import REMEDY, CacheManifest, FilledRecord, ShardRecord
+from kd.cache.cache_records import REMEDY, CacheManifest, ShardRecord
 from kd.cache.kinds import Fields, Kind, kind_of
 from kd.errors import UserError
 from kd.files import write_json
-from kd.runs.records import read_record
+from kd.runs.records import FilledRecord, read_record
 
 BLOCK = 128  # tokens that share a checksum
 SHARD_BYTES = 2**28
@@ -140,6 +141,11 @@ class Cache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._rows
 
+    @property
+    def lengths_N(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.array([row.stop - row.start for row in self._rows.values()], dtype=np.int64)
+
     def any_token(self) -> tuple[bytes, int, int]:
         """What to read for the form of a token."""
         return next(iter(self._rows)), 0, 1
@@ -217,12 +223,16 @@ def whole_shards(folder: Path) -> Iterator[tuple[Path, ShardRecord]]:
         yield shard, record
 
 
-def set_filled(folder: Path) -> FilledRecord:
+def set_filled(folder: Path, flops: float | None) -> FilledRecord:
     """Say that nothing is missing, and what it took."""
     records = [record for _, record in whole_shards(folder)]
-    names = FilledRecord.model_fields
-    totals = {name: sum(getattr(record, name) for record in records) for name in names}
-    filled = FilledRecord.model_validate(totals | {"rank_seconds": float(totals["rank_seconds"])})
+    filled = FilledRecord(
+        num_rows=sum(record.num_rows for record in records),
+        num_tokens=sum(record.num_tokens for record in records),
+        bytes=sum(record.bytes for record in records),
+        rank_seconds=float(sum(record.rank_seconds for record in records)),
+        flops=flops,
+    )
     write_json(folder / FILLED, filled.model_dump())
     return filled
 

@@ -1,8 +1,11 @@
 """What a teacher's cache takes, and what it spares."""
 
-from kd.cache.kinds import HiddenKind, kind_of
+from kd.cache.kinds import HiddenKind, Kind, kind_of
 from kd.cache.store import read_manifest
+from kd.data.truncate import IntArray
+from kd.errors import UserError
 from kd.plan.cost import RunPlan
+from kd.plan.flops import forward_flops
 from kd.plan.gpus import Site
 from kd.plan.lengths import DataTraces, Traces
 from kd.plan.shapes import model_shapes
@@ -30,6 +33,23 @@ def describe_cache(recipe: Recipe, plan: RunPlan, traces: Traces, site: Site | N
         gigabytes = HiddenKind("bf16").bytes_per_token(*sizes) * num_tokens / 1e9
         text += f": {gigabytes:,.0f} GB of hidden states in bf16 for {num_tokens:,} tokens"
     return text
+
+
+def filling_flops(recipe: Recipe, kind: Kind, lengths_N: IntArray) -> float | None:
+    """Of one pass of the teacher over N rows, with its logits where the kind is made of them (for a
+    vector, the product of their probabilities with the student's head too). None where the models'
+    shapes are not known.
+    """
+    assert recipe.teacher is not None
+    try:
+        teacher = model_shapes(recipe.teacher, role="teacher")
+        student = model_shapes(recipe.student, role="student")
+    except UserError:
+        return None
+    widths = {"hidden": 0, "vector": teacher.hidden_size + student.hidden_size}
+    width = widths.get(kind.name, teacher.hidden_size)
+    head = 2 * float(lengths_N.sum()) * teacher.vocab_size * width
+    return forward_flops(teacher, lengths_N) + head
 
 
 def _num_tokens(traces: Traces) -> int | None:

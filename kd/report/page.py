@@ -34,6 +34,11 @@ COSTS = (
     "not in it. Peak memory is rank 0's: of its GPU, or on a CPU of the whole process, Python and "
     "libraries included. FLOPs and tokens are sums over all steps and ranks."
 )
+CACHES = (
+    "The teacher ran once, over whole traces, and these runs read what it said. FLOPs of all are "
+    "those of the one pass and of the runs; beside them what the runs would have taken with a "
+    "teacher in each, by the same formula, and from how many such runs on the pass is repaid."
+)
 CURVES = (
     "Losses of different lengths are means over different tokens: each curve tells whether its own "
     "run has converged, and not which run is better. The divergence from the teacher is told by "
@@ -150,6 +155,8 @@ def _costs(family: Family, curves: list[list[Variant]]) -> PageSection:
             )
             links = by_name(_runs_of(family, compared), "metrics.jsonl")
             blocks.append(Plot("costs", Entry(caption, links), plots.costs(family, compared)))
+    if found := report_tables.caches(family):
+        blocks += [Entry(CACHES), found]
     return PageSection(3, "Cost of training", blocks)
 
 

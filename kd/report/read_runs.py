@@ -96,6 +96,8 @@ class Run:
     references: tuple[tuple[str, Evaluation], ...]  # role, and its evaluation
     facts: dict[str, str]
     notes: tuple[str, ...]
+    cache: Path | None  # of the teacher
+    flops_spared: float | None  # by it
 
     @property
     def is_finished(self) -> bool:
@@ -221,7 +223,18 @@ def _read_run(folder: Path, name: str, shared: Sequence[Evaluation]) -> Run:
         tuple((role, e) for e in [*evaluations, *shared] if (role := role_of(e, recipe))),
         _facts(folder, recipe),
         tuple(f"{name}: {note}" for note in notes),
+        _cache(folder, recipe),
+        _sum([record.flops_spared for record in records]),
     )
+
+
+def _cache(folder: Path, recipe: RecordedRecipe) -> Path | None:
+    """Of a study that was moved, the one in its folder."""
+    if recipe.teacher is None or recipe.teacher.cache is None:
+        return None
+    named = Path(recipe.teacher.cache)
+    beside = folder.parent / named.name
+    return beside if beside.is_dir() else named.absolute()
 
 
 def _state(folder: Path, num_steps: int) -> str:
@@ -254,14 +267,19 @@ def _variant(recipe: RecordedRecipe) -> Variant:
 
 
 def _costs(records: list[StepRecord]) -> Costs:
-    flops = [record.flops for record in records if record.flops is not None]
     return Costs(
         training_s=sum(record.step_ms for record in records) / 1000,
         peak_memory_gib=max((record.peak_memory_gib for record in records), default=0.0),
-        flops=math.fsum(flops) if len(flops) == len(records) else None,
+        flops=_sum([record.flops for record in records]),
         num_input_tokens=sum(record.num_input_tokens for record in records),
         num_supervised_tokens=sum(record.num_supervised_tokens for record in records),
     )
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """None where one is not known."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if len(known) == len(values) else None
 
 
 def _binned(points: list[CurvePoint]) -> tuple[CurvePoint, ...]:

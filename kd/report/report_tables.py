@@ -1,11 +1,15 @@
 """The report's tables: rows of cells, of pairs of models, of runs."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 from kd.report.blocks import Entry, Link, Table, by_name, metrics_of, scores_of
 from kd.report.compare import Family, Score, SeedGroup
+from kd.report.fields import REMEDY
 from kd.report.read_runs import NOT_RECORDED, Damaged, Run, StudyCell, Variant
+from kd.runs.records import FilledRecord, read_record
 
 ABSENT = Entry("-")
 AXES = ["loss sections", "window", "keep_fraction"]
@@ -20,6 +24,7 @@ COSTS = {
 ENVIRONMENT = ("commit", "gpus", "cpu", "num_cpus", "python", "cuda")
 NONE = {"[]": "none", "null": "none"}
 PACKAGES = "environment.packages."
+FILLED = "filled.json"  # of a cache
 
 
 def knees(family: Family) -> Table | None:
@@ -76,6 +81,60 @@ def scores(family: Family, task: str) -> Table:
 def costs(family: Family) -> Table:
     rows = [[*_axes(cell), *[_cost(family, cell, name) for name in COSTS]] for cell in family.cells]
     return Table([*AXES, *[text for text, _ in COSTS.values()]], rows)
+
+
+def caches(family: Family) -> Table | None:
+    """A row for each teacher's cache that was filled and read: what its runs took, and what they
+    would have taken with a teacher in each. None without one.
+    """
+    groups = defaultdict(list)
+    for run in family.runs:
+        if run.cache is not None:
+            groups[run.cache].append(run)
+    rows = [
+        _cache_row(read_record(folder / FILLED, FilledRecord, REMEDY), folder, runs)
+        for folder, runs in sorted(groups.items())
+        if (folder / FILLED).exists()
+    ]
+    header = [
+        "cache",
+        "tokens",
+        "GiB",
+        "rank minutes to fill",
+        "FLOPs to fill",
+        "runs that read it",
+        "FLOPs of all",
+        "with a teacher in each",
+        "ratio",
+        "pays from",
+    ]
+    return Table(header, rows) if rows else None
+
+
+def _cache_row(filled: FilledRecord, folder: Path, runs: Sequence[Run]) -> list[Entry]:
+    links = by_name(runs, "metrics.jsonl")
+    own = [run.costs.flops for run in runs if run.costs.flops is not None]
+    spared = [run.flops_spared for run in runs if run.flops_spared is not None]
+    figures = [Entry(NOT_RECORDED)] * 4
+    if filled.flops is not None and len(own) == len(spared) == len(runs):
+        taken, without = filled.flops + sum(own), sum(own) + sum(spared)
+        pays_from = math.ceil(filled.flops * len(runs) / sum(spared))
+        figures = [
+            Entry(f"{taken:.3g}", links),
+            Entry(f"{without:.3g}", links),
+            Entry(f"{taken / without:.3f}", links),
+            Entry(f"{pays_from} runs" if pays_from > 1 else "the first run"),
+        ]
+    file = Link(folder.name, str(folder), folder / FILLED)
+    return [
+        Entry("", (file,)),
+        Entry(f"{filled.num_tokens:,}"),
+        Entry(f"{filled.bytes / 2**30:.2f}"),
+        Entry(f"{filled.rank_seconds / 60:.1f}"),
+        Entry(NOT_RECORDED if filled.flops is None else f"{filled.flops:.3g}"),
+        Entry(str(len(runs)), by_name(runs)),
+        *figures,
+    ]
 
 
 def by_sections(family: Family, task: str) -> list[tuple[str, Table]]:

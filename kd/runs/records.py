@@ -40,7 +40,10 @@ class RecordedRun(Record):
 
 
 class RecordedModel(Record):
+    """cache: of a teacher."""
+
     model: Text
+    cache: str | None = None
 
 
 class RecordedSource(Record):
@@ -87,6 +90,21 @@ class DataRecord(Record):
     report: str
 
 
+class FilledRecord(Record):
+    """filled.json of a teacher's cache: while it is there, the cache held all rows of the recipe
+    that filled it last.
+
+    rank_seconds: summed over ranks. flops: one pass over every row that is there; None where the
+    teacher's shapes are not known.
+    """
+
+    num_rows: Count
+    num_tokens: Count
+    bytes: Count
+    rank_seconds: Amount
+    flops: Amount | None = None
+
+
 class EnvironmentRecord(Record):
     """environment.json."""
 
@@ -113,6 +131,7 @@ class StepRecord(Record):
     num_input_tokens: Amount
     num_supervised_tokens: Amount
     flops: Amount | None = None
+    flops_spared: Amount | None = None
     val_loss: Number | None = None
     diagnostics: DiagnosticsRecord | None = None
     val_diagnostics: DiagnosticsRecord | None = None

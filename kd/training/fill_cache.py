@@ -42,10 +42,12 @@ from kd.distributed.process_group import (
 from kd.errors import Interrupted, UserError
 from kd.files import write_json
 from kd.logs import configure_logging
+from kd.plan.cache_cost import filling_flops
 from kd.recipe import Recipe
 from kd.runs.lock import hold
 from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
+from kd.teachers.prefixes import check_prefixes
 from kd.training.build import build_live_teacher
 from kd.training.cache_identity import check_same, make_manifest, student_head
 from kd.training.meeting import load_data_by_node, meet
@@ -54,8 +56,6 @@ log = logging.getLogger(__name__)
 
 TOKENS_PER_MICRO_BATCH = 8192  # where the recipe has no budget
 ROWS_PER_GROUP = 16  # of each rank, between two looks at signals
-# Prefixes against the whole, relative: another length sums in another order
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
 def fill_cache(
@@ -90,14 +90,15 @@ def fill_cache(
         log.info("%s: %d rows are to be filled", folder, len(missing))
         if missing:
             teacher = build_live_teacher(recipe, layout)
-            _check_prefixes(teacher, missing, tokenizer.pad_token_id, layout)
+            examples, longest = missing[0]
+            check_prefixes(teacher, torch.tensor(examples[longest].input_ids, device=layout.device))
             writer = ShardWriter(folder, f"rank{layout.rank:05d}", shard_bytes)
             _fill(recipe, kind, writer, missing, teacher, tokenizer, layout, interruption)
         cache = open_cache(folder)
         if left := len(_missing(cache, data)):
             raise UserError(f"{folder}: {left} rows are still missing: start again")
         if layout.rank == 0:
-            filled = set_filled(folder)
+            filled = set_filled(folder, filling_flops(recipe, kind, cache.lengths_N))
             gib, minutes = filled.bytes / 2**30, filled.rank_seconds / 60
             log.info(
                 "%s: whole, %d rows of %d tokens, %.2f GiB, %.1f rank minutes",
@@ -166,39 +167,6 @@ def _missing(cache: Cache, data: Data) -> list[tuple[Examples, int]]:
             if key not in cache:
                 found.setdefault(key, (examples, i))
     return sorted(found.values(), key=lambda row: -int(row[0].num_input_tokens[row[1]]))
-
-
-def _check_prefixes(
-    teacher: LiveTeacher, missing: list[tuple[Examples, int]], pad: int, layout: Layout
-) -> None:
-    """Raise UserError unless the teacher's states of half of the longest trace are those of all of
-    it: positions that are scaled by the longest one, as longrope's, are not.
-    """
-    examples, i = missing[0]
-    whole = examples[i]
-    half = max(len(whole.input_ids) // 2, 1)
-    states = [
-        teacher.hidden_states(**collate([_first(whole, n)], pad).to(layout.device).model_inputs)
-        for n in (half, len(whole.input_ids))
-    ]
-    prefix, of_whole = states[0].float(), states[1][:, :half].float()
-    error = float((prefix - of_whole).norm() / of_whole.norm())
-    if not error <= TOLERANCE[states[0].dtype]:
-        raise UserError(
-            f"teacher.model: of a trace of {len(whole.input_ids)} tokens, the states of its first "
-            f"{half} depend on what follows them (relative error {error:.2g}): its positions are "
-            "scaled by the longest of them. No cache can serve several lengths of it"
-        )
-
-
-def _first(example: Example, num_tokens: int) -> Example:
-    return Example(
-        example.input_ids[:num_tokens],
-        example.labels[:num_tokens],
-        example.row,
-        example.num_tokens_3,
-        0,
-    )
 
 
 def _fill(

@@ -199,6 +199,7 @@ class TrainingRun:
             "teacher_wait_ms": (cached.waited_seconds - waited) * 1000 if cached else None,
             "diagnostics": result.diagnostics,
             "flops": self.report.flops(step) if self.report else None,
+            "flops_spared": self.report.flops_spared(step) if self.report else None,
         }
         self.watchdog.pat()
         return result

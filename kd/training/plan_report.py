@@ -32,7 +32,7 @@ from kd.engine.zero3 import shard_bytes
 from kd.errors import UserError
 from kd.files import write_json
 from kd.plan.cost import RunPlan, plan_run
-from kd.plan.flops import pair_of
+from kd.plan.flops import PairShapes, pair_of
 from kd.plan.gpus import Site, find_site
 from kd.plan.lengths import DataTraces, epoch_lengths, step_lengths
 from kd.plan.rank_memory import GIB
@@ -81,6 +81,7 @@ class PlanReport:
         layout: Layout,
     ) -> None:
         self._plan, self._loader, self._pair = plan, loader, pair_of(plan.memory.recipe)
+        self._live = _with_live_teacher(plan.memory.recipe)
         self._teacher_weights, self._student = teacher_weights, student
         self._device = layout.device
         self._site = find_site(layout.device, layout.nodes)
@@ -91,8 +92,17 @@ class PlanReport:
         """Of the optimizer step that begins after `step` others, over all ranks: teacher, student
         and loss.
         """
+        return self._step_flops(self._pair, step)
+
+    def flops_spared(self, step: int) -> float | None:
+        """What the teacher would have added to them; None without a cache in its place."""
+        if self._live is None:
+            return None
+        return self._step_flops(self._live, step) - self._step_flops(self._pair, step)
+
+    def _step_flops(self, pair: PairShapes, step: int) -> float:
         lengths = step_lengths(self._loader, step, self._plan.world_size)
-        return self._pair.step_flops(
+        return pair.step_flops(
             lengths.padded_N, lengths.supervised_N, self._loader.shape.global_batch_size
         ).model
 
@@ -147,6 +157,12 @@ class PlanReport:
             "mfu": peak and flops / (peak * ms / 1000),
             "num_steps": len(records),
         }
+
+
+def _with_live_teacher(recipe: Recipe) -> PairShapes | None:
+    """Of a recipe whose teacher's cache stands for it: the shapes with the teacher."""
+    is_cached = recipe.teacher is not None and recipe.teacher.cache is not None
+    return pair_of(recipe.with_values({"teacher.cache": None})) if is_cached else None
 
 
 def _planned(plan: RunPlan, site: Site | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ refuses.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,6 +108,8 @@ def test_one_cache_in_fp32_gives_the_losses_and_weights_of_the_teacher_at_every_
     assert measured["teacher_weights_gib"] == pytest.approx(planned["teacher_weights_gib"])
     of_live = json.loads((live[length] / "plan.json").read_text())["measured"]
     assert measured["flops_per_step"] < of_live["flops_per_step"]
+    without = sum(record["flops"] for record in read_metrics(live[length] / "metrics.jsonl"))
+    assert sum(r["flops"] + r["flops_spared"] for r in records) == pytest.approx(without)
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("bf16", 0.02), ("int8", 0.05), ("top_k", 1e-4)])
@@ -189,6 +192,46 @@ def test_more_rows_are_filled_alone(launch, recipe, caches, tmp_path: Path):
     rows = json.loads(sorted((folder / "shards").glob("*.json"))[-1].read_text())["num_rows"]
     assert len(open_cache(folder)) > len(open_cache(caches["fp32"]))
     assert rows < 80
+
+
+def test_of_two_fillers_at_once_one_waits_and_nothing_is_filled_twice(
+    recipe, caches, tmp_path: Path
+):
+    folder = tmp_path / "cache"
+    arguments = ["--recipe", str(recipe), "--output", str(folder), "--dtype", "fp32"]
+    fillers = [
+        subprocess.Popen(
+            launcher_command("launch/cache.py", *arguments, num_ranks=1),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [filler.communicate(timeout=200)[1] for filler in fillers]
+    assert [filler.returncode for filler in fillers] == [0, 0], said
+    assert sum(": 0 rows are to be filled" in text for text in said) == 1, said
+    records = [json.loads(path.read_text()) for path in (folder / "shards").glob("*.json")]
+    expected = len(open_cache(caches["fp32"]))
+    assert sum(record["num_rows"] for record in records) == len(open_cache(folder)) == expected
+
+
+def test_another_tokenizer_is_an_error_that_names_both(launch, recipe, caches):
+    paths = [recipe.parent / role / "tokenizer.json" for role in ("teacher", "student")]
+    before = [path.read_text() for path in paths]
+    for path, text in zip(paths, before, strict=True):
+        content = json.loads(text)
+        content["normalizer"] = {"type": "Lowercase"}
+        path.write_text(json.dumps(content))
+    try:
+        words = ["--set", f"teacher.cache={caches['fp32']}", "--set", "run.name=refused"]
+        done = launch("launch/train.py", "--recipe", str(recipe), *words, num_ranks=1)
+    finally:
+        for path, text in zip(paths, before, strict=True):
+            path.write_text(text)
+    assert done.returncode == 2
+    assert re.search(r"tokenizer_sha256': '\w+'.* there, .*tokenizer_sha256': '\w+'", done.stderr)
 
 
 def test_what_differs_is_an_error_that_names_both(launch, recipe, caches, tmp_path: Path):

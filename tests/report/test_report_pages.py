@@ -10,11 +10,15 @@ from urllib.parse import unquote
 
 import forked
 import pytest
-from run_folders import write_run, write_study
+from run_folders import step_record, write_run, write_study
 from tiny import ROOT
 
 from kd.constants import EXIT_USER_ERROR
 from kd.errors import UserError
+from kd.files import write_json
+from kd.report import report_tables
+from kd.report.compare import compare
+from kd.report.read_runs import read_runs
 from kd.report.render import escape_markdown, write_report
 
 pytestmark = pytest.mark.slow
@@ -269,3 +273,34 @@ def test_the_command_says_in_one_block_what_is_wrong(tmp_path):
     assert done.stderr.strip().startswith(f"error: RUNS = '{tmp_path}': no run is there")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "report").exists()
+
+
+def test_runs_that_read_a_cache_are_told_with_what_a_teacher_in_each_had_cost(tmp_path: Path):
+    steps = [step_record(1, flops=6e12, flops_spared=5e12)]
+    for seed in (0, 1):
+        folder = tmp_path / "study" / f"run{seed}"
+        write_run(folder, seed=seed, steps=steps, teacher__cache="elsewhere/study/cache")
+    filled = {"num_rows": 2, "num_tokens": 2048, "bytes": 2**30, "rank_seconds": 90.0}
+    write_json(tmp_path / "study" / "cache" / "filled.json", filled | {"flops": 8e12})
+    (family,) = compare(read_runs([tmp_path / "study"]).runs)
+    table = report_tables.caches(family)
+    texts = dict(zip(table.header, [entry.text for entry in table.rows[0]], strict=True))
+    assert texts == {
+        "cache": "",
+        "tokens": "2,048",
+        "GiB": "1.00",
+        "rank minutes to fill": "1.5",
+        "FLOPs to fill": "8e+12",
+        "runs that read it": "2",
+        "FLOPs of all": "2e+13",  # 8 + 2 * 6
+        "with a teacher in each": "2.2e+13",  # 2 * (6 + 5)
+        "ratio": "0.909",
+        "pays from": "2 runs",  # 8 / 5, rounded up
+    }
+    assert table.rows[0][0].sources[0].path == tmp_path / "study" / "cache" / "filled.json"
+
+
+def test_runs_with_a_live_teacher_have_no_table_of_caches(tmp_path: Path):
+    write_run(tmp_path / "run")
+    (family,) = compare(read_runs([tmp_path]).runs)
+    assert report_tables.caches(family) is None
