@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kd.report.evaluations import Evaluation
 from kd.report.read_runs import NOT_RECORDED, ComparedPair, Costs, Run, Variant
@@ -167,10 +167,11 @@ def _family(pair: ComparedPair, runs: list[Run]) -> Family:
     return Family(pair, tuple(cells), _references(runs), tuple(_all_differences(runs)))
 
 
-def _order(key: tuple[Variant, float]) -> tuple[int, str, bool, str, int, float]:
-    """All sections first, the head window first, short before long."""
-    (sections, window, max_tokens), keep_fraction = key
-    return -sections.count("+"), sections, window != "head", window, max_tokens or 0, keep_fraction
+def _order(key: tuple[Variant, float]) -> tuple[Any, ...]:
+    """All sections first, the head window first, the student before adapters, short before long."""
+    (sections, window, max_tokens, lora), keep_fraction = key
+    place = -sections.count("+"), sections, lora or "", window != "head", window
+    return *place, max_tokens or 0, keep_fraction
 
 
 def _cell(runs: list[Run]) -> SeedGroup:

@@ -36,6 +36,7 @@ from kd.runs.records import (
 NOT_RECORDED = "not recorded"
 SECTIONS = ("prompt", "cot", "answer")
 MAX_BINS = 100
+OF_VARIANT = ("student.lora", "student.lora.rank", "student.lora.alpha")
 
 
 class ComparedPair(NamedTuple):
@@ -47,15 +48,19 @@ class ComparedPair(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Which tokens are supervised, apart from how many are kept."""
+    """Which tokens are supervised, apart from how many are kept, and what is trained on them.
+
+    lora: "LoRA of rank 16, alpha 32"; None: the student itself.
+    """
 
     sections: str
     window: str
     max_tokens: int | None
+    lora: str | None = None
 
     def __str__(self) -> str:
-        limit = f", at most {self.max_tokens} tokens" if self.max_tokens else ""
-        return f"{self.sections}, {self.window}{limit}"
+        limit = f"at most {self.max_tokens} tokens" if self.max_tokens else None
+        return ", ".join(filter(None, [self.sections, self.window, limit, self.lora]))
 
 
 class Costs(NamedTuple):
@@ -263,7 +268,9 @@ def _variant(recipe: RecordedRecipe) -> Variant:
     if window != "head" and truncation.window_context == "keep":
         window += " with context"
     joined = "+".join(name for name in SECTIONS if name in sections)
-    return Variant(joined, window, truncation.max_tokens)
+    lora = recipe.student.lora
+    adapters = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}" if lora else None
+    return Variant(joined, window, truncation.max_tokens, adapters)
 
 
 def _costs(records: list[StepRecord]) -> Costs:
@@ -326,4 +333,4 @@ def _facts(folder: Path, recipe: RecordedRecipe) -> dict[str, str]:
 
 def _is_compared(key: str) -> bool:
     facts = facts_of(key)
-    return facts.is_compared and not facts.is_axis
+    return facts.is_compared and not facts.is_axis and key not in OF_VARIANT

@@ -46,6 +46,15 @@ class RecordedModel(Record):
     cache: str | None = None
 
 
+class RecordedLora(Record):
+    rank: Count
+    alpha: Amount
+
+
+class RecordedStudent(RecordedModel):
+    lora: RecordedLora | None = None
+
+
 class RecordedSource(Record):
     source: Text
     path: str | None = None
@@ -70,7 +79,7 @@ class RecordedRecipe(Record):
     format_version: int = 1
     run: RecordedRun
     teacher: RecordedModel | None = None
-    student: RecordedModel
+    student: RecordedStudent
     data: RecordedData
     truncation: RecordedTruncation
 

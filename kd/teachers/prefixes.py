@@ -1,4 +1,4 @@
-"""Whether a teacher's states of a prefix are those of the whole: what a cache for all lengths needs.
+"""Whether a teacher's states of a prefix are those of the whole: a cache for all lengths needs it.
 
 Causal attention alone does not say so: longrope and dynamic NTK scale every position by the longest
 one of a batch, from a number of tokens on that the model's configuration names.

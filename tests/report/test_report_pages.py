@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import forked
 import pytest
-from run_folders import step_record, write_run, write_study
+from run_folders import PROBLEMS, step_record, write_run, write_study
 from tiny import ROOT
 
 from kd.constants import EXIT_USER_ERROR
@@ -304,3 +304,15 @@ def test_runs_with_a_live_teacher_have_no_table_of_caches(tmp_path: Path):
     write_run(tmp_path / "run")
     (family,) = compare(read_runs([tmp_path]).runs)
     assert report_tables.caches(family) is None
+
+
+def test_adapters_are_a_row_of_their_own_and_no_difference(tmp_path: Path):
+    lora = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"}
+    write_run(tmp_path / "student", num_correct=90)
+    write_run(tmp_path / "adapters", num_correct=80, student__lora=lora)
+    (family,) = compare(read_runs([tmp_path]).runs)
+    accuracies = {str(cell.variant): cell.scores[PROBLEMS].accuracy for cell in family.cells}
+    whole = "prompt+cot+answer, head"
+    assert accuracies == {whole: 0.9, f"{whole}, LoRA of rank 16, alpha 32": 0.8}
+    names = {difference.name for difference in family.differences}
+    assert not names & {"student.lora", "student.lora.rank", "student.lora.alpha"}
