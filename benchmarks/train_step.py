@@ -594,7 +594,7 @@ def count_flops(pair: Pair, recipe: Recipe, batches: list[Batch]) -> dict[str, f
     padded_N = np.array([place.length for batch in batches for place in batch.places])
     supervised_N = np.array([batch.num_supervised_tokens for batch in batches])
     shapes = flops.PairShapes(student, teacher, recipe.student.checkpointing)
-    step = shapes.step_flops(padded_N, supervised_N, len(padded_N))
+    step = shapes.step_flops(padded_N, supervised_N, 1)
     forward, backward = step.student / 3, step.student * 2 / 3
     return {
         "teacher_forward": step.teacher,

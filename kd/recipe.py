@@ -171,6 +171,11 @@ class RecipeSection(BaseModel):
         return value
 
 
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
+]
+
+
 class RunSection(RecipeSection):
     name: Annotated[FolderName, PLACE] = Field(
         "", description="folder of the run inside output_dir; the recipe's name when empty"
@@ -429,10 +434,7 @@ class TruncationSection(RecipeSection):
 
 
 class LossSection(RecipeSection):
-    divergence: Annotated[
-        Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"],
-        FIXED,
-    ] = "forward_kl"
+    divergence: Annotated[Divergence, FIXED] = "forward_kl"
     beta: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = 0.5
     alpha: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = 0.1
     mix_weight: Annotated[Fraction, FIXED] = 0.5
@@ -455,6 +457,35 @@ class LossSection(RecipeSection):
                 "kd_weight and ce_weight are both 0: nothing would be learned; set one of them"
             )
         return self
+
+
+class RolloutSection(RecipeSection):
+    """Responses that a model writes while the student is trained (arXiv 2306.13649), cut after a
+    prefix (arXiv 2602.15260).
+    """
+
+    fraction: Annotated[float, Field(gt=0.0, le=1.0), FIXED] = Field(
+        1.0, description="of a global batch's sequences, whose responses are sampled"
+    )
+    source: Annotated[Literal["student", "teacher"], FIXED] = Field(
+        "student", description="who writes them: on-policy, or sequence-level distillation"
+    )
+    max_new_tokens: Annotated[Positive, AXIS] = Field(
+        512, description="of a response: the prefix that is sampled and learned from"
+    )
+    temperature: Annotated[Temperature, FIXED] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0), FIXED] = 1.0
+    samples_per_prompt: Annotated[Positive, FIXED] = 1
+    divergence: Annotated[Divergence | None, FIXED] = Field(
+        None,
+        description="over sampled responses; when absent reverse_kl for the student's, and "
+        "loss.divergence for the teacher's",
+    )
+    gather: Annotated[Literal["auto", "whole", "layers"], FREE] = Field(
+        "auto",
+        description="while a model that ZeRO-3 divides samples: all of it at once, or layer by "
+        "layer for each token; auto: whole where the plan says that it fits",
+    )
 
 
 class TrainingSection(RecipeSection):
@@ -552,6 +583,9 @@ class Recipe(RecipeSection):
     data: DataSection
     truncation: TruncationSection = TruncationSection()
     loss: LossSection = LossSection()
+    rollout: RolloutSection | None = Field(
+        None, description="absent: every response is the data's own"
+    )
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     monitor: MonitorSection = MonitorSection()
@@ -569,6 +603,8 @@ class Recipe(RecipeSection):
             raise ValueError(
                 "loss.kd_weight = 0 never uses the [teacher]; remove it or give it weight"
             )
+        if self.rollout is not None:
+            _check_rollout(self, self.rollout)
         return self
 
     def with_values(self, values: Mapping[str, Any]) -> "Recipe":
@@ -608,14 +644,59 @@ class Recipe(RecipeSection):
     def run_dir(self) -> Path:
         return Path(self.run.output_dir) / self.run.name
 
+    @property
+    def num_rollouts(self) -> int:
+        """Sequences of a global batch whose responses are sampled."""
+        if self.rollout is None:
+            return 0
+        return round(self.rollout.fraction * self.training.global_batch_size)
+
+    @property
+    def rollout_loss(self) -> LossSection:
+        """The objective over sampled responses. The student's own are no text to imitate: they have
+        no cross-entropy.
+        """
+        assert self.rollout is not None
+        of_student = self.rollout.source == "student"
+        changes: dict[str, Any] = {"ce_weight": 0.0} if of_student else {}
+        usual = "reverse_kl" if of_student else self.loss.divergence
+        changes["divergence"] = self.rollout.divergence or usual
+        return self.loss.model_copy(update=changes)
+
     def max_micro_batches(self, world_size: int) -> int:
         """Of a rank in one optimizer step, for DeepSpeed's gradient_accumulation_steps. With a
         budget of tokens steps differ, and this says whether there may be more than one: 2, or 1.
         """
-        training = self.training
+        training, num_rollouts = self.training, self.num_rollouts
+        parts = [n for n in (training.global_batch_size - num_rollouts, num_rollouts) if n]
         if training.max_tokens_per_micro_batch is not None:
-            return min(-(-training.global_batch_size // world_size), 2)
-        return -(-training.global_batch_size // (world_size * training.micro_batch_size))
+            return min(sum(-(-n // world_size) for n in parts), 2)
+        return sum(-(-n // (world_size * training.micro_batch_size)) for n in parts)
+
+
+def _check_rollout(recipe: Recipe, rollout: RolloutSection) -> None:
+    if recipe.teacher is None:
+        raise ValueError("[rollout] needs a [teacher], which judges what is sampled: name one")
+    if recipe.teacher.cache is not None:
+        raise ValueError(
+            f'[rollout] with teacher.cache = "{recipe.teacher.cache}": a cache knows nothing of '
+            "responses that are sampled later: leave one of them out"
+        )
+    size, num, per_prompt = (
+        recipe.training.global_batch_size,
+        recipe.num_rollouts,
+        rollout.samples_per_prompt,
+    )
+    if not num or num % per_prompt:
+        raise ValueError(
+            f"rollout.fraction = {rollout.fraction} of training.global_batch_size = {size} is "
+            f"{num} sequences, and rollout.samples_per_prompt = {per_prompt} does not divide them "
+            "into prompts: change one of the three"
+        )
+    if not {"cot", "answer"} & set(recipe.data.loss_sections):
+        raise ValueError(
+            "[rollout] samples thoughts and answers, and data.loss_sections has neither: add one"
+        )
 
 
 def _check_reads_prefixes(truncation: TruncationSection) -> None:
@@ -824,7 +905,8 @@ def _check_names(
 
 
 def _section_model(section: str) -> type[RecipeSection]:
-    return TeacherSection if section == "teacher" else Recipe.model_fields[section].annotation  # type: ignore[return-value]
+    optional = {"teacher": TeacherSection, "rollout": RolloutSection}
+    return optional.get(section) or Recipe.model_fields[section].annotation  # type: ignore[return-value]
 
 
 def _tables(model: type[RecipeSection]) -> dict[str, type[RecipeSection]]:

@@ -19,7 +19,7 @@ from report.run_folders import write_run, write_study
 from tiny import ROOT
 
 from kd.errors import UserError
-from kd.recipe import Recipe, load_recipe
+from kd.recipe import Recipe, key_facts, load_recipe
 from kd.report.read_runs import read_runs
 from kd.runs.folder import check_same_run
 
@@ -188,9 +188,7 @@ def test_a_report_names_a_damaged_run_and_leaves_it_out(damaged_report, name):
 quickly = settings(
     deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-KEYS = sorted(
-    f"{section}.{key}" for section, part in load_recipe(RECIPE) for key in type(part).model_fields
-)
+KEYS = sorted(key_facts())
 numbers = st.integers() | st.floats() | st.integers(10**20, 10**40)
 scalars = st.none() | st.booleans() | numbers | st.text(max_size=9)
 values = st.recursive(

@@ -53,6 +53,7 @@ class Batch:
     region_index: Tensor  # (num_supervised_tokens,)
     places: tuple[Place, ...]
     num_sources: int = 1  # of data.sources; region_index is source * NUM_REGIONS + region
+    is_sampled: bool = False  # the responses are a model's, of kd.rollouts
 
     @property
     def input_ids(self) -> Tensor:

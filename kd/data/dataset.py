@@ -81,6 +81,11 @@ class Examples:
             key_of(input_ids),
         )
 
+    def prompt_ids(self, i: int) -> IntArray:
+        """Example i's whole prompt, whatever a truncation leaves of it."""
+        tokens: IntArray = self.table[int(self.row_N[i])]["input_ids"].astype(np.int64)
+        return tokens[: int(self.num_tokens_N3[i, 0])]
+
     def key(self, i: int) -> bytes:
         """Example i's, without its labels."""
         return key_of(self.table[int(self.row_N[i])]["input_ids"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Examples
-from kd.data.step_plan import BatchShape, StepPlan, deal, plan_step
+from kd.data.step_plan import BatchShape, StepPlan, deal, plan_step, rollouts_of_step
 from kd.data.truncate import IntArray
 from kd.distributed.layout import Layout
 from kd.errors import UserError
@@ -48,13 +48,29 @@ class Loader:
             data_parallel_size=data_parallel_size,
         )
 
+    def rollouts(self, step: int) -> IntArray:
+        """The examples whose prompts get sampled responses in this step, int64 (num_rollouts,)."""
+        rollout = self.examples.recipe.rollout
+        per_prompt = rollout.samples_per_prompt if rollout else 1
+        return rollouts_of_step(step, len(self.examples), self.shape, per_prompt, seed=self.seed)
+
     def micro_batches(self, step: int, layout: Layout) -> list[Batch]:
-        """What this rank runs in one optimizer step."""
+        """What this rank runs in one optimizer step, of the data's own responses."""
         plan = self.plan_step(step, layout.data_parallel_size)
         return [
-            _collate(self.examples, micro, self.shape, self.pad_token_id)
+            collate(
+                [self.examples[i] for i in micro],
+                self.pad_token_id,
+                self.shape.layout,
+                self.num_sources,
+            )
             for micro in plan.micro_batches[layout.data_parallel_rank]
         ]
+
+    @property
+    def num_sources(self) -> int:
+        """Those of the data, and sampled responses as the last one."""
+        return self.examples.num_sources + (self.shape.num_rollouts > 0)
 
 
 def validation_batches(
@@ -66,8 +82,5 @@ def validation_batches(
     whole = replace(shape, global_batch_size=len(examples))
     dealt = deal(examples.num_input_tokens, whole, layout.data_parallel_size)
     for micro in dealt[layout.data_parallel_rank]:
-        yield _collate(examples, micro, shape, pad_token_id)
-
-
-def _collate(examples: Examples, chosen: IntArray, shape: BatchShape, pad_token_id: int) -> Batch:
-    return collate([examples[i] for i in chosen], pad_token_id, shape.layout, examples.num_sources)
+        chosen = [examples[i] for i in micro]
+        yield collate(chosen, pad_token_id, shape.layout, examples.num_sources)

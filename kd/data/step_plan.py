@@ -41,7 +41,8 @@ class BatchShape:
     micro_batch_size: sequences of a micro-batch, or with max_tokens nothing: micro-batches then
     hold as many sequences as that many tokens allow. A longer sequence is one of its own. layout:
     "padded" to the longest sequence of the micro-batch, and then padding counts as tokens, or
-    "packed" one behind the other.
+    "packed" one behind the other. num_rollouts: sequences of a global batch in whose place
+    responses are sampled.
     """
 
     global_batch_size: int
@@ -49,6 +50,7 @@ class BatchShape:
     max_tokens: int | None = None
     layout: SequenceLayout = "padded"
     work: Work = Work()
+    num_rollouts: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,47 @@ def plan_step(
     """The micro-batches of a step, of all ranks.
 
     step: counted from 0. num_input_tokens_N: the length of each of N examples as it is read. The
-    same sequences are learned from whatever the shape and the number of ranks.
+    same sequences are learned from whatever the shape and the number of ranks. Those in whose
+    place responses are sampled are left out: rollouts_of_step().
     """
-    epoch, position = divmod(step, len(num_input_tokens_N) // shape.global_batch_size)
+    chosen_G = _global_batch(step, len(num_input_tokens_N), shape, seed)
+    is_kept_G = np.ones(len(chosen_G), dtype=bool)
+    is_kept_G[_sampled(step, shape, seed)] = False
+    kept = chosen_G[is_kept_G]
+    dealt = deal(num_input_tokens_N[kept], shape, data_parallel_size)
+    return StepPlan(tuple(tuple(kept[micro] for micro in rank) for rank in dealt))
+
+
+def rollouts_of_step(
+    step: int, num_examples: int, shape: BatchShape, samples_per_prompt: int, *, seed: int
+) -> IntArray:
+    """The examples whose prompts get sampled responses, int64 (num_rollouts,), each as often in a
+    row as it is sampled. A function of seed and step alone.
+    """
+    chosen_G = _global_batch(step, num_examples, shape, seed)
+    prompts = chosen_G[_sampled(step, shape, seed)[::samples_per_prompt]]
+    return np.repeat(prompts, samples_per_prompt)
+
+
+def _global_batch(step: int, num_examples: int, shape: BatchShape, seed: int) -> IntArray:
+    epoch, position = divmod(step, num_examples // shape.global_batch_size)
     start = position * shape.global_batch_size
-    order_N = _epoch_order(seed, epoch, len(num_input_tokens_N))
-    chosen_G = order_N[start : start + shape.global_batch_size]
-    dealt = deal(num_input_tokens_N[chosen_G], shape, data_parallel_size)
-    return StepPlan(tuple(tuple(chosen_G[micro] for micro in rank) for rank in dealt))
+    order_N = _epoch_order(seed, epoch, num_examples)
+    return order_N[start : start + shape.global_batch_size]
+
+
+def _sampled(step: int, shape: BatchShape, seed: int) -> IntArray:
+    """Positions in the global batch in whose place responses are sampled."""
+    order_G = np.random.default_rng((seed, step, 1)).permutation(shape.global_batch_size)
+    return order_G[: shape.num_rollouts]
 
 
 def deal(length_G: IntArray, shape: BatchShape, num_ranks: int) -> tuple[tuple[IntArray, ...], ...]:
-    """Positions in length_G: [rank][micro-batch], longest first; as many micro-batches a rank."""
+    """Positions in length_G: [rank][micro-batch], longest first; as many micro-batches a rank, none
+    of no sequences.
+    """
+    if not len(length_G):
+        return ((),) * num_ranks
     order_G = np.argsort(-length_G, kind="stable")
     length_G = length_G[order_G]
     if shape.max_tokens is None:

@@ -75,6 +75,25 @@ def gathered(*parameters: torch.Tensor | None) -> contextlib.AbstractContextMana
     )
 
 
+@contextlib.contextmanager
+def whole_and_unhooked(engine: Engine, model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a partitioned model is whole, and runs as a plain module: without it, hooks would
+    gather and partition each layer again for every token that it generates.
+
+    Collective: every rank must enter it.
+    """
+    optimizer = engine.optimizer  # of an engine for inference the offload itself
+    offload: Any = getattr(optimizer, "parameter_offload", optimizer)
+    offload.partition_all_parameters()  # what a forward pass has left, or fetched ahead
+    offload._remove_module_hooks()
+    offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        with gathered(*model.parameters()):
+            yield
+    finally:
+        offload.setup_zero_stage3_hooks()
+
+
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether ZeRO-3 divides any of them over ranks."""
     return any(hasattr(parameter, "ds_id") for parameter in parameters)

@@ -53,7 +53,7 @@ def generate_batch(
     prompts: rendered, tokenised without added special tokens. A response ends at the eos token of
         the tokenizer or at one of those of the model's generation config.
     """
-    end_ids = _end_token_ids(model, tokenizer)
+    end_ids = end_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id
     token_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     longest = max(map(len, token_ids))
@@ -71,7 +71,8 @@ def generate_batch(
     return [_response(tokenizer, ids, set(end_ids)) for ids in output[:, longest:].tolist()]
 
 
-def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a response: the tokenizer's eos token, and those of the model's configuration."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kd.data.collate import Batch
 from kd.engine.engine import Engine
 from kd.engine.export import export_student
-from kd.engine.zero3 import gathered, is_partitioned
+from kd.engine.generate import generating
 from kd.losses import (
     DenseTargets,
     SampledTargets,
@@ -53,15 +53,19 @@ class HeadLoss:
     a leaf to ZeRO-3, a tied head would be reduced before the embedding's part has arrived.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: LossSection) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._settings = settings
 
     def forward(
-        self, hidden_BLH: Tensor, labels_BL: Tensor, row_index_N: Tensor, targets: Targets | None
+        self,
+        hidden_BLH: Tensor,
+        labels_BL: Tensor,
+        row_index_N: Tensor,
+        targets: Targets | None,
+        settings: LossSection,
     ) -> BatchLoss:
         head = head_of(self._model)  # read here, inside the hooks: the weight is whole now
-        settings, rows = self._settings, None
+        rows = None
         logits_dtype = getattr(torch, settings.logits_dtype) if settings.logits_dtype else None
         # All calls name each argument, so that mypy sees a misspelt one.
         match targets:
@@ -140,10 +144,17 @@ class HeadLoss:
 class StudentModule(nn.Module):
     """What the student's engine wraps: backbone, then loss. The model itself stays as it was."""
 
-    def __init__(self, model: PreTrainedModel, settings: LossSection) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: LossSection,
+        of_sampled: LossSection | None = None,
+    ) -> None:
+        """settings: the objective; of_sampled: over responses that a model wrote."""
         super().__init__()
         self.model = model
-        self.head_loss = HeadLoss(model, settings)
+        self.head_loss = HeadLoss(model)
+        self._settings, self._of_sampled = settings, of_sampled or settings
 
     def forward(
         self,
@@ -151,6 +162,7 @@ class StudentModule(nn.Module):
         labels_BL: Tensor | None,
         row_index_N: Tensor | None,
         targets: Targets | None,
+        is_sampled: bool = False,
     ) -> BatchLoss | Probed:
         """Without labels, what kd.models.probe compares in the place of a loss."""
         if labels_BL is None:
@@ -160,7 +172,8 @@ class StudentModule(nn.Module):
         hidden_BLH = hidden_states(self.model, model_inputs)
         lm_head = self.model.get_output_embeddings()
         with _running_as(lm_head, self.head_loss.forward):
-            result: BatchLoss = lm_head(hidden_BLH, labels_BL, row_index_N, targets)
+            settings = self._of_sampled if is_sampled else self._settings
+            result: BatchLoss = lm_head(hidden_BLH, labels_BL, row_index_N, targets, settings)
         return result
 
 
@@ -204,7 +217,8 @@ class Student:
         Through the engine: its module called directly would give gradients that are silently wrong
         under accumulation. Collective: every rank must call this.
         """
-        return self.engine(batch.model_inputs, batch.labels, batch.row_index, targets)
+        inputs = batch.model_inputs, batch.labels, batch.row_index, targets
+        return self.engine(*inputs, batch.is_sampled)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.engine.optimizer.param_groups:
@@ -214,18 +228,16 @@ class Student:
         """Write the student as a Hugging Face folder. Collective: every rank must call this."""
         export_student(self.engine, self.model, tokenizer, folder)
 
-    @torch.no_grad()
-    def generate(self, input_ids_BL: Tensor, **options: Any) -> Tensor:
-        """What model.generate() returns, token ids (B, L + new), from the weights of now.
+    @contextlib.contextmanager
+    def generating(self, *, whole: bool) -> Iterator[tuple[PreTrainedModel, bool]]:
+        """The model, ready to generate from the weights of now, and whether ranks must do so in
+        step, with as many calls each: where ZeRO-3 gathers each layer as it runs.
 
-        Collective: every rank must call this. Prompts, options and the number of new tokens may
-        differ: where ZeRO-3 gathers each module as it runs, ranks go on until the last has ended.
+        whole: gather all of a partitioned model, once. Collective: every rank must enter it.
         """
-        training, parameters = self.model.training, list(self.model.parameters())
         self.model.eval()
-        options = {"synced_gpus": is_partitioned(parameters), **options}
         try:
-            with gathered(*parameters):
-                return self.model.generate(input_ids=input_ids_BL, **options)  # type: ignore[operator]
+            with generating(self.model, self.engine, whole=whole) as ready:
+                yield ready
         finally:
-            self.model.train(training)
+            self.model.train()

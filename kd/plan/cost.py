@@ -1,13 +1,14 @@
 """What a whole run costs at its truncation length: memory, FLOPs, tokens, steps, time."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kd.plan.flops import StepFlops, pair_of
+from kd.plan.flops import StepFlops, pair_of, sampling_flops
 from kd.plan.gpus import Site
 from kd.plan.lengths import Lengths
 from kd.plan.memory import MemoryPlan, engines_of, memory_plan
 from kd.plan.rank_memory import GIB
+from kd.plan.shapes import sampler_shapes
 from kd.plan.step_time import StepTime, step_time, validation_seconds
 from kd.recipe import Recipe
 
@@ -52,10 +53,7 @@ class RunPlan:
 
     def step_time(self, site: Site) -> StepTime:
         engines = engines_of(self.memory.recipe, site.num_nodes, site.gpus_per_node)
-        checkpointing = self.memory.recipe.student.checkpointing
-        return step_time(
-            engines, self.flops_per_step, self.lengths, site, checkpointing=checkpointing
-        )
+        return step_time(self.memory.recipe, engines, self.flops_per_step, self.lengths, site)
 
     def mfu(self, site: Site) -> float:
         """Share of the GPUs' peak that a step reaches."""
@@ -136,14 +134,16 @@ def plan_run(
     Raises UserError as `memory_plan` does.
     """
     training = recipe.training
+    flops = pair_of(recipe).step_flops(lengths.padded_N, lengths.supervised_N, lengths.num_steps)
+    if recipe.rollout is not None:
+        sampling = sampling_flops(sampler_shapes(recipe), lengths.prompt_R, lengths.response_R)
+        flops = replace(flops, sampling=sampling / lengths.num_steps)
     num_steps = training.max_steps or (steps_per_epoch and training.epochs * steps_per_epoch)
     return RunPlan(
         memory_plan(
             recipe.with_values({"truncation.max_full_tokens": longest}), num_nodes, gpus_per_node
         ),
-        pair_of(recipe).step_flops(
-            lengths.padded_N, lengths.supervised_N, training.global_batch_size
-        ),
+        flops,
         lengths,
         num_steps,
     )

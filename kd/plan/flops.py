@@ -25,10 +25,11 @@ class StepFlops:
     student: float  # forward and backward
     loss: float  # the products with both lm_heads, and of the student's gradients
     recomputed: float  # the student's forward once more, under gradient checkpointing
+    sampling: float = 0.0  # forward of the model that writes responses, a token at a time
 
     @property
     def model(self) -> float:
-        """What MFU is made of: without what is recomputed."""
+        """What MFU is made of: without what is recomputed, and what samples."""
         return self.teacher + self.student + self.loss
 
 
@@ -45,16 +46,13 @@ class PairShapes:
     num_frozen_weights: int = 0
     trains_head: bool = True
 
-    def step_flops(
-        self, padded_N: IntArray, supervised_N: IntArray, global_batch_size: int
-    ) -> StepFlops:
-        """The mean over global batches of N sequences: lengths in micro-batches, and labels.
+    def step_flops(self, padded_N: IntArray, supervised_N: IntArray, num_steps: int) -> StepFlops:
+        """The mean over steps of N sequences in all: lengths in micro-batches, and labels.
 
         Backward is twice forward: the gradient of each factor of a product is a product of the same
         size, which falls away for a factor that is frozen. Without ZeRO-3, torch would leave out
         the last product of a layer that it recomputes (set_checkpoint_early_stop).
         """
-        num_steps = len(padded_N) / global_batch_size
         student = forward_flops(self.student, padded_N) / num_steps
         spared = 2 * self.num_frozen_weights * float(padded_N.sum()) / num_steps
         num_supervised = float(supervised_N.sum())
@@ -89,6 +87,14 @@ def pair_of(recipe: Recipe) -> PairShapes:
         student.num_frozen_weights,
         student.trains_head,
     )
+
+
+def sampling_flops(shapes: ModelShapes, prompt_R: IntArray, response_R: IntArray) -> float:
+    """Of R responses to prompts of so many tokens, keys and values kept: forward_flops() of both
+    together, and logits of each token of a response.
+    """
+    logits = 2 * shapes.vocab_size * shapes.hidden_size * float(response_R.sum())
+    return forward_flops(shapes, prompt_R + response_R) + logits
 
 
 def forward_flops(shapes: ModelShapes, padded_N: IntArray) -> float:

@@ -1,9 +1,9 @@
 """Lengths of the sequences that a run reads: of its data where they are here, else as stated.
 
-Shapes: N sequences.
+Shapes: N sequences, R of them sampled.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ from kd.plan.flops import pair_of
 from kd.plan.shapes import model_shapes
 from kd.recipe import Recipe
 
+NO_TOKENS: IntArray = np.zeros(0, dtype=np.int64)
+STATED_PROMPT = 256  # tokens of a prompt, where no data are read
+
 
 class Lengths(NamedTuple):
     """Tokens of each of the N sequences of some steps after truncation, each int64 (N,), and how
@@ -33,6 +36,10 @@ class Lengths(NamedTuple):
     # Work of all ranks, padding included, over that of as many as do most, micro-batch by
     # micro-batch: those that have less to do wait for them
     busy_share: float
+    # Of responses that are sampled, of each its prompt and how long it is, or may become
+    prompt_R: IntArray = NO_TOKENS
+    response_R: IntArray = NO_TOKENS
+    num_sampling_batches: int = 0  # in which a rank samples them, in all steps
 
     @property
     def per_step(self) -> float:
@@ -93,7 +100,8 @@ class StatedTraces:
             raise UserError(
                 f"--rows {self.num_rows} is less than training.global_batch_size = {batch_size}"
             )
-        num_tokens_N3 = np.repeat(np.array([[0, self.mean, 0]]), batch_size, axis=0)
+        num_kept = batch_size - recipe.num_rollouts
+        num_tokens_N3 = np.repeat(np.array([[0, self.mean, 0]]), num_kept, axis=0)
         windows = plan_windows(num_tokens_N3, recipe.truncation)
         supervised_N = count_supervised(
             num_tokens_N3, windows, ["cot"], recipe.data.random_mask_fraction
@@ -101,9 +109,16 @@ class StatedTraces:
         shape = batch_shape(recipe)
         dealt = StepPlan(deal(windows.num_read_N, shape, num_ranks))
         steps_per_epoch = self.num_rows // batch_size if self.num_rows else None
-        return lengths_of([dealt], windows.num_read_N, supervised_N, shape), steps_per_epoch
+        of_data = windows.num_read_N, supervised_N
+        if recipe.rollout is None:
+            return lengths_of([dealt], *of_data, shape), steps_per_epoch
+        prompt_R = np.full(recipe.num_rollouts, STATED_PROMPT)
+        sampled = prompt_R, np.full(recipe.num_rollouts, recipe.rollout.max_new_tokens)
+        return with_rollouts([dealt], *of_data, shape, [sampled]), steps_per_epoch
 
 
+# Tokens of each prompt, and of the response that is sampled to it
+Sampled = tuple[IntArray, IntArray]
 Traces = DataTraces | StatedTraces
 
 
@@ -120,6 +135,7 @@ def batch_shape(recipe: Recipe, layout: SequenceLayout = "padded") -> BatchShape
         training.max_tokens_per_micro_batch,
         layout if training.sequence_layout == "auto" else training.sequence_layout,
         work,
+        recipe.num_rollouts,
     )
 
 
@@ -175,18 +191,61 @@ def epoch_lengths(loader: Loader, num_ranks: int) -> Lengths:
     return _of_steps(loader, range(loader.steps_per_epoch), num_ranks)
 
 
-def step_lengths(loader: Loader, step: int, num_ranks: int) -> Lengths:
+def step_lengths(
+    loader: Loader, step: int, num_ranks: int, sampled: Sampled | None = None
+) -> Lengths:
     """Of one optimizer step over all ranks: those of `Loader.micro_batches`, without reading a
-    token.
+    token. sampled: responses as they were, in the place of the longest that they may be.
     """
-    return _of_steps(loader, [step], num_ranks)
+    return _of_steps(loader, [step], num_ranks, sampled)
 
 
-def _of_steps(loader: Loader, steps: Iterable[int], num_ranks: int) -> Lengths:
-    examples = loader.examples
+def _of_steps(
+    loader: Loader, steps: Sequence[int], num_ranks: int, sampled: Sampled | None = None
+) -> Lengths:
+    examples, rollout = loader.examples, loader.examples.recipe.rollout
     plans = [loader.plan_step(step, num_ranks) for step in steps]
-    supervised_N = examples.num_supervised_tokens
-    return lengths_of(plans, examples.num_input_tokens, supervised_N, loader.shape)
+    of_data = examples.num_input_tokens, examples.num_supervised_tokens
+    if rollout is None:
+        return lengths_of(plans, *of_data, loader.shape)
+    of_steps = [sampled] if sampled else []
+    for step in () if sampled else steps:
+        prompt_R = examples.num_tokens_N3[loader.rollouts(step), 0]
+        of_steps.append((prompt_R, np.full(len(prompt_R), rollout.max_new_tokens)))
+    return with_rollouts(plans, *of_data, loader.shape, of_steps)
+
+
+def with_rollouts(
+    plans: Sequence[StepPlan],
+    length_N: IntArray,
+    supervised_N: IntArray,
+    shape: BatchShape,
+    sampled: Sequence[Sampled],
+) -> Lengths:
+    """Of steps of the data's own responses, and of the sampled ones of each."""
+    together, first, num_batches = [], len(length_N), 0
+    for plan, (prompt_R, response_R) in zip(plans, sampled, strict=True):
+        dealt = deal(prompt_R + response_R, shape, len(plan.micro_batches))
+        together.append(
+            StepPlan(
+                tuple(
+                    (*own, *(first + micro for micro in more))
+                    for own, more in zip(plan.micro_batches, dealt, strict=True)
+                )
+            )
+        )
+        first += len(prompt_R)
+        num_batches += len(dealt[0])
+    prompts_R, responses_R = (np.concatenate(part) for part in zip(*sampled, strict=True))
+    lengths = lengths_of(
+        together,
+        np.concatenate([length_N, prompts_R + responses_R]),
+        np.concatenate([supervised_N, responses_R]),
+        shape,
+    )
+    return lengths._replace(
+        prompt_R=prompts_R, response_R=responses_R, num_sampling_batches=num_batches
+    )
 
 
 def lengths_of(

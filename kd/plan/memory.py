@@ -19,6 +19,7 @@ from kd.recipe import Recipe
 # Beside what tensors take: the CUDA context, NCCL's buffers, and what the allocator cannot use.
 RESERVED_GIB = 3.0
 MAX_NODES_FACTOR = 16
+LONGEST_PROMPT = 1024  # tokens of a prompt that gets a sampled response, by assumption
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
         recipe.truncation,
         recipe.truncation.max_full_tokens or student.shapes.max_position_embeddings,
     )
+    if recipe.rollout is not None:
+        longest = min(LONGEST_PROMPT, student.shapes.max_position_embeddings)
+        num_tokens = max(num_tokens, longest + recipe.rollout.max_new_tokens)
     budget = recipe.training.max_tokens_per_micro_batch
     batch_tokens = (
         max(budget, num_tokens) if budget else num_tokens * recipe.training.micro_batch_size

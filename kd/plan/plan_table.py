@@ -28,6 +28,7 @@ FLOPS = {
     "loss": "loss",
     "[bold]all[/]": "model",
     "recomputed": "recomputed",
+    "sampling": "sampling",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from kd.losses.chunk_plan import plan_chunks
 from kd.plan.activations import layer_activations, saved_activations
 from kd.plan.zero_memory import ZeroEngine
-from kd.recipe import LossSection, Recipe
+from kd.recipe import LossSection, Recipe, RolloutSection
 
 GIB = 2**30
 
@@ -98,9 +98,29 @@ def _moments(
     moments.append(
         _Moment("the loss", gathered, saved + teacher_hidden, chunks + hidden + 4 * head, 0)
     )
+    if recipe.rollout is not None:
+        sampler = student if recipe.rollout.source == "student" else teacher
+        assert sampler is not None
+        moments.append(_sampling(recipe, recipe.rollout, sampler, num_tokens))
     # Of a shared teacher each rank keeps the lm_head whole, all the time
     kept = teacher.head_elements * teacher.width if teacher and teacher.is_shared else 0
     return [moment._replace(gathered=moment.gathered + kept) for moment in moments]
+
+
+def _sampling(
+    recipe: Recipe, rollout: RolloutSection, sampler: ZeroEngine, num_tokens: int
+) -> _Moment:
+    """Weights, whole or those of a layer, keys and values of a micro-batch, and logits of its next
+    tokens with their draws, in fp32.
+    """
+    shapes = sampler.shapes
+    gathered = sampler.model_bytes if rollout.gather == "whole" else sampler.live_bytes
+    kept = 2 * shapes.num_layers * shapes.num_key_value_heads * shapes.head_dim * sampler.width
+    budget = recipe.training.max_tokens_per_micro_batch
+    num_sequences = num_tokens // rollout.max_new_tokens + 1
+    num_sequences = num_sequences if budget else recipe.training.micro_batch_size
+    logits = 4 * 4 * shapes.vocab_size * num_sequences
+    return _Moment("sampling", gathered if sampler.is_shared else 0, kept * num_tokens, logits, 0)
 
 
 def _chunk_bytes(

@@ -93,6 +93,15 @@ def teacher_shapes(recipe: Recipe) -> ModelShapes | None:
     )
 
 
+def sampler_shapes(recipe: Recipe) -> ModelShapes:
+    """Of the model that writes the recipe's rollouts."""
+    assert recipe.rollout is not None
+    assert recipe.teacher is not None
+    if recipe.rollout.source == "teacher":
+        return model_shapes(recipe.teacher, role="teacher")
+    return model_shapes(recipe.student, role="student")
+
+
 def check_shapes(section: ModelSection, model: PreTrainedModel, *, role: str) -> None:
     """Raise UserError when a loaded model is not what recipes/shapes/ says."""
     path = shapes_file(section.model)

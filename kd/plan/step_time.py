@@ -15,6 +15,7 @@ from kd.plan.gpus import Site
 from kd.plan.lengths import Lengths
 from kd.plan.memory import Engines
 from kd.plan.zero_memory import ZeroEngine
+from kd.recipe import Recipe
 
 # ms of one core for each decoder layer and micro-batch, by benchmarks/host_time.py on two cores of
 # a cloud's CPU: of the teacher's forward, plain and with the hooks of ZeRO-3, and of the student's
@@ -45,11 +46,12 @@ class StepTime:
     gathers: float  # weights that are gathered, and gradients that are reduced, while it computes
     host: float
     after: float  # the optimizer, and what is sent when all micro-batches are done
+    sampling: float = 0.0  # ahead of them, if no response ends before rollout.max_new_tokens
 
     @property
     def seconds(self) -> float:
         parts = (self.compute, self.gathers, self.host)
-        return max(parts) + DISTURBANCE * (sum(parts) - max(parts)) + self.after
+        return max(parts) + DISTURBANCE * (sum(parts) - max(parts)) + self.after + self.sampling
 
     @property
     def bound(self) -> Bound:
@@ -63,10 +65,11 @@ class StepTime:
 
 
 def step_time(
-    engines: Engines, flops: StepFlops, lengths: Lengths, site: Site, *, checkpointing: bool
+    recipe: Recipe, engines: Engines, flops: StepFlops, lengths: Lengths, site: Site
 ) -> StepTime:
     """flops: of a step over all ranks; lengths say how evenly ranks share them."""
     each, student = lengths.micro_batches_per_step, engines.student
+    checkpointing = recipe.student.checkpointing
     num_passes = 4 if checkpointing else 3  # backward is two
     moved = num_passes * _moved_bytes(student, lengths)
     moved += _moved_bytes(engines.teacher, lengths) if engines.teacher else 0
@@ -78,7 +81,26 @@ def step_time(
         host=each * host,
         after=_optimizer_seconds(student, site)
         + student.received_per_step / site.collective_rate(student.num_ranks),
+        sampling=_sampling_seconds(recipe, engines, lengths, site),
     )
+
+
+def _sampling_seconds(recipe: Recipe, engines: Engines, lengths: Lengths, site: Site) -> float:
+    """For each token of a micro-batch its model's weights are read once, its layers are called and,
+    where they are gathered one by one, received.
+    """
+    rollout = recipe.rollout
+    if rollout is None:
+        return 0.0
+    engine = engines.student if rollout.source == "student" else engines.teacher
+    assert engine is not None
+    parts = [engine.model_bytes / site.gpu.memory_rate]
+    parts.append(engine.shapes.num_layers * TEACHER_HOST_MS["plain"] / 1000)
+    gathering = engine.received_per_forward / site.collective_rate(engine.num_ranks)
+    per_layer = rollout.gather == "layers"
+    parts += [gathering] if per_layer else []
+    num_tokens = lengths.num_sampling_batches / lengths.num_steps * rollout.max_new_tokens
+    return num_tokens * max(parts) + (0.0 if per_layer else gathering)
 
 
 def validation_seconds(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kd.data.collate import Batch
 from kd.engine.engine import Engine
+from kd.engine.generate import generating
 from kd.engine.zero3 import gathered
 from kd.losses import DenseTargets, Head
 from kd.models.head import head_of, hidden_states
@@ -73,6 +74,13 @@ class LiveTeacher:
         """For verify_weights. Collective: every rank must call this."""
         hidden_BLH = self.hidden_states(input_ids=input_ids_BL)
         return Probed(hidden_BLH, F.linear(hidden_BLH, self.head.weight_VH, self.head.bias_V))
+
+    def generating(
+        self, *, whole: bool
+    ) -> contextlib.AbstractContextManager[tuple[PreTrainedModel, bool]]:
+        """As Student.generating. Collective: every rank must enter it."""
+        engine = None if isinstance(self._run, TeacherModule) else self._run
+        return generating(self.model, engine, whole=whole)
 
     @torch.no_grad()
     def hidden_states(self, **model_inputs: Any) -> Tensor:

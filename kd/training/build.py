@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from kd.cache import open_cache
 from kd.cache.kinds import HiddenKind
 from kd.data.dataset import Data
+from kd.data.loader import Loader
 from kd.data.step_plan import SequenceLayout
+from kd.distributed.device import memory_gib
 from kd.distributed.layout import Layout
-from kd.distributed.nodes import group_of_node
+from kd.distributed.nodes import group_of_node, size_to_plan
 from kd.distributed.process_group import gather_objects, on_rank_zero
 from kd.engine.ds_config import is_bf16, teacher_ds_config
 from kd.engine.engine import Engine, initialize
@@ -32,8 +34,10 @@ from kd.models.probe import Reference, reference_of, verify_weights
 from kd.models.student import Student, StudentModule
 from kd.models.trained import set_trained
 from kd.models.weights import load_head
-from kd.plan import check_shapes
+from kd.plan import check_shapes, memory_plan
+from kd.plan.memory import RESERVED_GIB
 from kd.recipe import ModelSection, Recipe
+from kd.rollouts.rollouts import Rollouts
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher, TeacherModule
 from kd.training.cache_identity import check_holds, check_is_of, check_serves
@@ -148,7 +152,52 @@ def student_engine(model: PreTrainedModel, recipe: Recipe, ds_config: dict[str, 
     if recipe.student.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     set_leaf_modules(model)
-    return initialize(StudentModule(model, recipe.loss), fetching_layers(ds_config, model))
+    of_sampled = recipe.rollout_loss if recipe.rollout else None
+    module = StudentModule(model, recipe.loss, of_sampled)
+    return initialize(module, fetching_layers(ds_config, model))
+
+
+def build_rollouts(
+    recipe: Recipe,
+    loader: Loader,
+    student: Student,
+    teacher: LiveTeacher | CachedTeacher | None,
+    tokenizer: PreTrainedTokenizerFast,
+    layout: Layout,
+) -> Rollouts | None:
+    """What samples responses; None for a recipe without [rollout]."""
+    if recipe.rollout is None:
+        return None
+    sampler = student if recipe.rollout.source == "student" else teacher
+    assert not isinstance(sampler, CachedTeacher | None)  # the recipe refuses it
+    whole = _gathers_whole(recipe, layout)
+    return Rollouts(recipe, loader, sampler, tokenizer, layout, whole=whole)
+
+
+def _gathers_whole(recipe: Recipe, layout: Layout) -> bool:
+    """Whether a model that ZeRO-3 divides is gathered as a whole while it samples. The same answer
+    on every rank.
+    """
+    assert recipe.rollout is not None
+    if recipe.rollout.gather != "auto":
+        return recipe.rollout.gather == "whole"
+    whole = recipe.with_values({"rollout.gather": "whole"})
+    num_nodes, ranks_per_node = size_to_plan(layout.nodes)
+    gib = memory_gib(layout.device, ranks_per_node)
+
+    def fits() -> bool:
+        try:
+            needed = memory_plan(whole, num_nodes, ranks_per_node).total_gib
+        except UserError as error:
+            log.warning("rollout.gather: auto is layers, since nothing is planned: %s", error)
+            return False
+        word = "whole" if needed + RESERVED_GIB <= gib else "layers"
+        log.info(
+            "rollout.gather: auto is %s, %.1f GiB with whole weights of %.1f", word, needed, gib
+        )
+        return word == "whole"
+
+    return on_rank_zero(fits)
 
 
 def choose_layout(

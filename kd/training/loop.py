@@ -50,6 +50,7 @@ from kd.plan.gpus import find_site
 from kd.plan.lengths import batch_shape
 from kd.plan.placement import settle
 from kd.recipe import Recipe
+from kd.rollouts.rollouts import RolloutFigures, Rollouts
 from kd.runs.folder import (
     INTERRUPTED,
     NOTHING_TO_LEARN,
@@ -61,10 +62,18 @@ from kd.runs.folder import (
 from kd.runs.shared_folder import check_shared
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
-from kd.training.build import build_student, build_teacher, choose_layout
+from kd.training.build import build_rollouts, build_student, build_teacher, choose_layout
 from kd.training.decisions import Progress, run_steps
 from kd.training.meeting import load_data_by_node, meet
-from kd.training.metrics import MetricsLog, WallTime, peak_memory_gib, send_to_monitor
+from kd.training.metrics import (
+    MetricsLog,
+    StepLines,
+    WallTime,
+    peak_memory_gib,
+    send_text,
+    send_to_monitor,
+    whole_lines,
+)
 from kd.training.plan_report import PlanReport, plan_training
 from kd.training.schedule import learning_rate
 from kd.training.step import StepResult, Validation, train_step, validate
@@ -115,11 +124,13 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         if checkpoint:
             progress = load_checkpoint(student.engine, checkpoint, Progress)
 
+        rollouts = build_rollouts(recipe, loader, student, teacher, tokenizer, layout)
         run = TrainingRun(
             recipe,
             layout,
             student,
             teacher,
+            rollouts,
             tokenizer,
             loader,
             data.validation,
@@ -140,6 +151,7 @@ class TrainingRun:
         layout: Layout,
         student: Student,
         teacher: LiveTeacher | CachedTeacher | None,
+        rollouts: Rollouts | None,
         tokenizer: PreTrainedTokenizerFast,
         loader: Loader,
         validation: Examples | None,
@@ -148,6 +160,7 @@ class TrainingRun:
     ) -> None:
         self.recipe, self.layout = recipe, layout
         self.student, self.teacher, self.tokenizer = student, teacher, tokenizer
+        self.rollouts = rollouts
         self.loader, self.validation = loader, validation
         self.interruption = interruption
         self.watchdog = Watchdog(recipe.run.watchdog_minutes)
@@ -155,6 +168,7 @@ class TrainingRun:
         self.total_steps = training.max_steps or training.epochs * loader.steps_per_epoch
         self.checkpoints = folder / "checkpoints"
         self.metrics: MetricsLog | None = None
+        self.rollout_lines: StepLines | None = None
         self.report: PlanReport | None = None
         self.wall_time = WallTime()
         self._batches: list[Batch] = []  # of the step at work
@@ -164,6 +178,9 @@ class TrainingRun:
             self.metrics = MetricsLog(
                 folder / "metrics.jsonl", start_step=start.step, total_steps=self.total_steps
             )
+            if rollouts:
+                path = folder / "rollouts.jsonl"
+                self.rollout_lines = StepLines(path, whole_lines(path), start_step=start.step)
             plan = plan_training(recipe, loader, layout.nodes)
             if plan:
                 weights = teacher.weights if teacher else []
@@ -172,7 +189,10 @@ class TrainingRun:
     def take_step(self, step: int) -> StepResult:
         """Optimizer step `step`, counted from 0; in files steps are counted from 1."""
         started = time.perf_counter()
-        self._batches = self.loader.micro_batches(step, self.layout)
+        self._batches, figures = self.loader.micro_batches(step, self.layout), None
+        if self.rollouts:
+            sampled, figures = self.rollouts.of_step(step)
+            self._batches += sampled
         cached = self.teacher if isinstance(self.teacher, CachedTeacher) else None
         waited = cached.waited_seconds if cached else 0.0
         if cached and step + 1 < self.total_steps:  # while this step computes
@@ -198,11 +218,22 @@ class TrainingRun:
             "skipped": result.skipped,
             "teacher_wait_ms": (cached.waited_seconds - waited) * 1000 if cached else None,
             "diagnostics": result.diagnostics,
-            "flops": self.report.flops(step) if self.report else None,
-            "flops_spared": self.report.flops_spared(step) if self.report else None,
+            "rollouts": figures.as_record(seconds) if figures else None,
+            **self._flops(step, figures),
         }
         self.watchdog.pat()
         return result
+
+    def _flops(self, step: int, figures: RolloutFigures | None) -> dict[str, float | None]:
+        """Of a step, by formula; None where no plan could be made."""
+        if self.report is None:
+            return dict.fromkeys(("flops", "flops_spared", "flops_of_sampling"))
+        sampled = (figures.prompt_R, figures.response_R) if figures else None
+        return {
+            "flops": self.report.flops(step, sampled),
+            "flops_spared": self.report.flops_spared(step),
+            "flops_of_sampling": self.report.flops_of_sampling(sampled) if sampled else None,
+        }
 
     def validate(self) -> Validation | None:
         """None without a validation set, and when the run was interrupted meanwhile."""
@@ -227,13 +258,19 @@ class TrainingRun:
         for name in ("diagnostics", "val_diagnostics"):
             if (found := record.get(name)) and "by_source" in found:
                 names = [table.name for table in self.recipe.data.tables]
+                names += ["rollouts"] if len(found["by_source"]) > len(names) else []
                 record[name] = found | {
                     "by_source": dict(zip(names, found["by_source"], strict=True))
                 }
         if self.report:
             self.report.add(record)
         self.metrics.write(record)
-        send_to_monitor(self.student.engine.monitor, record)
+        monitor = self.student.engine.monitor
+        send_to_monitor(monitor, record)
+        if self.rollouts and self.rollout_lines and validation is not None:
+            sample = self.rollouts.first_sample(record["step"])
+            self.rollout_lines.write(sample)
+            send_text(monitor, "rollouts", sample["prompt"] + sample["response"], sample["step"])
 
     def stop(self, progress: Progress, result: StepResult) -> None:
         places = gather_objects([place for batch in self._batches for place in batch.places])
@@ -274,6 +311,8 @@ class TrainingRun:
             self.report.write(self.wall_time.shares())
         if self.metrics:
             self.metrics.close()
+        if self.rollout_lines:
+            self.rollout_lines.close()
         if isinstance(self.teacher, CachedTeacher):
             self.wall_time.say_waits(self.teacher.waited_seconds)
         log.info("wall time since this start: %s", self.wall_time)

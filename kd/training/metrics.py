@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kd.files import write_jsonl
+from kd.files import parse_json, write_jsonl
 from kd.runs.records import read_metrics
 from kd.training.diagnostics import flatten
 
@@ -27,24 +27,49 @@ WAITING_SHARE = 0.05
 LINE_SECONDS = 30.0
 
 
-class MetricsLog:
-    """Rank 0's view of a run: appends records to metrics.jsonl, and tells of progress: by a bar on
-    a terminal, by lines elsewhere.
+class StepLines:
+    """A file with a line of JSON for a step, on rank 0.
 
     Steps are counted from 1, as checkpoints are. A run that was interrupted after its last
-    checkpoint, `start_step`, repeats steps: their records from before move to
-    metrics.abandoned.jsonl. A full disk does not end a run here, on one rank of many: what could
-    not be written is kept and tried again, and the next checkpoint says what is wrong on all ranks.
+    checkpoint, `start_step`, repeats steps: their lines from before move to NAME.abandoned.jsonl. A
+    full disk does not end a run here, on one rank of many: what could not be written is kept and
+    tried again, and the next checkpoint says what is wrong on all ranks.
     """
 
-    def __init__(self, path: Path, *, start_step: int, total_steps: int) -> None:
-        records = read_metrics(path)
+    def __init__(self, path: Path, records: list[dict[str, Any]], *, start_step: int) -> None:
+        """records: what is in the file."""
         repeated = [record for record in records if record["step"] > start_step]
         if repeated:
-            write_jsonl(path.with_name("metrics.abandoned.jsonl"), repeated)
+            write_jsonl(path.with_suffix(".abandoned.jsonl"), repeated)
         write_jsonl(path, [record for record in records if record["step"] <= start_step])
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._unwritten += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+        self._write_what_fits()
+
+    def close(self) -> None:
+        self._write_what_fits()
+        self._file.close()
+
+    def _write_what_fits(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            log.warning(
+                "%s: %s; its last lines are kept and tried again", self._file.name, error.strerror
+            )
+
+
+class MetricsLog:
+    """Rank 0's view of a run: appends records to metrics.jsonl, and tells of progress: by a bar on
+    a terminal, by lines elsewhere.
+    """
+
+    def __init__(self, path: Path, *, start_step: int, total_steps: int) -> None:
+        self._lines = StepLines(path, read_metrics(path), start_step=start_step)
         self._total_steps, self._next_line = total_steps, 0.0
         self._bar = tqdm(
             total=total_steps,
@@ -55,8 +80,7 @@ class MetricsLog:
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        self._unwritten += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
-        self._write_what_fits()
+        self._lines.write(record)
         now, is_last = time.monotonic(), record["step"] == self._total_steps
         if self._bar.disable and (now >= self._next_line or is_last):
             self._next_line = now + LINE_SECONDS
@@ -76,17 +100,7 @@ class MetricsLog:
 
     def close(self) -> None:
         self._bar.close()
-        self._write_what_fits()
-        self._file.close()
-
-    def _write_what_fits(self) -> None:
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-        except OSError as error:
-            log.warning(
-                "%s: %s; its last lines are kept and tried again", self._file.name, error.strerror
-            )
+        self._lines.close()
 
 
 class WallTime:
@@ -149,6 +163,27 @@ def send_to_monitor(monitor: Any, record: dict[str, Any]) -> None:
         }
         scalars = flatten("kd", values)
         monitor.write_events([(name, value, record["step"]) for name, value in scalars])
+
+
+def send_text(monitor: Any, name: str, text: str, step: int) -> None:
+    """A text to TensorBoard and W&B, for which DeepSpeed's monitor has no way of its own."""
+    if monitor.enabled and monitor.tb_monitor is not None:
+        monitor.tb_monitor.summary_writer.add_text(f"kd/{name}", text, step)
+    if monitor.enabled and monitor.wandb_monitor is not None:
+        import wandb
+
+        table = wandb.Table(columns=["step", "text"], data=[[step, text]])
+        monitor.wandb_monitor.log({f"kd/{name}": table}, step=step)
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of StepLines; none where there is none. A last line that a crash tore
+    is left out.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [parse_json(line, f"{path}: line {n}") for n, line in enumerate(lines, start=1)]
 
 
 def peak_memory_gib(device: torch.device) -> float:

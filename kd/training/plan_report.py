@@ -32,10 +32,11 @@ from kd.engine.zero3 import shard_bytes
 from kd.errors import UserError
 from kd.files import write_json
 from kd.plan.cost import RunPlan, plan_run
-from kd.plan.flops import PairShapes, pair_of
+from kd.plan.flops import PairShapes, pair_of, sampling_flops
 from kd.plan.gpus import Site, find_site
-from kd.plan.lengths import DataTraces, epoch_lengths, step_lengths
+from kd.plan.lengths import DataTraces, Sampled, epoch_lengths, step_lengths
 from kd.plan.rank_memory import GIB
+from kd.plan.shapes import sampler_shapes
 from kd.recipe import Recipe
 from kd.training.metrics import peak_memory_gib
 
@@ -88,11 +89,15 @@ class PlanReport:
         self._path = plan.memory.recipe.run_dir / "plan.json"
         self._records: list[dict[str, Any]] = []
 
-    def flops(self, step: int) -> float:
+    def flops(self, step: int, sampled: Sampled | None) -> float:
         """Of the optimizer step that begins after `step` others, over all ranks: teacher, student
-        and loss.
+        and loss. sampled: tokens of the prompts and responses of its rollouts.
         """
-        return self._step_flops(self._pair, step)
+        return self._step_flops(self._pair, step, sampled)
+
+    def flops_of_sampling(self, sampled: Sampled) -> float:
+        """What wrote these responses."""
+        return sampling_flops(sampler_shapes(self._plan.memory.recipe), *sampled)
 
     def flops_spared(self, step: int) -> float | None:
         """What the teacher would have added to them; None without a cache in its place."""
@@ -100,11 +105,9 @@ class PlanReport:
             return None
         return self._step_flops(self._live, step) - self._step_flops(self._pair, step)
 
-    def _step_flops(self, pair: PairShapes, step: int) -> float:
-        lengths = step_lengths(self._loader, step, self._plan.world_size)
-        return pair.step_flops(
-            lengths.padded_N, lengths.supervised_N, self._loader.shape.global_batch_size
-        ).model
+    def _step_flops(self, pair: PairShapes, step: int, sampled: Sampled | None = None) -> float:
+        lengths = step_lengths(self._loader, step, self._plan.world_size, sampled)
+        return pair.step_flops(lengths.padded_N, lengths.supervised_N, 1).model
 
     def add(self, record: dict[str, Any]) -> None:
         """record: of the metrics of one step, with its "flops"."""

@@ -1,5 +1,6 @@
 """plan_step() for any lengths, batch, budget of tokens and number of ranks."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.data.step_plan import BatchShape, StepPlan, Work, deal, plan_step
+from kd.data.step_plan import BatchShape, StepPlan, Work, deal, plan_step, rollouts_of_step
 from kd.data.truncate import IntArray
 
 WORK = Work(linear=2.1e10, quadratic=3.0e5)  # of a 7B teacher and a 1.5B student, about
@@ -88,6 +89,35 @@ def test_the_global_batch_depends_on_neither_ranks_nor_how_it_is_cut_up(case: Ca
     whole = indices(case.plan(shape=BatchShape(case.shape.global_batch_size), num_ranks=1))
     assert sorted(indices(case.plan())) == sorted(whole)
     assert len(set(whole)) == len(whole) == case.shape.global_batch_size
+
+
+@given(cases(), st.data())
+def test_sampled_sequences_take_the_place_of_some_of_the_global_batch(
+    case: Case, data: st.DataObject
+) -> None:
+    """A prompt's samples stand in a row, and no sequence that is kept gives a prompt."""
+    per_prompt = data.draw(st.integers(1, 3))
+    num_prompts = data.draw(st.integers(0, case.shape.global_batch_size // per_prompt))
+    shape = replace(case.shape, num_rollouts=num_prompts * per_prompt)
+    arguments = case.step, len(case.lengths), shape, per_prompt
+    sampled = rollouts_of_step(*arguments, seed=case.seed).tolist()
+    prompts = sampled[::per_prompt]
+    assert sampled == [i for i in prompts for _ in range(per_prompt)]
+    assert len(set(prompts)) == num_prompts
+    kept, whole = indices(case.plan(shape=shape)), indices(case.plan())
+    assert len(kept) == case.shape.global_batch_size - shape.num_rollouts
+    assert set(kept) | set(prompts) <= set(whole)
+    assert not set(kept) & set(prompts)
+
+
+def test_other_prompts_are_sampled_in_other_steps_and_by_other_seeds() -> None:
+    shape = BatchShape(32, num_rollouts=8)
+    chosen = {
+        (seed, step): tuple(rollouts_of_step(step, 320, shape, 1, seed=seed))
+        for seed in range(3)
+        for step in range(30)
+    }
+    assert len(set(chosen.values())) == len(chosen)
 
 
 @given(cases())

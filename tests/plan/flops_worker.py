@@ -59,9 +59,7 @@ def measure(recipe: Recipe) -> dict[str, list[float]]:
         with FlopCounterMode(display=False) as counter:
             train_step(student, teacher, loader.micro_batches(step, layout), 1e-3, layout)
         lengths = step_lengths(loader, step, 1)
-        flops = pair.step_flops(
-            lengths.padded_N, lengths.supervised_N, recipe.training.global_batch_size
-        )
+        flops = pair.step_flops(lengths.padded_N, lengths.supervised_N, 1)
         result["counted"].append(counter.get_total_flops())
         result["planned"].append(flops.model + flops.recomputed)
     return result

@@ -106,7 +106,7 @@ def test_a_backward_pass_has_the_flops_that_torch_counts(
     lengths_N = np.array([LENGTH])
     flops = PairShapes(
         student.shapes, None, checkpointing, student.num_frozen_weights, student.trains_head
-    ).step_flops(lengths_N, np.array([0]), global_batch_size=1)
+    ).step_flops(lengths_N, np.array([0]), num_steps=1)
     backward = flops.student - forward_flops(student.shapes, lengths_N) + flops.recomputed
     assert backward == pytest.approx(counted(hidden.sum().backward), rel=RELATIVE)
     assert (flops.recomputed > 0) == checkpointing
@@ -164,7 +164,7 @@ def test_flops_of_several_batches_are_their_mean():
     pair = PairShapes(*reversed(pair_of_two()), checkpointing=True)
     lengths_N = np.array([10, 10, 90, 90])
     batches = [
-        pair.step_flops(lengths_N[part], lengths_N[part] - 1, 2)
+        pair.step_flops(lengths_N[part], lengths_N[part] - 1, 1)
         for part in (slice(0, 2), slice(2, 4))
     ]
     mean = StepFlops(*np.mean([astuple(batch) for batch in batches], axis=0))

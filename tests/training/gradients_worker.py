@@ -56,15 +56,28 @@ def main() -> None:
                 results[name] = {"loss": [result.loss, loss], "gradients": errors}
                 results[name]["diagnostics"] = [result.diagnostics, diagnostics]
         prompt = torch.arange(3, 11)[None]
-        # Another number of tokens on each rank: the one that has ended takes part in the gathers.
+        # Another number of tokens on each rank: where layers are gathered one by one, the rank that
+        # has ended takes part.
         num_new = 5 if layout.rank == 0 else 2
-        generated = student.generate(prompt, max_new_tokens=num_new, do_sample=False)
+        generated = {}
+        for way in ("whole", "layers"):
+            with student.generating(whole=way == "whole") as (model, in_step):
+                assert in_step == (way == "layers")
+                options = {"do_sample": False, "synced_gpus": in_step}
+                generated[way] = model.generate(
+                    input_ids=prompt, max_new_tokens=num_new, **options
+                ).tolist()
+            assert student.model.training
+            assert all(p.ds_tensor.numel() < p.ds_numel for p in student.trainable_parameters)
+        # A step afterwards has the gradients of one before
+        train_step(student, teacher, batches[layout.rank], 0.0, layout)
         if layout.rank == 0:
             whole = AutoModelForCausalLM.from_pretrained(recipe.student.model, dtype=torch.float32)
-            expected = whole.generate(input_ids=prompt, max_new_tokens=5, do_sample=False)
+            expected = whole.generate(input_ids=prompt, max_new_tokens=5, do_sample=False).tolist()
             name = f"{head}-accumulation{accumulation}-checkpointing{int(checkpointing)}"
-            results[name] = {"generated": [generated.tolist(), expected.tolist()]}
-        assert student.model.training
+            results[name] = {"generated": [*generated.values(), expected]}
+            errors = {key: _error(captured[key], reference[key]) for key in reference}
+            results[f"{name}-after"] = {"gradients": errors}
     if layout.rank == 0:
         output.write_text(json.dumps(results))
     dist.barrier()

@@ -48,13 +48,15 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 
 
-def set_trained(model: PreTrainedModel, section: StudentSection, seed: int) -> None:
+def set_trained(
+    model: PreTrainedModel, section: StudentSection, seed: int, std: float = 1e-5
+) -> None:
     """As the real one, and B a little off zero, so that A has a gradient and the probe passes."""
     trained.set_trained(model, section, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
-                parameter.normal_(std=1e-5)  # drawn behind the seed that A was drawn from
+                parameter.normal_(std=std)  # drawn behind the seed that A was drawn from
 
 
 def main() -> None:

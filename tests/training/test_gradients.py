@@ -86,6 +86,9 @@ def test_the_diagnostics_are_those_of_one_process(results, case):
     ],
 )
 def test_between_steps_the_partitioned_student_generates_as_the_whole_model_does(results, case):
-    generated, expected = results[case]["generated"]
+    gathered_whole, by_layers, expected = results[case]["generated"]
     assert len(expected[0]) > 8
-    assert generated == expected
+    assert gathered_whole == expected
+    assert by_layers == expected
+    for name, (error, norm) in results[f"{case}-after"]["gradients"].items():
+        assert error < 1e-5 * norm, f"{name}: relative error {error / norm:.2g}"

@@ -62,10 +62,10 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, monkey
         def write(self, _):
             raise OSError(28, "No space left on device")
 
-    file, log._file = log._file, FullDisk()
+    file, log._lines._file = log._lines._file, FullDisk()
     log.write(record | {"step": 2})
     assert "No space left on device" in caplog.text
-    log._file = file
+    log._lines._file = file
     log.write(record | {"step": 3})
     log.close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]

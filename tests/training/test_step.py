@@ -228,7 +228,10 @@ def test_a_student_in_its_module_is_the_model_that_it_was(student):
     options = {"max_new_tokens": 4, "do_sample": False}
     expected = twin.generate(input_ids=ids, **options)
     assert torch.equal(student.model.generate(input_ids=ids, **options), expected)
-    assert torch.equal(student.generate(ids, **options), expected)
+    with student.generating(whole=True) as (model, in_step):
+        assert torch.equal(model.generate(input_ids=ids, **options), expected)
+        assert not in_step
+    assert student.model.training
 
 
 def test_a_loss_that_fails_leaves_the_model_as_it_was(student, batches):
