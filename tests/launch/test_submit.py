@@ -382,6 +382,11 @@ def test_what_does_not_fit_is_refused_with_what_would(recipe, tmp_path):
     assert "do not fit in 39.4 GiB" in done.stderr
     assert "would do (" in done.stderr
     assert submit(*large).returncode == 0
+    # The teacher alone fits there, until its micro-batches are too long
+    assert submit(*large, "--gpu=a100-40gb", f"--fill-cache={tmp_path}/c").returncode == 0
+    budget = "--set=training.max_tokens_per_micro_batch=200000"
+    done = submit(*large, "--gpu=a100-40gb", f"--fill-cache={tmp_path}/c", budget)
+    assert_refused(done, "--gpu a100-40gb: to fill the cache takes 56.9 GiB per GPU")
     assert_refused(
         submit(recipe, "--gpus-per-node=1", "--gpu=abacus", "--dry-run"),
         "--gpu abacus: choose from a100",
