@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from kd.constants import EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_USER_ERROR
 from kd.errors import Interrupted, LostPeer, UserError
@@ -59,6 +59,20 @@ def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--cross", action="store_true", help="every combination instead of one axis at a time"
     )
     return parser
+
+
+class CacheRequest(NamedTuple):
+    """What is asked of launch/cache.py."""
+
+    kind: str
+    dtype: str = "bf16"
+    num_tokens: int | None = None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """As launch/cache.py takes them."""
+        tokens = () if self.num_tokens is None else ("--num-tokens", str(self.num_tokens))
+        return ("--kind", self.kind, "--dtype", self.dtype, *tokens)
 
 
 def run(main: Callable[[], None]) -> None:

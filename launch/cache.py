@@ -62,10 +62,8 @@ def parse_args() -> argparse.Namespace:
         "--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts"
     )
     arguments = parser.parse_args()
-    for name in ("num_tokens", "shard_mib"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    if arguments.shard_mib < 1:
+        raise UserError(f"--shard-mib {arguments.shard_mib}: at least 1 is needed")
     return arguments
 
 

@@ -10,7 +10,7 @@ The same command again continues an interrupted study, and skips what is done.
 import sys
 from pathlib import Path
 
-from kd.cli import axis_arguments, recipe_parser, run
+from kd.cli import CacheRequest, axis_arguments, recipe_parser, run
 from kd.errors import UserError
 from kd.logs import configure_logging
 from kd.study.cells import make_study, parse_axes
@@ -65,7 +65,7 @@ def main() -> None:
                 "--cache with --hostfile: fill a cache on the hosts by launch/cache.py, and --set "
                 "teacher.cache=FOLDER"
             )
-        cache = ("--kind", arguments.cache, "--dtype", arguments.cache_dtype)
+        cache = CacheRequest(arguments.cache, arguments.cache_dtype)
     study = make_study(arguments.recipe, arguments.overrides, axes, arguments.output, cache)
     from kd.study.runner import Runner, check_study  # imports torch and transformers
 

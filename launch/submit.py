@@ -2,27 +2,32 @@
 OF SBATCH]
 
 Checks recipe and run, freezes code, resolved recipe and script in the run's folder, and submits. A
-job that nears its time limit saves a checkpoint, is requeued and goes on by itself.
+job that nears its time limit saves a checkpoint, is requeued and goes on by itself. --fill-cache
+FOLDER runs launch/cache.py in the place of training; --cache, with an axis of a study, does so for
+STUDY/cache, and the cells train from it.
 """
 
 import argparse
 import contextlib
+import functools
 import shlex
 import sys
 from pathlib import Path
 
-from kd.cli import axis_arguments, run
+from kd.cli import CacheRequest, axis_arguments, run
 from kd.cluster.sbatch import JobRequest
 from kd.cluster.submit import (
     Submission,
+    cancel,
     left_to_do,
     prepare,
+    prepare_filler,
     read_recipes,
     submit,
     why_pending,
 )
 from kd.errors import UserError
-from kd.recipe import Recipe
+from kd.recipe import Recipe, load_recipe
 from kd.study.cells import Axes, Study, make_study, parse_axes, write_study
 
 CPUS_PER_GPU = 4
@@ -33,53 +38,114 @@ def main() -> None:
     # DeepSpeed says on stdout that a login node has no GPU.
     with contextlib.redirect_stdout(sys.stderr):
         request = request_of(arguments)
-        study = study_of(arguments)
-        if study is None:
-            folder, recipes = read_recipes(
-                arguments.recipe, arguments.overrides, arguments.array_over
-            )
-        else:
-            folder, recipes = study.folder, tuple(cell.recipe for cell in study.cells)
-        submissions = make_submissions(folder, recipes, request, arguments)
+        cache = cache_of(arguments)
+        study = study_of(arguments, cache)
+        submissions = make_submissions(arguments, request, study, cache)
     if arguments.dry_run:
         scripts = [text for s in submissions for text in (s.script, s.evaluate) if text]
         print(*scripts, sep="\n")
         return
     if study is not None:
         write_study(study)
+    filler = None
     for submission in submissions:
-        print(how_to_follow(submission, submit(submission)))
+        try:
+            ids = submit(submission, after=filler)
+        except BaseException:
+            if filler is not None:
+                cancel(filler)  # nobody would read its cache
+            raise
+        print(how_to_follow(submission, ids, filler))
+        filler = ids[0] if submission.kind == "cache" else None
 
 
 def make_submissions(
-    folder: Path, recipes: tuple[Recipe, ...], request: JobRequest, arguments: argparse.Namespace
+    arguments: argparse.Namespace,
+    request: JobRequest,
+    study: Study | None,
+    cache: CacheRequest | None,
 ) -> list[Submission]:
-    """What is to be trained, and what is trained already and only to be evaluated; or, with
-    --preflight, a look at what the first would have.
+    """What is to be trained, after the job that fills its cache, and what is trained already and
+    only to be evaluated; or, with --preflight, a look at what the first would have.
     """
+    if cache is not None and study is None:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        return [prepare_filler(arguments.fill_cache, recipe, request, cache, recipe.run.name)]
+    folder, recipes = folder_and_recipes(arguments, study)
     if arguments.preflight:
         return [prepare(folder, recipes[:1], request, preflight=True)]
     train, score = left_to_do(recipes, arguments.evaluate)
+    awaits_cache = study is not None and study.awaits_cache
+    checked = functools.partial(prepare, folder, request=request, awaits_cache=awaits_cache)
     submissions = []
     if train:
-        submissions.append(prepare(folder, train, request, evaluate=arguments.evaluate))
+        if study is not None and cache is not None and awaits_cache:
+            submissions.append(prepare_filler(study.cache, train[0], request, cache, study.name))
+        submissions.append(checked(train, evaluate=arguments.evaluate))
     if score:
-        submissions.append(prepare(folder, score, request, train=False, evaluate=True))
+        submissions.append(checked(score, train=False, evaluate=True))
     return submissions
 
 
-def study_of(arguments: argparse.Namespace) -> Study | None:
+def folder_and_recipes(
+    arguments: argparse.Namespace, study: Study | None
+) -> tuple[Path, tuple[Recipe, ...]]:
+    if study is None:
+        return read_recipes(arguments.recipe, arguments.overrides, arguments.array_over)
+    return study.folder, tuple(cell.recipe for cell in study.cells)
+
+
+def cache_of(arguments: argparse.Namespace) -> CacheRequest | None:
+    """The teacher's cache that a job is to fill, if any. Raises UserError for what does not go with
+    one, and for words on a cache where there is none.
+    """
+    kind, folder = arguments.cache, arguments.fill_cache
+    flags = {"--fill-cache": folder, "--cache": kind}
+    asked = [f"{flag} {value}" for flag, value in flags.items() if value is not None]
+    if asked and arguments.preflight:
+        raise UserError(f"{asked[0]} with --preflight, which looks before a run: leave one out")
+    if folder is not None and (arguments.evaluate or arguments.array_over):
+        other = "--evaluate" if arguments.evaluate else "--array-over"
+        raise UserError(f"{asked[0]} with {other}: that job trains nothing: leave one out")
+    if asked:
+        return CacheRequest(kind or "hidden", arguments.cache_dtype or "bf16", arguments.num_tokens)
+    flags = {"--cache-dtype": arguments.cache_dtype, "--num-tokens": arguments.num_tokens}
+    for flag, value in flags.items():
+        if value is not None:
+            raise UserError(
+                f"{flag} {value} is of a teacher's cache: add --fill-cache FOLDER, or --cache with "
+                "an axis of a study"
+            )
+    return None
+
+
+def study_of(arguments: argparse.Namespace, cache: CacheRequest | None) -> Study | None:
     """The study whose cells are to be the tasks of an array; None when no axis was given."""
     axes = parse_axes(
         arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross
     )
     if axes == Axes():
+        if cache is not None and arguments.fill_cache is None:
+            raise UserError(
+                f"--cache {cache.kind}: a study has one for all of its cells: add an axis, as in "
+                "--keep 0.25,0.5; for one run use --fill-cache FOLDER, and then --set "
+                "teacher.cache=FOLDER"
+            )
         return None
     if arguments.array_over is not None:
         raise UserError(
             f"--array-over {arguments.array_over}: the axes of a study make an array of their own"
         )
-    return make_study(arguments.recipe, arguments.overrides, axes)
+    if arguments.fill_cache is not None:
+        raise UserError(
+            f"--fill-cache {arguments.fill_cache}: a study fills one in its own folder: use --cache"
+        )
+    study = make_study(arguments.recipe, arguments.overrides, axes, cache_request=cache)
+    if cache is not None:
+        from kd.training.fill_cache import check_request  # imports torch
+
+        check_request(study.cells[0].recipe, cache, study.cache)
+    return study
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:
@@ -152,6 +218,33 @@ def parse_args(words: list[str]) -> argparse.Namespace:
         help="an array of runs, one per value: keep_fraction=0.25,0.5,0.75,1.0",
     )
     axis_arguments(parser)
+    caches = parser.add_argument_group(
+        "a teacher that runs once", "in the words of launch/cache.py and of launch/study.py"
+    )
+    caches.add_argument(
+        "--fill-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="fill this cache in the place of the run; then train with --set teacher.cache=FOLDER",
+    )
+    caches.add_argument(
+        "--cache",
+        "--kind",
+        nargs="?",
+        const="hidden",
+        choices=("hidden", "vector", "top_k", "sampled"),
+        help="kind of the cache (%(const)s); with an axis of a study the cells wait for a job that "
+        "fills STUDY/cache, and train from that",
+    )
+    caches.add_argument(
+        "--cache-dtype",
+        "--dtype",
+        choices=("fp32", "bf16", "int8"),
+        help="of hidden states and vectors (bf16)",
+    )
+    caches.add_argument(
+        "--num-tokens", type=int, metavar="K", help="of top_k (128) and sampled (12)"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the scripts, submit nothing"
     )
@@ -216,12 +309,14 @@ def cpus_of(arguments: argparse.Namespace) -> int | None:
     return asked or (CPUS_PER_GPU if arguments.gpus_per_node and not is_said else None)
 
 
-def how_to_follow(submission: Submission, ids: list[str]) -> str:
+def how_to_follow(submission: Submission, ids: list[str], after: str | None) -> str:
+    """after: the job that it waits for."""
     job, folder = submission.job, submission.job.folder
     lines, runs = list(submission.plans), ", ".join(map(str, job.runs))
     kind = submission.kind
-    does = {"train": "trains", "evaluate": "evaluates", "preflight": "looks before"}[kind]
-    lines += [f"job {ids[0]} {does} {runs}"]
+    does = {"train": "trains", "evaluate": "evaluates", "cache": "fills"}
+    lines += [f"job {ids[0]} {does.get(kind, 'looks before')} {runs}"]
+    lines += [f"  it waits for the success of job {after}, and is cancelled else"] if after else []
     lines += [f"job {ids[1]} evaluates after its success"] if len(ids) > 1 else []
     if reason := why_pending(ids[0]):
         lines.append(f"  SLURM does not start it as it was asked for: {reason}")

@@ -39,6 +39,7 @@ ALLOWED = {
     "rollouts": {"data", "distributed", "generation"},
     "training": {
         "cache",
+        "cli",
         "data",
         "distributed",
         "engine",
@@ -51,9 +52,9 @@ ALLOWED = {
         "runs",
         "teachers",
     },
-    "cluster": {"cli", "distributed", "evaluate", "plan", "runs"},
+    "cluster": {"cli", "distributed", "evaluate", "plan", "runs", "training"},
     "preflight": {"cluster", "distributed", "engine", "models", "plan", "runs"},
-    "study": {"cache", "cli", "cluster", "data", "evaluate", "runs"},
+    "study": {"cache", "cli", "cluster", "data", "evaluate", "runs", "training"},
     "report": {"evaluate", "runs"},
 }
 PACKAGES = sorted(name for name in ALLOWED if (ROOT / "kd" / name).is_dir())

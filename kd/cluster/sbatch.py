@@ -68,7 +68,7 @@ class JobRequest:
 @dataclass(frozen=True)
 class Job:
     """What the scripts of launch/slurm are told: absolute paths, and a run and its recipe per task
-    of an array.
+    of an array. Of what fills a cache the run is the cache.
     """
 
     name: str
@@ -76,27 +76,19 @@ class Job:
     runs: tuple[Path, ...]
     recipes: tuple[Path, ...]
     commit: str
+    cache_options: tuple[str, ...] = ()  # of launch/cache.py
 
 
 def train_script(job: Job, request: JobRequest) -> str:
-    options: dict[str, object] = {
-        "nodes": request.num_nodes,
-        "ntasks-per-node": request.tasks_per_node,
-        "gpus-per-node": request.gpus_per_node or None,
-        "cpus-per-task": request.cpus_per_task,
-        "signal": f"B:USR1@{request.signal_seconds}",  # to the batch script alone, which tells srun
-    }
-    return _script("train", job, request, options)
+    return _script("train", job, request, _of_all_ranks(request) | _signal(request))
+
+
+def cache_script(job: Job, request: JobRequest) -> str:
+    return _script("cache", job, request, _of_all_ranks(request) | _signal(request))
 
 
 def preflight_script(job: Job, request: JobRequest) -> str:
-    options: dict[str, object] = {
-        "nodes": request.num_nodes,
-        "ntasks-per-node": request.tasks_per_node,
-        "gpus-per-node": request.gpus_per_node or None,
-        "cpus-per-task": request.cpus_per_task,
-    }
-    return _script("preflight", job, request, options)
+    return _script("preflight", job, request, _of_all_ranks(request))
 
 
 def evaluate_script(job: Job, request: JobRequest) -> str:
@@ -124,6 +116,20 @@ def seconds_of(time: str) -> int:
     return (days or 0) * 86400 + sum(
         number * unit for number, unit in zip(numbers, units, strict=False)
     )
+
+
+def _of_all_ranks(request: JobRequest) -> dict[str, object]:
+    return {
+        "nodes": request.num_nodes,
+        "ntasks-per-node": request.tasks_per_node,
+        "gpus-per-node": request.gpus_per_node or None,
+        "cpus-per-task": request.cpus_per_task,
+    }
+
+
+def _signal(request: JobRequest) -> dict[str, object]:
+    """To the batch script alone, which tells srun."""
+    return {"signal": f"B:USR1@{request.signal_seconds}"}
 
 
 def _script(kind: str, job: Job, request: JobRequest, options: Mapping[str, object]) -> str:
@@ -182,6 +188,7 @@ def _variables(job: Job, request: JobRequest) -> list[str]:
         f"srun_options={_array(request.srun_options)}",
         f"runs={_array(job.runs)}",
         f"recipes={_array(job.recipes)}",
+        *([f"cache_options={_array(job.cache_options)}"] if job.cache_options else []),
     ]
 
 

@@ -1,10 +1,10 @@
 """A recipe as a SLURM job: what it trains, whether it can, its files frozen, and the queue.
 
-RUN/slurm/1/            one submission; RUN is the recipe's run, a study, or an array's name
-                        without a suffix
+RUN/slurm/1/            one submission; RUN is the recipe's run, a study, an array's name without
+                        a suffix, or a teacher's cache
   code/                 a copy of what the job runs: edits made while it waits change nothing
   recipe.json           resolved; recipe_0.json and so on for an array
-  train.sbatch, evaluate.sbatch, and the logs of both
+  KIND.sbatch           train, evaluate, preflight or cache, and their logs
 RUN/slurm.json          of each run: its jobs, and where their submission is
 """
 
@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kd.cli import CacheRequest
 from kd.cluster.sbatch import (
     EARLY_SECONDS,
     Job,
     JobRequest,
+    cache_script,
     evaluate_script,
     preflight_script,
     seconds_of,
@@ -34,7 +36,7 @@ from kd.evaluate.problems import load_problems
 from kd.evaluate.tasks import check_evaluation
 from kd.files import write_json, write_text
 from kd.recipe import ROOT, Recipe, load_recipe
-from kd.runs.check import check_recipe, inputs
+from kd.runs.check import check_can_write, check_recipe, inputs
 from kd.runs.lock import hold
 
 COPIED = ("kd", "launch", "recipes", "ds_configs")
@@ -47,7 +49,7 @@ class Submission:
     job: Job
     recipes: tuple[Recipe, ...]
     plans: tuple[str, ...]  # a line for each recipe
-    kind: Literal["train", "evaluate", "preflight"]
+    kind: Literal["train", "evaluate", "preflight", "cache"]
     script: str  # of that kind
     evaluate: str | None  # after training
 
@@ -121,23 +123,19 @@ def prepare(
     train: bool = True,
     evaluate: bool = False,
     preflight: bool = False,
+    awaits_cache: bool = False,
 ) -> Submission:
     """Check all that can be known before the job starts, and make its scripts; writes nothing.
 
     folder and recipes: of read_recipes, or of a study, without those that are finished. train:
     False for runs that are trained, and are to be evaluated. preflight: a job of
-    launch/preflight.py in the place of both. Raises UserError.
+    launch/preflight.py in the place of both. awaits_cache: the recipes' teacher.cache is filled by
+    a job before this one. Raises UserError.
     """
-    _check_checkout()
-    _check_limit(request)
-    env_file = os.environ.get("DS_ENV_FILE")
-    if env_file and not Path(env_file).is_file():
-        raise UserError(
-            f"DS_ENV_FILE = {env_file!r}: no such file; unset it to take launch/nodes.env"
-        )
+    _check_jobs_can_run(request)
     plans = []
     for recipe in recipes:
-        check_recipe(recipe)
+        check_recipe(recipe, awaits_cache=awaits_cache)
         _check_inputs_reach_the_job(recipe)
         plans.append(_check_fits(recipe, request))
         if evaluate:
@@ -145,21 +143,7 @@ def prepare(
             if recipe.evaluation.path is not None:
                 load_problems("evaluation.path", recipe.evaluation.path)
         _check_run(recipe)
-    from kd.runs.environment import environment  # after the checks, which import no torch
-
-    submission = _next_folder(folder.absolute() / "slurm")
-    files = (
-        ["recipe.json"]
-        if len(recipes) == 1
-        else [f"recipe_{index}.json" for index in range(len(recipes))]
-    )
-    job = Job(
-        name=folder.name,
-        folder=submission,
-        runs=tuple(recipe.run_dir.absolute() for recipe in recipes),
-        recipes=tuple(submission / file for file in files),
-        commit=environment()["commit"] or "",
-    )
+    job = _make_job(folder.name, folder, tuple(recipe.run_dir for recipe in recipes))
     kind: Literal["train", "evaluate", "preflight"]
     kind = "preflight" if preflight else "train" if train else "evaluate"
     write = {"train": train_script, "evaluate": evaluate_script, "preflight": preflight_script}
@@ -167,14 +151,33 @@ def prepare(
     return Submission(job, recipes, tuple(plans), kind, write[kind](job, request), after)
 
 
-def submit(submission: Submission) -> list[str]:
-    """Freeze the files and submit the jobs: ids of training and, if any, of evaluation.
+def prepare_filler(
+    folder: Path, recipe: Recipe, request: JobRequest, cache: CacheRequest, name: str
+) -> Submission:
+    """As prepare(), a job of launch/cache.py, which fills the folder; name: of what it is for."""
+    from kd.training.fill_cache import check_request, whole_traces  # imports torch
+
+    _check_jobs_can_run(request)
+    recipe = whole_traces(recipe)
+    check_request(recipe, cache, folder)
+    check_recipe(recipe)
+    check_can_write(folder, f"the cache's folder {str(folder)!r}")
+    _check_path(folder, "the cache's folder", "name another folder")
+    _check_inputs_reach_the_job(recipe)
+    plan = _check_filler_fits(recipe, request, cache.kind)
+    job = _make_job(name, folder, (folder,), cache.words)
+    return Submission(job, (recipe,), (plan,), "cache", cache_script(job, request), None)
+
+
+def submit(submission: Submission, after: str | None = None) -> list[str]:
+    """Freeze the files and submit the jobs: ids of training and, if any, of evaluation. after: the
+    id of a job that must succeed first; where it fails these are cancelled.
 
     Raises UserError, and leaves nothing behind, when a run is still in the queue or sbatch refuses.
     """
-    job = submission.job
+    job, owner = submission.job, submission.job.folder.parent.parent
     # Held until slurm.json says what is in the queue: sbatch may take its time
-    hold(job.folder.parent.parent.parent, f".{job.name}.submission.lock", patience_seconds=0)
+    hold(owner.parent, f".{owner.name}.submission.lock", patience_seconds=0)
     for run in job.runs:
         _check_not_queued(run)
     try:
@@ -185,7 +188,7 @@ def submit(submission: Submission) -> list[str]:
         ) from None
     try:
         _freeze(submission)
-        ids = _sbatch_all(submission)
+        ids = _sbatch_all(submission, after)
     except BaseException:
         shutil.rmtree(job.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # they hold something else
@@ -198,6 +201,39 @@ def submit(submission: Submission) -> list[str]:
             run / "slurm.json", {"jobs": [id + task for id in ids], "submission": str(job.folder)}
         )
     return ids
+
+
+def cancel(job: str) -> None:
+    _slurm("scancel", job)
+
+
+def _check_jobs_can_run(request: JobRequest) -> None:
+    """What is asked of a checkout and of the cluster, whatever the job does."""
+    _check_checkout()
+    _check_limit(request)
+    env_file = os.environ.get("DS_ENV_FILE")
+    if env_file and not Path(env_file).is_file():
+        raise UserError(
+            f"DS_ENV_FILE = {env_file!r}: no such file; unset it to take launch/nodes.env"
+        )
+
+
+def _make_job(
+    name: str, folder: Path, runs: tuple[Path, ...], cache_options: tuple[str, ...] = ()
+) -> Job:
+    """The next submission in the folder: a task for each of the runs."""
+    from kd.runs.environment import environment  # after the checks, which import no torch
+
+    submission = _next_folder(folder.absolute() / "slurm")
+    numbers = [""] if len(runs) == 1 else [f"_{index}" for index in range(len(runs))]
+    return Job(
+        name=name,
+        folder=submission,
+        runs=tuple(run.absolute() for run in runs),
+        recipes=tuple(submission / f"recipe{number}.json" for number in numbers),
+        commit=environment()["commit"] or "",
+        cache_options=cache_options,
+    )
 
 
 def _check_checkout() -> None:
@@ -260,6 +296,29 @@ def _check_fits(recipe: Recipe, request: JobRequest) -> str:
     )
 
 
+def _check_filler_fits(recipe: Recipe, request: JobRequest, kind: str) -> str:
+    """The memory of the GPUs, of which a filler's ranks hold the teacher alone."""
+    from kd.plan.gpus import named_gpu  # imports torch
+    from kd.plan.memory import RESERVED_GIB, plan_filler
+    from kd.training.fill_cache import TOKENS_PER_MICRO_BATCH
+
+    budget = recipe.training.max_tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH
+    try:
+        gib = plan_filler(recipe, request.num_nodes, request.tasks_per_node, budget, kind)
+    except UserError as error:
+        if request.gpu:
+            raise
+        return f"the teacher's cache: memory not planned: {error}"  # nothing is known of the model
+    if request.gpu and gib + RESERVED_GIB > named_gpu(request.gpu).gib:
+        raise UserError(
+            f"--gpu {request.gpu}: to fill the cache takes {gib:.1f} GiB per GPU, and "
+            f"{RESERVED_GIB:.0f} GiB for CUDA itself, of {named_gpu(request.gpu).gib:.1f} GiB: "
+            'take more nodes with teacher.shard = "world", or lower '
+            "training.max_tokens_per_micro_batch or truncation.max_full_tokens"
+        )
+    return f"the teacher's cache: {gib:.1f} GiB per rank planned"
+
+
 def _check_limit(request: JobRequest) -> None:
     """Without --time a partition's own limit holds: one below --signal-seconds would have the job
     told to save at once, and again after each requeue. Unknown where SLURM is not.
@@ -299,15 +358,18 @@ def why_pending(job: str) -> str:
 def _check_run(recipe: Recipe) -> None:
     from kd.runs.folder import check_same_run  # imports torch
 
-    run = recipe.run_dir
-    unsafe = sorted(set(str(run.absolute())) & set(":\\\n"))
+    others = "choose others with --set run.output_dir=FOLDER or --set run.name=NAME"
+    _check_path(recipe.run_dir, "run folder", others)
+    check_same_run(recipe)
+
+
+def _check_path(folder: Path, what: str, remedy: str) -> None:
+    unsafe = sorted(set(str(folder.absolute())) & set(":\\\n"))
     if unsafe:
         raise UserError(
-            f"run folder {str(run)!r} has {' and '.join(map(repr, unsafe))} in it, with which "
-            "neither Python nor SLURM can name a path: choose others with --set "
-            "run.output_dir=FOLDER or --set run.name=NAME"
+            f"{what} {str(folder)!r} has {' and '.join(map(repr, unsafe))} in it, with which "
+            f"neither Python nor SLURM can name a path: {remedy}"
         )
-    check_same_run(recipe)
 
 
 def _check_not_queued(run: Path) -> None:
@@ -353,25 +415,22 @@ def _freeze(submission: Submission) -> None:
         write_text(job.folder / "evaluate.sbatch", submission.evaluate)
 
 
-def _sbatch_all(submission: Submission) -> list[str]:
+def _sbatch_all(submission: Submission, after: str | None) -> list[str]:
     folder = submission.job.folder
-    first = _sbatch(folder / f"{submission.kind}.sbatch")
+    first = _sbatch(folder / f"{submission.kind}.sbatch", after and f"afterok:{after}")
     if submission.evaluate is None:
         return [first]
-    after = "aftercorr" if len(submission.recipes) > 1 else "afterok"
-    # Cancelled when training fails
-    options = (
-        f"--dependency={after}:{first}",
-        "--kill-on-invalid-dep=yes",
-    )
+    each = "aftercorr" if len(submission.recipes) > 1 else "afterok"
     try:
-        return [first, _sbatch(folder / "evaluate.sbatch", *options)]
+        return [first, _sbatch(folder / "evaluate.sbatch", f"{each}:{first}")]
     except BaseException:
-        _slurm("scancel", first)
+        cancel(first)
         raise
 
 
-def _sbatch(script: Path, *options: str) -> str:
+def _sbatch(script: Path, dependency: str | None) -> str:
+    """Cancelled where what it depends on fails."""
+    options = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
     return _slurm("sbatch", "--parsable", *options, str(script)).partition(";")[0]
 
 

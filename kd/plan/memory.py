@@ -10,7 +10,7 @@ from typing import Any
 from kd.engine.ds_config import is_zero3, read_ds_config
 from kd.errors import UserError
 from kd.plan.activations import num_tokens_read, saved_activations
-from kd.plan.rank_memory import GIB, RankMemory, rank_memory
+from kd.plan.rank_memory import GIB, RankMemory, filler_gib, rank_memory
 from kd.plan.shapes import model_shapes, teacher_shapes
 from kd.plan.trainable import trainable_of
 from kd.plan.zero_memory import ZeroEngine
@@ -149,19 +149,33 @@ def engines_of(recipe: Recipe, num_nodes: int, gpus_per_node: int) -> Engines:
     trainable = trainable_of(recipe.student, model_shapes(recipe.student, role="student"))
     ds_config = read_ds_config(recipe, "student")
     student = ZeroEngine(trainable.shapes, ds_config, world_size, trainable)
+    return Engines(student, _teacher_engine(recipe, num_nodes, gpus_per_node))
+
+
+def plan_filler(
+    recipe: Recipe, num_nodes: int, gpus_per_node: int, budget: int, kind: str
+) -> float:
+    """GiB of a rank that fills a cache of this kind, for a recipe of whole traces: the teacher is
+    there, and no student. budget: tokens of a micro-batch, where no trace is longer.
+
+    Raises UserError for a recipe whose files are missing.
+    """
+    student = model_shapes(recipe.student, role="student")
+    longest = recipe.truncation.max_full_tokens or student.max_position_embeddings
+    teacher = _teacher_engine(recipe, num_nodes, gpus_per_node)
+    assert teacher is not None
+    return filler_gib(teacher, max(budget, longest), kind)
+
+
+def _teacher_engine(recipe: Recipe, num_nodes: int, gpus_per_node: int) -> ZeroEngine | None:
     shapes = teacher_shapes(recipe)
     if recipe.teacher is None or shapes is None:
-        return Engines(student, None)
+        return None
     shard = recipe.teacher.shard if recipe.teacher.cache is None else "gpu"
-    num_sharing = {"gpu": 1, "node": gpus_per_node, "world": world_size}[shard]
-    teacher = ZeroEngine(
-        shapes,
-        read_ds_config(recipe, "teacher"),
-        num_sharing,
-        trainable=None,
-        is_plain=shard == "gpu",
-    )
-    return Engines(student, teacher)
+    # "auto" is chosen for training alone: what fills a cache divides it over the world
+    num_sharing = {"gpu": 1, "node": gpus_per_node}.get(shard, num_nodes * gpus_per_node)
+    ds_config = read_ds_config(recipe, "teacher")
+    return ZeroEngine(shapes, ds_config, num_sharing, trainable=None, is_plain=shard == "gpu")
 
 
 def _settings(recipe: Recipe) -> Iterator[dict[str, Any]]:

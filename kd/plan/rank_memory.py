@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from kd.cache.kinds import CHUNK
 from kd.losses.chunk_plan import plan_chunks
 from kd.plan.activations import layer_activations, saved_activations
 from kd.plan.zero_memory import ZeroEngine
@@ -55,6 +56,17 @@ def rank_memory(
     )
     gather_peak_gib = max(moment.gathered for moment in moments) / GIB
     return RankMemory(*(part / GIB for part in parts)), moment.name, gather_peak_gib
+
+
+def filler_gib(teacher: ZeroEngine, num_tokens: int, kind: str) -> float:
+    """What a rank holds that fills a teacher's cache of this kind; num_tokens: of a micro-batch."""
+    shapes = teacher.shapes
+    states = teacher.width * shapes.hidden_size * num_tokens
+    states += layer_activations(shapes, num_tokens, teacher.width)
+    head = teacher.head_elements * teacher.width if teacher.is_shared else 0
+    # Of all but hidden states: the head in fp32, and rows of logits with what is made of them
+    logits = 0 if kind == "hidden" else 4 * teacher.head_elements + 16 * CHUNK * shapes.vocab_size
+    return (teacher.weight_bytes + teacher.live_bytes + head + states + logits) / GIB
 
 
 class _Moment(NamedTuple):

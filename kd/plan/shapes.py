@@ -75,7 +75,8 @@ def teacher_shapes(recipe: Recipe) -> ModelShapes | None:
     """Of the teacher that a run holds: with a cache of hidden states its head alone, with one of
     tokens nothing.
 
-    Raises UserError as model_shapes does, and for a cache that is not there.
+    One that is not filled yet is planned as hidden states, which take most. Raises UserError as
+    model_shapes does.
     """
     section = recipe.teacher
     if section is None:
@@ -83,7 +84,8 @@ def teacher_shapes(recipe: Recipe) -> ModelShapes | None:
     whole = model_shapes(section, role="teacher")
     if section.cache is None:
         return whole
-    if read_manifest(section.cache).kind != "hidden":
+    is_filled = (Path(section.cache) / "manifest.json").is_file()
+    if is_filled and read_manifest(section.cache).kind != "hidden":
         return None
     return dataclasses.replace(
         whole,

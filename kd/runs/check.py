@@ -3,6 +3,7 @@ submission ask.
 """
 
 import os
+from pathlib import Path
 
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
@@ -10,11 +11,11 @@ from kd.hub import find_data_files, find_file, find_model, resolve
 from kd.recipe import Recipe
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, *, awaits_cache: bool = False) -> None:
     """Raises UserError naming the field and its value when a model, a file or a DeepSpeed JSON
-    cannot be what it is.
+    cannot be what it is. awaits_cache: teacher.cache is filled before the run, and not there yet.
     """
-    _check_run_dir(recipe)
+    check_can_write(recipe.run_dir, f"run.output_dir = {recipe.run.output_dir!r}")
     for field, value in inputs(recipe).items():
         if field.startswith("data.") and field.endswith("path"):
             find_data_files(field, value)
@@ -24,7 +25,7 @@ def check_recipe(recipe: Recipe) -> None:
             resolve(field, value)
     for role in ("student", "teacher") if recipe.teacher else ("student",):
         read_ds_config(recipe, role)
-    if recipe.teacher and recipe.teacher.cache is not None:
+    if recipe.teacher and recipe.teacher.cache is not None and not awaits_cache:
         cache = recipe.teacher.cache
         if not os.path.isfile(os.path.join(cache, "manifest.json")):
             raise UserError(
@@ -52,16 +53,13 @@ def inputs(recipe: Recipe) -> dict[str, str]:
     return {field: value for field, value in found.items() if value is not None}
 
 
-def _check_run_dir(recipe: Recipe) -> None:
-    """Whether the run's folder is there or can be made."""
-    for path in (recipe.run_dir, *recipe.run_dir.parents):
+def check_can_write(folder: Path, setting: str) -> None:
+    """Raise UserError, which begins with the setting, unless the folder is there or can be made."""
+    for path in (folder, *folder.parents):
         if os.path.lexists(path):
             problem = None if path.is_dir() else "is not a folder"
             if problem is None and not os.access(path, os.W_OK | os.X_OK):
                 problem = "cannot be written to"
             if problem:
-                raise UserError(
-                    f"run.output_dir = {recipe.run.output_dir!r}: {path} {problem}: name another "
-                    "folder"
-                )
+                raise UserError(f"{setting}: {path} {problem}: name another folder")
             return

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from kd.cli import CacheRequest
 from kd.errors import UserError
 from kd.files import write_json
 from kd.recipe import Recipe, SectionName, TruncationSection, load_recipe
@@ -61,19 +62,25 @@ class Cell:
 class Study:
     """A folder of runs, one for each cell.
 
-    cache_options: of launch/cache.py, for the teacher's cache that all cells read; None: each cell
-    runs the teacher.
+    cache_request: the teacher's cache that all cells read; None: each cell runs the teacher.
     """
 
     name: str
     folder: Path
     cells: tuple[Cell, ...]
-    cache_options: tuple[str, ...] | None = None
+    cache_request: CacheRequest | None = None
 
     @property
     def cache(self) -> Path:
         """Where it is, if there is one."""
         return self.folder / "cache"
+
+    @property
+    def awaits_cache(self) -> bool:
+        """Whether it is still to be filled, before the cells."""
+        from kd.cache.store import FILLED  # imports torch
+
+        return self.cache_request is not None and not (self.cache / FILLED).exists()
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def make_study(
     overrides: list[str],
     axes: Axes,
     folder: Path | None = None,
-    cache_options: tuple[str, ...] | None = None,
+    cache_request: CacheRequest | None = None,
 ) -> Study:
     """The study of a recipe: by default in run.output_dir/studies/RECIPE.
 
@@ -131,12 +138,12 @@ def make_study(
             "truncation.keep_fraction=0.5, or --cross with --keep"
         )
     _check_names(points)
-    if cache_options is not None:
+    if cache_request is not None:
         if base.teacher is None:
             raise UserError(f"--cache: {base.run.name} has no [teacher]: leave it out")
         base = base.with_values({"teacher.cache": str(folder / "cache")})
     cells = tuple(Cell(point, _recipe_at(base, point, folder)) for point in points)
-    return Study(base.run.name, folder, cells, cache_options)
+    return Study(base.run.name, folder, cells, cache_request)
 
 
 def write_study(study: Study, outcomes: Mapping[Point, Outcome] = MappingProxyType({})) -> None:

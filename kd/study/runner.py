@@ -28,11 +28,12 @@ from kd.errors import Interrupted, NothingToLearn, UserError
 from kd.evaluate.evaluation import is_scored, result_files
 from kd.evaluate.results import read_results
 from kd.evaluate.tasks import check_evaluation
-from kd.recipe import ROOT, Recipe
+from kd.recipe import ROOT
 from kd.runs.check import check_recipe
 from kd.runs.folder import INTERRUPTED, SUCCESS, check_same_run
 from kd.runs.lock import hold, is_free
 from kd.study.cells import Cell, Outcome, Point, Study, recipe_file, write_study
+from kd.training.fill_cache import check_request
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +43,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 def check_study(study: Study) -> None:
     """Everything that can be known before the first cell starts. Raises UserError."""
+    if study.cache_request is not None:
+        check_request(study.cells[0].recipe, study.cache_request, study.cache)
     for cell in study.cells:
-        check_recipe(_before_the_cache(study, cell.recipe))
+        check_recipe(cell.recipe, awaits_cache=study.awaits_cache)
         check_same_run(cell.recipe)
     check_evaluation(study.cells[0].recipe)
-
-
-def _before_the_cache(study: Study, recipe: Recipe) -> Recipe:
-    """Of a cell, while there is no cache yet that it could be looked for."""
-    is_to_come = study.cache_options is not None and not (study.cache / FILLED).exists()
-    return recipe.with_values({"teacher.cache": None}) if is_to_come else recipe
 
 
 class Runner:
@@ -86,11 +83,11 @@ class Runner:
     def _fill_cache(self) -> None:
         """Once for all cells, which differ in what they read of it alone."""
         study = self.study
-        if study.cache_options is None:
+        if study.cache_request is None:
             return
         command, environment = local_launch(study.cells[0].recipe, ROOT / "launch" / "cache.py")
         recipe = ["--recipe", str(recipe_file(study, study.cells[0]))]
-        options = [*recipe, "--output", str(study.cache), *study.cache_options]
+        options = [*recipe, "--output", str(study.cache), *study.cache_request.words]
         self._call([*command, *options], environment, "cache", leaves=[study.cache / FILLED])
 
     def _outcome(self, cell: Cell) -> Outcome:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from kd.cache.cache_records import REMEDY, CacheManifest
-from kd.cache.kinds import Heads, Kind, VectorKind, head_sha256, kind_of
+from kd.cache.kinds import Heads, Kind, VectorKind, head_sha256, kind_of, parameters_of
 from kd.cache.store import (
     FILLED,
     SHARD_BYTES,
@@ -26,6 +26,7 @@ from kd.cache.store import (
     remove_unfinished,
     set_filled,
 )
+from kd.cli import CacheRequest
 from kd.data.collate import collate
 from kd.data.dataset import Data, Example, Examples
 from kd.data.step_plan import BatchShape, deal
@@ -49,7 +50,7 @@ from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
 from kd.teachers.prefixes import check_prefixes
 from kd.training.build import build_live_teacher
-from kd.training.cache_identity import check_same, make_manifest, student_head
+from kd.training.cache_identity import check_same, check_serves, make_manifest, student_head
 from kd.training.meeting import load_data_by_node, meet
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,8 @@ def fill_cache(
 
 def make_kind(recipe: Recipe, name: str, dtype: str, num_tokens: int | None) -> Kind:
     """The kind of a cache for this recipe. Raises UserError for what a kind does not have."""
+    if num_tokens is not None and num_tokens < 1:
+        raise UserError(f"--num-tokens {num_tokens}: at least 1 is needed")
     parameters: dict[str, Any] = {}
     if name in ("hidden", "vector"):
         if num_tokens is not None:
@@ -129,6 +132,18 @@ def make_kind(recipe: Recipe, name: str, dtype: str, num_tokens: int | None) -> 
     if name != "hidden":
         parameters["temperature"] = recipe.loss.temperature
     return kind_of(name, parameters)
+
+
+def check_request(recipe: Recipe, request: CacheRequest, folder: Path) -> None:
+    """Raise UserError unless a cache of this kind serves the recipe's loss, and the folder is new
+    or holds one of the same kind.
+    """
+    kind = make_kind(recipe, *request)
+    check_serves(kind, recipe, f"the cache {folder}")
+    if (folder / "manifest.json").exists():
+        there = read_manifest(folder)
+        here = there.model_copy(update={"kind": kind.name, "parameters": parameters_of(kind)})
+        check_same(there, here, folder)
 
 
 def whole_traces(recipe: Recipe) -> Recipe:

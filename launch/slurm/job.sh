@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# How each job begins; *.sbatch source it. Sets run, recipe (of this task, when the job is an array) and task, the
+# How each job begins, and one that trains or fills a cache ends; *.sbatch source it. Sets run, recipe (of this task, when the job is an array) and task, the
 # words before a script's name that start it in the environment of the job.
 
 : "${work_dir:?submit with launch/submit.py}" "${code:?}" "${python_dir:?}" "${runs[0]:?}" "${recipes[0]:?}"
@@ -51,3 +51,62 @@ user_error=2
 record() { "${task[@]}" -m kd.study.outcomes "$run" || say "the outcome could not be written to the study's file"; }
 # A task of an array by its index: the id of its last task is that of the whole array.
 requeue() { scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"; }
+
+# Where ranks meet: the first node of the job.
+meeting_point() {
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  export MASTER_ADDR="${nodes[0]}"
+  export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
+}
+
+# A script of launch/ on all ranks, until it ends: srun starts a task per GPU (the deepspeed launcher would die of USR1).
+# Sets status, told where a signal came, and told_to_end where that was TERM.
+on_all_ranks() {
+  meeting_point
+  # The first rank that fails ends the others, which would wait for it.
+  srun --export=ALL --kill-on-bad-exit=1 "${srun_options[@]}" "${task[@]}" "$code/launch/$1" --recipe "$recipe" "${@:2}" &
+  srun=$! told='' told_to_end=''
+  trap 'tell USR1' USR1                  # ahead of the time limit: --signal
+  trap 'told_to_end=yes; tell TERM' TERM # of scancel, of preemption, or of a node that fails
+  while
+    woken=
+    wait "$srun" && status=0 || status=$?
+    [[ -n "$woken" ]] # a trapped signal ends wait, and not srun
+  do :; done
+}
+tell() { # srun passes USR1 on to the tasks, and would end them of TERM
+  woken=yes told=yes
+  say "$1: the ranks are told"
+  kill -USR1 "$srun" || true
+}
+
+# Ends a job whose ranks left no $marker. $begun_at and $ended_at count what is saved, $saved and $newest say it, and
+# $interrupted is set where the ranks saved because of a signal. Requeued, unless a TERM came, is what got further: after
+# a signal always, after a failure up to $restarts times.
+end_unfinished() {
+  local restarted="$folder/restarted-$index" failures # how often after a failure
+  failures="$(cat -- "$restarted" 2>/dev/null || echo 0)"
+  if [[ -n "$told_to_end" ]]; then
+    [[ -n "$interrupted" ]] || saved="$newest"
+    say "told to end by TERM (scancel, preemption, or a node that failed), $saved: where SLURM requeues the job it goes" \
+      "on by itself, else submit the same again"
+  elif [[ -n "$interrupted" ]]; then
+    if ((ended_at == begun_at)); then
+      say "interrupted at $unit $ended_at, where it began: not requeued, since it would not get further"
+      record
+    elif requeue; then
+      say "interrupted, $saved: requeued"
+    else
+      say "interrupted, $saved, and SLURM does not requeue it: submit the same again to go on"
+    fi
+  else
+    say "failed: srun's status is $status and there is no $marker; $newest"
+    if ((status != user_error && ended_at > begun_at && failures < restarts)); then
+      echo "$((failures + 1))" >"$restarted"
+      requeue && say "requeued, since it left a new $what: restart $((failures + 1)) of at most $restarts" &&
+        exit "$((status ? status : 1))"
+    fi
+    record
+  fi
+  exit "$((status ? status : 1))"
+}

@@ -13,7 +13,9 @@ import forked
 import pytest
 from tiny import ROOT, write_tiny_recipe
 
-from kd.cluster.sbatch import Job, JobRequest, seconds_of, train_script
+from kd.cache.cache_records import CachedModel, CachedTokens, CacheManifest
+from kd.cache.kinds import HiddenKind, parameters_of
+from kd.cluster.sbatch import Job, JobRequest, cache_script, seconds_of, train_script
 from kd.cluster.submit import prepare, read_recipes
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
@@ -152,6 +154,37 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
             "'0', after --, is no option of sbatch: write --name=value",
         ),
         ((*ON_CPUS, "--", "--comment=a\nb"), "an option of sbatch is one line"),
+        (
+            (*ON_CPUS, "--cache"),
+            "--cache hidden: a study has one for all of its cells: add an axis",
+        ),
+        (
+            (*ON_CPUS, "--fill-cache=c", "--keep=0.5"),
+            "--fill-cache c: a study fills one in its own",
+        ),
+        ((*ON_CPUS, "--fill-cache=c", "--evaluate"), "--fill-cache c with --evaluate: "),
+        ((*ON_CPUS, "--keep=0.5", "--cache", "--preflight"), "--cache hidden with --preflight, "),
+        (
+            (*ON_CPUS, "--dtype=fp32"),
+            "--cache-dtype fp32 is of a teacher's cache: add --fill-cache",
+        ),
+        ((*ON_CPUS, "--fill-cache=a:b"), "the cache's folder 'a:b' has ':' in it"),
+        (
+            (*ON_CPUS, "--fill-cache=/dev/null/c"),
+            "the cache's folder '/dev/null/c': /dev/null is not a folder: name another folder",
+        ),
+        (
+            (*ON_CPUS, "--fill-cache=c", "--num-tokens=3"),
+            "--num-tokens 3: --kind hidden holds no tokens",
+        ),
+        (
+            (*ON_CPUS, "--fill-cache=c", "--kind=sampled", "--set=loss.divergence=reverse_kl"),
+            "the cache c is of kind sampled, which serves forward_kl alone",
+        ),
+        (
+            (*ON_CPUS, "--keep=0.5", "--kind=vector"),
+            "cache is of kind vector, made with one head of the student, which this recipe trains",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments, message):
@@ -206,6 +239,101 @@ def test_the_cells_of_a_study_that_are_not_trained_yet_are_tasks_of_an_array(rec
     ]
 
 
+def test_a_job_fills_a_cache_in_the_words_of_launch_cache_in_the_place_of_training(
+    recipe, tmp_path
+):
+    words = ("--fill-cache=a cache", "--kind=top_k", "--num-tokens=7", "--time=1-0", "--dry-run")
+    done = submit(recipe, *ON_CPUS, *words, "--set=teacher.cache=/nowhere", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    for line in ('--job-name="tiny_test-cache"', '--signal="B:USR1@600"', '--time="1-0"'):
+        assert f"#SBATCH {line}\n" in done.stdout
+    assert f'--output="{tmp_path}/a cache/slurm/1/cache-%j.out"' in done.stdout
+    assert shell_values(done.stdout, "runs") == [f"{tmp_path}/a cache"]
+    assert shell_values(done.stdout, "cache_options") == [
+        *("--kind", "top_k", "--dtype", "bf16"),
+        *("--num-tokens", "7"),
+    ]
+
+
+def test_the_cells_of_a_study_have_a_job_before_them_until_their_cache_is_filled(recipe, tmp_path):
+    cache = tmp_path / "studies" / "tiny_test" / "cache"
+    arguments = [*ON_CPUS, "--keep=0.5,1.0", f"--set=run.output_dir={tmp_path}", "--dry-run"]
+    arguments += ["--cache", "--cache-dtype=fp32"]
+    done = submit(recipe, *arguments)
+    assert done.returncode == 0, done.stderr
+    scripts = done.stdout.split("#!/usr/bin/env bash\n")[1:]
+    assert [shell_values(script, "runs")[0] for script in scripts] == [
+        str(cache),
+        str(cache.parent / "keep0.5_prompt+cot+answer_head_seed0"),
+    ]
+    assert shell_values(scripts[0], "cache_options") == ["--kind", "hidden", "--dtype", "fp32"]
+    assert list(tmp_path.iterdir()) == []
+    cache.mkdir(parents=True)
+    teacher = CachedModel(model="a", weights_sha256="b", hidden_size=1, vocab_size=1)
+    manifest = CacheManifest(
+        kind="hidden",
+        parameters=parameters_of(HiddenKind("fp32")),
+        vocab_size=1,
+        teacher=teacher,
+        tokens=CachedTokens(tokenizer_sha256="c"),
+    )
+    (cache / "manifest.json").write_text(manifest.model_dump_json())
+    (cache / "filled.json").write_text("{}")
+    done = submit(recipe, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/usr/bin/env bash\n") == 1
+    assert '#SBATCH --array="0-1"\n' in done.stdout
+    done = submit(recipe, *arguments, "--cache-dtype=bf16")
+    assert_refused(done, "'fp32', 'group': 32} there, {'dtype': 'bf16', 'group': 32} here")
+
+
+# What srun does, and what the job says and whether it is requeued
+ENDS = {
+    "filled": ('touch "$CACHE/filled.json"; exit 1', "filled: ", False),
+    "of a signal": ("kill -USR1 $PPID; sleep 1; more", "2 shards are saved: requeued", True),
+    "of a signal, and no further": ("kill -USR1 $PPID; sleep 1; exit 85", "not requeued", False),
+    "of TERM": ("kill -TERM $PPID; sleep 1; more; exit 85", "told to end by TERM", False),
+    "failed": ("more; exit 1", "requeued, since it left a new shard: restart 1 of at most 3", True),
+    "failed, and no further": ("exit 1", "no filled.json; 1 shards are whole", False),
+    "refused": ("more; exit 2", "srun's status is 2 and there is no filled.json", False),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_cache_and_its_shards_decide_how_a_job_that_fills_it_ends(tmp_path, end):
+    srun, message, is_requeued = ENDS[end]
+    cache, programs = tmp_path / "a cache", tmp_path / "programs"
+    (cache / "shards").mkdir(parents=True)
+    (cache / "shards" / "0.json").touch()
+    (cache / "filled.json").touch()  # of an earlier start: it says nothing of this one
+    programs.mkdir()
+    stubs = {
+        "srun": f"""more() {{ touch "$CACHE/shards/1.json"; }}; trap '' USR1; {srun}""",
+        "scontrol": f'if [ "$1" = requeue ]; then touch {tmp_path}/requeued; else echo n; fi',
+    }
+    for name, text in stubs.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "code" / "launch").mkdir(parents=True)
+    shutil.copytree(ROOT / "launch" / "slurm", tmp_path / "code" / "launch" / "slurm")
+    (tmp_path / "code" / "launch" / "nodes.env").touch()
+    recipes = (tmp_path / "recipe.json",)
+    job = Job("filler", tmp_path, (cache,), recipes, "", ("--kind", "hidden"))
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "CACHE": str(cache)}
+    done = subprocess.run(
+        ["bash", "-c", cache_script(job, JobRequest(1, 0, 2, 60))],
+        env=variables | {"PATH": f"{programs}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert message in done.stdout, done.stdout + done.stderr
+    assert (done.returncode == 0) == (end == "filled")
+    assert (tmp_path / "requeued").exists() == is_requeued
+
+
 def test_a_cell_that_is_trained_and_not_scored_is_evaluated_alone(recipe, tmp_path):
     study, problems = tmp_path / "studies" / "tiny_test", tmp_path / "problems.jsonl"
     for keep, marker in ((1, "SUCCESS"), (0.25, "NOTHING_TO_LEARN")):
@@ -254,6 +382,11 @@ def test_what_does_not_fit_is_refused_with_what_would(recipe, tmp_path):
     assert "do not fit in 39.4 GiB" in done.stderr
     assert "would do (" in done.stderr
     assert submit(*large).returncode == 0
+    # The teacher alone fits there, until its micro-batches are too long
+    assert submit(*large, "--gpu=a100-40gb", f"--fill-cache={tmp_path}/c").returncode == 0
+    budget = "--set=training.max_tokens_per_micro_batch=200000"
+    done = submit(*large, "--gpu=a100-40gb", f"--fill-cache={tmp_path}/c", budget)
+    assert_refused(done, "--gpu a100-40gb: to fill the cache takes 56.9 GiB per GPU")
     assert_refused(
         submit(recipe, "--gpus-per-node=1", "--gpu=abacus", "--dry-run"),
         "--gpu abacus: choose from a100",

@@ -7,7 +7,7 @@ import pytest
 
 from kd.engine.ds_config import read_ds_config
 from kd.plan import MemoryPlan, memory_plan, model_shapes
-from kd.plan.memory import RESERVED_GIB
+from kd.plan.memory import RESERVED_GIB, plan_filler
 from kd.plan.rank_memory import _chunk_bytes
 from kd.plan.zero_memory import ZeroEngine
 from kd.recipe import RECIPES_DIR, Recipe, load_recipe
@@ -105,6 +105,22 @@ def test_a_whole_teacher_is_one_ranks_own_and_a_shared_ones_head_is_kept_whole()
     assert shared.gib_per_rank.teacher_shard < whole.gib_per_rank.teacher_shard / 4
     heads = [plan.gib_per_rank.gathered for plan in (shared, whole)]
     assert heads[0] - heads[1] == pytest.approx(2 * 152_064 * 3584 / GIB, rel=0.01)
+
+
+def test_a_cache_that_is_not_filled_yet_is_planned_as_hidden_states_that_leave_the_head():
+    parts = plan_of("teacher.cache=/nowhere").gib_per_rank
+    assert parts.teacher_shard * GIB == 2 * 152_064 * 3584
+
+
+def test_what_fills_a_cache_holds_the_teacher_and_no_student():
+    recipe = load_recipe("qwen7b_to_1p5b_trunc50")
+    alone, shared = (plan_filler(recipe, 1, gpus, 8192, "hidden") for gpus in (1, 8))
+    assert 2 * TEACHER / GIB < alone < 2 * TEACHER / GIB + 3
+    assert 2 * TEACHER / 8 / GIB < shared < alone
+    assert alone < plan_of(gpus=1).total_gib / 2
+    head = 4 * 152_064 * 3584 / GIB  # in fp32, for logits
+    assert plan_filler(recipe, 1, 1, 8192, "top_k") > alone + head
+    assert plan_filler(recipe, 1, 1, 65536, "hidden") > alone + 1
 
 
 def test_stage_1_holds_all_gradients_in_both_widths():

@@ -461,3 +461,44 @@ def test_a_partition_whose_limit_comes_before_the_signal_is_refused(cluster: Clu
         "tiny_test.toml", *arguments, "--signal-seconds=60", "--dry-run", cwd=folder
     )
     assert shorter.returncode == 0, shorter.stderr
+
+
+def submit_cached_study(cluster: Cluster, folder: Path, *arguments: str) -> tuple[str, str]:
+    """Two cells that read a cache: the ids of the job that fills it, and of the cells' array."""
+    settings = [f"--set={text}" for text in ("run.output_dir=cached", "training.max_steps=4")]
+    study = ["tiny_test.toml", "--keep=0.5,1.0", "--cache", "--cache-dtype=fp32", *settings]
+    done = cluster.submit(*study, *arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    filler, cells = [line.split()[1] for line in done.stdout.splitlines() if line[:4] == "job "]
+    return filler, cells
+
+
+def test_cells_wait_for_the_job_that_fills_their_cache_and_go_with_it(
+    cluster: Cluster, folder: Path, tmp_path: Path
+):
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    setup = tmp_path / "setup"
+    setup.write_text(f"export PATH={tmp_path}:$PATH\n")
+    study = folder / "cached" / "studies" / "tiny_test"
+
+    filler, cells = submit_cached_study(cluster, folder, f"--setup={setup}")
+    cluster.wait_for_state(filler, "FAILED", "COMPLETED", timeout=60)
+    cluster.wait_for_state(cells, "CANCELLED", "COMPLETED", "FAILED", timeout=60)
+    assert [cluster.job(job)["JobState"] for job in (filler, cells)] == ["FAILED", "CANCELLED"]
+    log = (study / "cache" / "slurm" / "1" / f"cache-{filler}.out").read_text()
+    assert "srun's status is 1 and there is no filled.json; 0 shards are whole" in log
+
+    filler, cells = submit_cached_study(cluster, folder)
+    assert f"afterok:{filler}" in cluster.job(cells)["Dependency"]
+    for task in range(2):
+        cluster.wait_for_state(f"{cells}_{task}", "COMPLETED", "FAILED", "CANCELLED")
+    states = [cluster.job(f"{cells}_{task}")["JobState"] for task in range(2)]
+    assert states == ["COMPLETED", "COMPLETED"]
+    cache = json.loads((study / "cache" / "filled.json").read_text())
+    assert cache["num_rows"] == 80
+    for log in (study / "slurm" / "2").glob("train-*.out"):
+        text = log.read_text()
+        assert "the teacher: teacher.cache = " in text
+        assert "loading the teacher" not in text
+    assert len(list(study.glob("keep*/SUCCESS"))) == 2
