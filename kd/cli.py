@@ -49,6 +49,11 @@ def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--windows", metavar="W,W", help="values of truncation.window: head,middle,tail"
     )
     axes.add_argument(
+        "--rollout-tokens",
+        metavar="N,N",
+        help="values of rollout.max_new_tokens, of a recipe with [rollout]: 16,32,64",
+    )
+    axes.add_argument(
         "--seeds",
         type=int,
         default=1,

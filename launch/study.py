@@ -56,7 +56,12 @@ def main() -> None:
         )
     configure_logging(rank=0)
     axes = parse_axes(
-        arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross
+        arguments.keep,
+        arguments.sections,
+        arguments.windows,
+        arguments.seeds,
+        arguments.cross,
+        arguments.rollout_tokens,
     )
     cache = None
     if arguments.cache:

@@ -122,7 +122,12 @@ def cache_of(arguments: argparse.Namespace) -> CacheRequest | None:
 def study_of(arguments: argparse.Namespace, cache: CacheRequest | None) -> Study | None:
     """The study whose cells are to be the tasks of an array; None when no axis was given."""
     axes = parse_axes(
-        arguments.keep, arguments.sections, arguments.windows, arguments.seeds, arguments.cross
+        arguments.keep,
+        arguments.sections,
+        arguments.windows,
+        arguments.seeds,
+        arguments.cross,
+        arguments.rollout_tokens,
     )
     if axes == Axes():
         if cache is not None and arguments.fill_cache is None:

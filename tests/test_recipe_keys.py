@@ -13,6 +13,7 @@ AXIS_KEYS = {
     "keep_fraction": "truncation.keep_fraction",
     "sections": "data.loss_sections",
     "window": "truncation.window",
+    "rollout_tokens": "rollout.max_new_tokens",
 }
 
 

@@ -169,8 +169,8 @@ def _family(pair: ComparedPair, runs: list[Run]) -> Family:
 
 def _order(key: tuple[Variant, float]) -> tuple[Any, ...]:
     """All sections first, the head window first, the student before adapters, short before long."""
-    (sections, window, max_tokens, lora), keep_fraction = key
-    place = -sections.count("+"), sections, lora or "", window != "head", window
+    (sections, window, max_tokens, lora, rollouts), keep_fraction = key
+    place = -sections.count("+"), sections, lora or "", rollouts or "", window != "head", window
     return *place, max_tokens or 0, keep_fraction
 
 

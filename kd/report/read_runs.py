@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd.errors import UserError
-from kd.recipe import facts_of
+from kd.recipe import default_of, facts_of
 from kd.report.evaluations import (
     Evaluation,
     evaluation_files,
@@ -36,7 +36,7 @@ from kd.runs.records import (
 NOT_RECORDED = "not recorded"
 SECTIONS = ("prompt", "cot", "answer")
 MAX_BINS = 100
-OF_VARIANT = ("student.lora", "student.lora.rank", "student.lora.alpha")
+OF_VARIANT = ("rollout", "student.lora", "student.lora.rank", "student.lora.alpha")
 
 
 class ComparedPair(NamedTuple):
@@ -50,17 +50,19 @@ class ComparedPair(NamedTuple):
 class Variant(NamedTuple):
     """Which tokens are supervised, apart from how many are kept, and what is trained on them.
 
-    lora: "LoRA of rank 16, alpha 32"; None: the student itself.
+    lora: "LoRA of rank 16, alpha 32"; None: the student itself. rollouts: "0.5 sampled by student,
+    16 tokens"; None: responses are the data's own.
     """
 
     sections: str
     window: str
     max_tokens: int | None
     lora: str | None = None
+    rollouts: str | None = None
 
     def __str__(self) -> str:
         limit = f"at most {self.max_tokens} tokens" if self.max_tokens else None
-        return ", ".join(filter(None, [self.sections, self.window, limit, self.lora]))
+        return ", ".join(filter(None, [self.sections, self.window, limit, *self[3:]]))
 
 
 class Costs(NamedTuple):
@@ -71,6 +73,7 @@ class Costs(NamedTuple):
     flops: float | None
     num_input_tokens: float
     num_supervised_tokens: float
+    flops_of_sampling: float | None  # that wrote responses; no part of flops
 
 
 class CurvePoint(NamedTuple):
@@ -270,7 +273,22 @@ def _variant(recipe: RecordedRecipe) -> Variant:
     joined = "+".join(name for name in SECTIONS if name in sections)
     lora = recipe.student.lora
     adapters = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}" if lora else None
-    return Variant(joined, window, truncation.max_tokens, adapters)
+    return Variant(joined, window, truncation.max_tokens, adapters, _rollouts(recipe))
+
+
+def _rollouts(recipe: RecordedRecipe) -> str | None:
+    """All of [rollout] that says what is learned, what is usual left out."""
+    rollout = recipe.rollout
+    if rollout is None:
+        return None
+    words = f"{rollout.fraction:g} sampled by {rollout.source}, {rollout.max_new_tokens} tokens"
+    told = {"fraction", "source", "max_new_tokens", "gather"}
+    more = [
+        f"{key} {value}"
+        for key, value in rollout.as_read().items()
+        if key not in told and value not in (default_of(f"rollout.{key}"), None)
+    ]
+    return ", ".join([words, *more])
 
 
 def _costs(records: list[StepRecord]) -> Costs:
@@ -280,6 +298,7 @@ def _costs(records: list[StepRecord]) -> Costs:
         flops=_sum([record.flops for record in records]),
         num_input_tokens=sum(record.num_input_tokens for record in records),
         num_supervised_tokens=sum(record.num_supervised_tokens for record in records),
+        flops_of_sampling=_sum([record.flops_of_sampling for record in records]),
     )
 
 
@@ -333,4 +352,5 @@ def _facts(folder: Path, recipe: RecordedRecipe) -> dict[str, str]:
 
 def _is_compared(key: str) -> bool:
     facts = facts_of(key)
-    return facts.is_compared and not facts.is_axis and key not in OF_VARIANT
+    of_variant = key in OF_VARIANT or key.startswith("rollout.")
+    return facts.is_compared and not facts.is_axis and not of_variant

@@ -20,6 +20,7 @@ COSTS = {
     "flops": ("FLOPs", ".3g"),
     "num_input_tokens": ("tokens read", ",.0f"),
     "num_supervised_tokens": ("tokens supervised", ",.0f"),
+    "flops_of_sampling": ("FLOPs of sampling", ".3g"),
 }
 ENVIRONMENT = ("commit", "gpus", "cpu", "num_cpus", "python", "cuda")
 NONE = {"[]": "none", "null": "none"}
@@ -79,8 +80,9 @@ def scores(family: Family, task: str) -> Table:
 
 
 def costs(family: Family) -> Table:
-    rows = [[*_axes(cell), *[_cost(family, cell, name) for name in COSTS]] for cell in family.cells]
-    return Table([*AXES, *[text for text, _ in COSTS.values()]], rows)
+    names = [n for n in COSTS if any(getattr(cell.costs, n) is not None for cell in family.cells)]
+    rows = [[*_axes(cell), *[_cost(family, cell, name) for name in names]] for cell in family.cells]
+    return Table([*AXES, *[COSTS[name][0] for name in names]], rows)
 
 
 def caches(family: Family) -> Table | None:

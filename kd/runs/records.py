@@ -55,6 +55,12 @@ class RecordedStudent(RecordedModel):
     lora: RecordedLora | None = None
 
 
+class RecordedRollout(Record):
+    fraction: Share
+    source: Text
+    max_new_tokens: Count
+
+
 class RecordedSource(Record):
     source: Text
     path: str | None = None
@@ -82,6 +88,7 @@ class RecordedRecipe(Record):
     student: RecordedStudent
     data: RecordedData
     truncation: RecordedTruncation
+    rollout: RecordedRollout | None = None
 
 
 class RecordedEngines(Record):
@@ -141,6 +148,7 @@ class StepRecord(Record):
     num_supervised_tokens: Amount
     flops: Amount | None = None
     flops_spared: Amount | None = None
+    flops_of_sampling: Amount | None = None
     val_loss: Number | None = None
     diagnostics: DiagnosticsRecord | None = None
     val_diagnostics: DiagnosticsRecord | None = None

@@ -18,7 +18,7 @@ from kd.files import write_json
 from kd.recipe import Recipe, SectionName, TruncationSection, load_recipe
 from kd.runs.records import StudyRecord, read_record
 
-AXES = ("keep_fraction", "sections", "window")
+AXES = ("keep_fraction", "sections", "window", "rollout_tokens")
 MAX_SEEDS = 1000
 REMEDY = "restore it, or remove it: cells that are trained and scored stay as they are"
 WINDOWS = get_args(TruncationSection.model_fields["window"].annotation)
@@ -31,25 +31,30 @@ class Axes:
     keep_fraction: tuple[float, ...] = ()
     sections: tuple[tuple[str, ...], ...] = ()
     window: tuple[str, ...] = ()
+    rollout_tokens: tuple[int, ...] = ()
     num_seeds: int = 1  # the recipe's seed and those after it
     cross: bool = False
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a cell lies on the axes."""
+    """Where a cell lies on the axes. rollout_tokens: None for a recipe without [rollout]."""
 
     keep_fraction: float
     sections: tuple[str, ...]
     window: str
     seed: int
+    rollout_tokens: int | None = None
 
     @property
     def name(self) -> str:
-        return f"keep{self.keep_fraction:g}_{'+'.join(self.sections)}_{self.window}_seed{self.seed}"
+        parts = [f"keep{self.keep_fraction:g}", "+".join(self.sections), self.window]
+        parts += [f"rollout{self.rollout_tokens}"] if self.rollout_tokens else []
+        return "_".join([*parts, f"seed{self.seed}"])
 
     def as_json(self) -> dict[str, Any]:
-        return vars(self) | {"sections": "+".join(self.sections)}
+        axes = vars(self) | {"sections": "+".join(self.sections)}
+        return {axis: value for axis, value in axes.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -92,15 +97,21 @@ class Outcome:
 
 
 def parse_axes(
-    keep: str | None, sections: str | None, windows: str | None, num_seeds: int, cross: bool
+    keep: str | None,
+    sections: str | None,
+    windows: str | None,
+    num_seeds: int,
+    cross: bool,
+    rollout_tokens: str | None = None,
 ) -> Axes:
-    """Axes from text, as "0.5,1.0", "cot,prompt+cot", "head,tail". Raises UserError."""
+    """Axes from text, as "0.5,1.0", "cot,prompt+cot", "head,tail", "16,32". Raises UserError."""
     if not 1 <= num_seeds <= MAX_SEEDS:
         raise UserError(f"--seeds {num_seeds}: write a number from 1 to {MAX_SEEDS}")
     return Axes(
         parse_fractions(keep),
         tuple(_names(text) for text in _split("--sections", sections)),
         tuple(_window(text) for text in _split("--windows", windows)),
+        tuple(_num_tokens(text) for text in _split("--rollout-tokens", rollout_tokens)),
         num_seeds,
         cross,
     )
@@ -169,7 +180,13 @@ def _points(base: Recipe, axes: Axes) -> Iterator[Point]:
         base.data.loss_sections,
         base.truncation.window,
         base.run.seed,
+        base.rollout.max_new_tokens if base.rollout else None,
     )
+    if axes.rollout_tokens and base.rollout is None:
+        raise UserError(
+            f"--rollout-tokens {','.join(map(str, axes.rollout_tokens))}: {base.run.name} has no "
+            "[rollout]: add one, as by --set rollout.fraction=1.0"
+        )
     varied: dict[str, tuple[Any, ...]] = {
         name: getattr(axes, name) for name in AXES if getattr(axes, name)
     }
@@ -188,8 +205,10 @@ def _points(base: Recipe, axes: Axes) -> Iterator[Point]:
 
 
 def _recipe_at(base: Recipe, point: Point, folder: Path) -> Recipe:
+    rollout = {"rollout.max_new_tokens": point.rollout_tokens} if point.rollout_tokens else {}
     return base.with_values(
         {
+            **rollout,
             "truncation.keep_fraction": point.keep_fraction,
             "data.loss_sections": point.sections,
             "truncation.window": point.window,
@@ -228,6 +247,12 @@ def _fraction(text: str) -> float:
     if not 0.0 < value <= 1.0:
         raise UserError(f"--keep {text}: write a fraction above 0 and at most 1, as in 0.5")
     return value
+
+
+def _num_tokens(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"--rollout-tokens {text}: write whole numbers of tokens, as in 16,32,64")
+    return int(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -189,6 +189,7 @@ class TrainingRun:
     def take_step(self, step: int) -> StepResult:
         """Optimizer step `step`, counted from 0; in files steps are counted from 1."""
         started = time.perf_counter()
+        rate = learning_rate(step, self.total_steps, self.recipe.training)
         self._batches, figures = self.loader.micro_batches(step, self.layout), None
         if self.rollouts:
             sampled, figures = self.rollouts.of_step(step)
@@ -197,7 +198,6 @@ class TrainingRun:
         waited = cached.waited_seconds if cached else 0.0
         if cached and step + 1 < self.total_steps:  # while this step computes
             cached.read_ahead(self.loader.micro_batches(step + 1, self.layout))
-        rate = learning_rate(step, self.total_steps, self.recipe.training)
         result = train_step(self.student, self.teacher, self._batches, rate, self.layout)
         seconds = time.perf_counter() - started
         self.wall_time.add("steps", seconds)

@@ -51,15 +51,18 @@ def write_run(
     **changes: Any,
 ) -> Path:
     """A run of two steps, or of `steps`; evaluated when num_correct is given. changes:
-    truncation__window="tail".
+    truncation__window="tail", or a whole section, rollout={...}.
     """
     recipe = json.loads(json.dumps(RECIPE)) | {
         "run": {"name": folder.name, "output_dir": "runs", "seed": seed}
     }
     recipe["truncation"]["keep_fraction"] = keep_fraction
     for key, value in changes.items():
-        section, name = key.split("__")
-        recipe[section][name] = value
+        section, _, name = key.partition("__")
+        if name:
+            recipe[section][name] = value
+        else:
+            recipe[section] = value
     write_json(folder / "recipe.json", recipe)
     write_json(folder / "environment.json", environment)
     write_jsonl(

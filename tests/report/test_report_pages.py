@@ -316,3 +316,16 @@ def test_adapters_are_a_row_of_their_own_and_no_difference(tmp_path: Path):
     assert accuracies == {whole: 0.9, f"{whole}, LoRA of rank 16, alpha 32": 0.8}
     names = {difference.name for difference in family.differences}
     assert not names & {"student.lora", "student.lora.rank", "student.lora.alpha"}
+
+
+def test_rollouts_are_a_row_of_their_own_with_what_sampling_took(tmp_path: Path):
+    rollout = {"fraction": 0.5, "source": "student", "max_new_tokens": 16, "temperature": 1.0}
+    write_run(tmp_path / "data")
+    steps = [step_record(1, flops_of_sampling=2e11)]
+    write_run(tmp_path / "sampled", steps=steps, rollout=rollout | {"top_p": 0.9})
+    (family,) = compare(read_runs([tmp_path]).runs)
+    whole = "prompt+cot+answer, head"
+    sampled = f"{whole}, 0.5 sampled by student, 16 tokens, top_p 0.9"
+    assert [str(cell.variant) for cell in family.cells] == [whole, sampled]
+    assert not [difference for difference in family.differences if "rollout" in difference.name]
+    assert report_tables.costs(family).rows[1][-1].text.startswith("2e+11")

@@ -41,7 +41,7 @@ def test_costs_are_sums_over_steps_and_the_largest_memory(tmp_path):
         ),
     ]
     run = read_one(write_run(tmp_path / "a", steps=steps))
-    assert run.costs == (1.25, 2.0, 7e12, 100, 80)
+    assert run.costs == (1.25, 2.0, 7e12, 100, 80, None)
     assert run.loss_curve == ((1, 1.0), (2, 0.5))
 
 

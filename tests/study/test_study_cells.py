@@ -73,7 +73,7 @@ def test_a_cell_is_the_recipe_with_its_place_on_the_axes_in_the_studys_folder(re
 
 def test_text_of_the_command_line_becomes_axes():
     axes = parse_axes("0.25, 1", "answer+prompt,cot", "tail", 3, True)
-    assert axes == Axes((0.25, 1.0), (("prompt", "answer"), ("cot",)), ("tail",), 3, True)
+    assert axes == Axes((0.25, 1.0), (("prompt", "answer"), ("cot",)), ("tail",), (), 3, True)
     assert parse_axes(None, None, None, 1, False) == Axes()
 
 
@@ -140,3 +140,19 @@ def test_a_damaged_file_of_a_study_is_named_and_stays_as_it_is(
 def test_cells_that_would_share_a_folder_are_refused(recipe: str):
     with pytest.raises(UserError, match=r"--keep 0\.1234561,0\.1234562"):
         make_study(recipe, [], Axes(keep_fraction=(0.1234561, 0.1234562)))
+
+
+def test_lengths_of_rollouts_are_an_axis_of_a_recipe_that_has_some(tmp_path: Path):
+    axes = parse_axes(None, None, None, 2, cross=False, rollout_tokens="16,32")
+    sampling = ["rollout.fraction=1.0"]
+    study = make_study("tiny", sampling, axes, tmp_path)
+    names = [cell.point.name for cell in study.cells]
+    own = "keep0.5_prompt+cot+answer_head"
+    assert names == [f"{own}_rollout{n}_seed{seed}" for seed in (0, 1) for n in (16, 32)]
+    assert [cell.recipe.rollout.max_new_tokens for cell in study.cells] == [16, 32, 16, 32]
+    with pytest.raises(
+        UserError, match=r"--rollout-tokens 16,32: tiny has no \[rollout\]: add one"
+    ):
+        make_study("tiny", [], axes, tmp_path)
+    with pytest.raises(UserError, match="--rollout-tokens 0: write whole numbers"):
+        parse_axes(None, None, None, 1, cross=False, rollout_tokens="0")
