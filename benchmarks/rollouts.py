@@ -4,9 +4,9 @@
 
 Each arm trains until it has spent what --budget-steps steps on whole traces of the data cost: in
 training alone, and, for arms that sample, with sampling too. FLOPs of a step are those of a pilot
-of a few steps, by the plan's formula, of the sequences as they were. One process for each run, two
-beside each other, a core each; "sampling share" is its FLOPs over those of training. Runs stay in --work, and are not trained again. Writes rollouts.json
-and .md.
+of a few steps, by the plan's formula, of the sequences as they were; "sampling share" is the FLOPs
+of sampling over those of training. One process for each run, two beside each other, a core each.
+Runs stay in --work, and are not trained again. Writes rollouts.json and .md.
 """
 
 import argparse

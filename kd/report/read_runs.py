@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd.errors import UserError
-from kd.recipe import default_of, facts_of
+from kd.recipe import LoraSection, default_of, facts_of
 from kd.report.evaluations import (
     Evaluation,
     evaluation_files,
@@ -36,7 +36,7 @@ from kd.runs.records import (
 NOT_RECORDED = "not recorded"
 SECTIONS = ("prompt", "cot", "answer")
 MAX_BINS = 100
-OF_VARIANT = ("rollout", "student.lora", "student.lora.rank", "student.lora.alpha")
+OF_VARIANT = ("rollout", "student.lora")
 
 
 class ComparedPair(NamedTuple):
@@ -271,9 +271,19 @@ def _variant(recipe: RecordedRecipe) -> Variant:
     if window != "head" and truncation.window_context == "keep":
         window += " with context"
     joined = "+".join(name for name in SECTIONS if name in sections)
+    told = _lora(recipe), _rollouts(recipe)
+    return Variant(joined, window, truncation.max_tokens, *told)
+
+
+def _lora(recipe: RecordedRecipe) -> str | None:
+    """All of [student.lora], what is usual left out."""
     lora = recipe.student.lora
-    adapters = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}" if lora else None
-    return Variant(joined, window, truncation.max_tokens, adapters, _rollouts(recipe))
+    if lora is None:
+        return None
+    usual = LoraSection().model_dump(mode="json")
+    words = [f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"]
+    more = {k: v for k, v in lora.as_read().items() if k not in ("rank", "alpha")}
+    return ", ".join([*words, *(f"{k} {v}" for k, v in more.items() if v != usual.get(k))])
 
 
 def _rollouts(recipe: RecordedRecipe) -> str | None:
@@ -352,5 +362,5 @@ def _facts(folder: Path, recipe: RecordedRecipe) -> dict[str, str]:
 
 def _is_compared(key: str) -> bool:
     facts = facts_of(key)
-    of_variant = key in OF_VARIANT or key.startswith("rollout.")
+    of_variant = key.startswith(OF_VARIANT)
     return facts.is_compared and not facts.is_axis and not of_variant

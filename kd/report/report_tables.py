@@ -127,7 +127,7 @@ def _cache_row(filled: FilledRecord, folder: Path, runs: Sequence[Run]) -> list[
             Entry(f"{taken / without:.3f}", links),
             Entry(f"{pays_from} runs" if pays_from > 1 else "the first run"),
         ]
-    file = Link(folder.name, str(folder), folder / FILLED)
+    file = Link(f"{folder.parent.name}/{folder.name}", str(folder.name), folder / FILLED)
     return [
         Entry("", (file,)),
         Entry(f"{filled.num_tokens:,}"),

@@ -314,8 +314,7 @@ def test_adapters_are_a_row_of_their_own_and_no_difference(tmp_path: Path):
     accuracies = {str(cell.variant): cell.scores[PROBLEMS].accuracy for cell in family.cells}
     whole = "prompt+cot+answer, head"
     assert accuracies == {whole: 0.9, f"{whole}, LoRA of rank 16, alpha 32": 0.8}
-    names = {difference.name for difference in family.differences}
-    assert not names & {"student.lora", "student.lora.rank", "student.lora.alpha"}
+    assert not [difference for difference in family.differences if "lora" in difference.name]
 
 
 def test_rollouts_are_a_row_of_their_own_with_what_sampling_took(tmp_path: Path):
