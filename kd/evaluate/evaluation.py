@@ -16,7 +16,7 @@ from kd.evaluate.results import (
 )
 from kd.evaluate.score import score
 from kd.evaluate.tasks import TASKS, load_task, parse_tasks
-from kd.generation.backends import Request, Subject, batch_size_of, version_of
+from kd.generation.backends import Request, Subject, batch_size_of
 from kd.generation.generator import weights_sha256
 from kd.generation.responses import fingerprint, open_progress, respond
 from kd.generation.sampling import sampling_of
@@ -142,6 +142,6 @@ def settings_of(subject: Subject, requests: Sequence[Request], batch_size: int) 
         "num_requests": len(requests),
         "requests_sha256": digest.hexdigest(),
         **vars(subject.sampling),
-        "backend": version_of(subject.backend),
+        "backend": str(subject.backend),
         "batch_size": batch_size,
     }
