@@ -49,10 +49,12 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python() -> Script:
     """Run a script of launch/ to its end, as a user does; it has to end well unless `fails`."""
 
-    def run(name: str, *arguments: object, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    def run(
+        name: str, *arguments: object, cwd: Path = ROOT, fails: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, ROOT / "launch" / name, *map(str, arguments)],
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, **ENVIRONMENT},
             capture_output=True,
             text=True,
@@ -84,7 +86,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "--max-logprobs", "20"],
+            [*command, "--max-logprobs", "16"],
             cwd=folder,
             env={**os.environ, **ENVIRONMENT},
             stdout=file,
