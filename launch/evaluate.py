@@ -27,7 +27,7 @@ from kd.evaluate.harness import evaluate_with_harness
 from kd.evaluate.results import table
 from kd.evaluate.tasks import check_evaluation
 from kd.generation.backends import Backend, Subject, choose_backend, make_subject
-from kd.generation.sampling import sampling_of
+from kd.generation.sampling import check_num_samples, sampling_of
 from kd.hub import resolve
 from kd.logs import configure_logging
 from kd.names import check_name
@@ -99,16 +99,9 @@ def parse_args() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace, recipe: Recipe) -> None:
     """Raises UserError for arguments that do not go together."""
-    num_samples, temperature = args.num_samples, recipe.evaluation.temperature
-    if num_samples is not None and num_samples < 1:
-        raise UserError(
-            f"--num-samples = {num_samples}: at least one response to each problem is needed"
-        )
-    if num_samples is not None and num_samples > 1 and temperature == 0:
-        raise UserError(
-            f"--num-samples = {num_samples} with evaluation.temperature = 0: greedy responses are "
-            "all alike; use --num-samples 1, or --set evaluation.temperature=0.6"
-        )
+    num_samples = args.num_samples
+    if num_samples is not None:
+        check_num_samples(num_samples, recipe.evaluation.temperature)
     if args.harness and args.tasks is None:
         raise UserError(f"--harness {args.harness} needs --tasks: name tasks of the harness")
     if args.harness and num_samples is not None:

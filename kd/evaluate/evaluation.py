@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.evaluate.problems import Problem, load_problems, render_prompts
+from kd.evaluate.problems import Problem, load_problems, make_requests
 from kd.evaluate.results import (
     read_responses,
     read_results,
@@ -90,7 +90,7 @@ def evaluate(
     They are written to output, and those of a task to output/TASK.
     """
     problems, folder = problem_set.problems, output / (problem_set.task or "")
-    requests = _requests(subject, problem_set, recipe)
+    requests = make_requests(subject.tokenizer, problems, problem_set.num_samples, recipe.data)
     batch_size = batch_size_of(subject.backend, recipe.evaluation)
     settings = settings_of(subject, requests, batch_size)
     hold(folder, f".{subject.label}.lock")
@@ -115,16 +115,6 @@ def evaluate(
     if progress is not None:
         progress.discard()
     return content
-
-
-def _requests(subject: Subject, problem_set: ProblemSet, recipe: Recipe) -> list[Request]:
-    """num_samples of each problem, one problem after another."""
-    prompts = render_prompts(subject.tokenizer, problem_set.problems, recipe.data)
-    return [
-        Request(f"{problem.id}/{sample}", prompt)
-        for problem, prompt in zip(problem_set.problems, prompts, strict=True)
-        for sample in range(problem_set.num_samples)
-    ]
 
 
 def settings_of(subject: Subject, requests: Sequence[Request], batch_size: int) -> dict[str, Any]:
