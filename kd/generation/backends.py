@@ -13,6 +13,7 @@ transformers. On GPUs it was not run.
 import functools
 import importlib
 import importlib.util
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,8 @@ def _load_vllm(
     sampling: Sampling,
     backend: Backend,
 ) -> Generate:
+    # An engine in a process of its own lives on, with its GPU, when this one is killed
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams, TokensPrompt
 
     # On a CPU the numbers of transformers, no minutes of compiling, and GiB instead of most of the
