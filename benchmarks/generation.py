@@ -2,13 +2,14 @@
 
     .venv-vllm/bin/python benchmarks/generation.py [--problems 100] [--output DIR]     # make vllm
 
-Each backend generates the greedy responses of the shipped teacher to the same problems: twice, of
-which the second counts, so that loading and the first call are apart. A model of 1.3 M parameters
+Each backend generates the greedy responses of the shipped teacher to the same problems, once to warm
+up, and then in turn, so that other load on the machine hits both alike. A model of 1.3 M parameters
 says how they compare on a CPU, and nothing of a GPU. Writes DIR/generation.json and generation.md.
 """
 
 import argparse
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from kd.recipe import ROOT, Recipe, load_recipe
 from kd.runs.environment import environment
 
 HEADER = """\
-| backend | load s | tokens / s | accuracy | responses as transformers' |
+| backend | load s | tokens / s, median (range) | accuracy | responses as transformers' |
 |---|---|---|---|---|
 """
 
@@ -36,20 +37,22 @@ def main() -> None:
     recipe = load_recipe("tiny_trunc50")
     rows = draw_rows(ArithmeticSet("report", arguments.problems), "report")
     problems = [Problem(row["id"], row["prompt"], row["answer"]) for row in rows]
-    found = [measure(recipe, problems, name) for name in ("transformers", "vllm")]
-    texts = [row.pop("texts") for row in found]
-    for row, of_backend in zip(found, texts, strict=True):
-        row["num_equal"] = sum(map(str.__eq__, of_backend, texts[0]))
+    found = measure(recipe, problems, arguments.rounds)
     content = {
         "command": f"python benchmarks/generation.py {shlex.join(sys.argv[1:])}".strip(),
         "environment": environment(),
         "num_problems": len(problems),
+        "num_rounds": arguments.rounds,
         "rows": found,
-        "vllm_over_transformers": found[1]["tokens_per_s"] / found[0]["tokens_per_s"],
+        "vllm_over_transformers": statistics.median(
+            slow / fast for slow, fast in zip(*(row["seconds"] for row in found), strict=True)
+        ),
     }
     write_json(arguments.output / "generation.json", content)
     table = HEADER + "".join(markdown(row, len(problems)) for row in found)
-    table += f"\nvLLM / transformers: {content['vllm_over_transformers']:.2f}\n"
+    table += (
+        f"\nvLLM / transformers, median of the rounds: {content['vllm_over_transformers']:.2f}\n"
+    )
     write_text(arguments.output / "generation.md", table)
     print(table)
 
@@ -57,40 +60,46 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare vLLM and transformers.")
     parser.add_argument("--problems", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args()
 
 
-def measure(recipe: Recipe, problems: list[Problem], name: str) -> dict[str, Any]:
+def measure(recipe: Recipe, problems: list[Problem], num_rounds: int) -> list[dict[str, Any]]:
+    """transformers first."""
     assert recipe.teacher is not None
-    backend, tokenizer = choose_backend(name), load_tokenizers(recipe)
-    sampling = sampling_of(recipe.evaluation, seed=0)
-    subject = make_subject("teacher", recipe.teacher, tokenizer, sampling, backend)
+    tokenizer, sampling = load_tokenizers(recipe), sampling_of(recipe.evaluation, seed=0)
     requests = make_requests(tokenizer, problems, 1, recipe.data)
-    started = time.perf_counter()
-    generate = subject.load()
-    loaded = time.perf_counter()
-    generate(requests, 0)
-    begun = time.perf_counter()
-    responses = generate(requests, 0)
-    seconds = time.perf_counter() - begun
     answers = [problem.answer for problem in problems]
-    _, summary = score(responses, answers, recipe.evaluation, recipe.data.think_close)
-    num_tokens = sum(response.num_tokens for response in responses)
-    return {
-        "backend": str(backend),
-        "load_s": loaded - started,
-        "num_tokens": num_tokens,
-        "seconds": seconds,
-        "tokens_per_s": num_tokens / seconds,
-        "accuracy": summary.accuracy,
-        "texts": [response.text for response in responses],
-    }
+    rows, generators, texts = [], [], []
+    for name in ("transformers", "vllm"):
+        backend = choose_backend(name)
+        subject = make_subject("teacher", recipe.teacher, tokenizer, sampling, backend)
+        started = time.perf_counter()
+        generators.append(subject.load())
+        load_s = time.perf_counter() - started
+        responses = generators[-1](requests, 0)
+        _, summary = score(responses, answers, recipe.evaluation, recipe.data.think_close)
+        texts.append([response.text for response in responses])
+        num_tokens = sum(response.num_tokens for response in responses)
+        row = {"backend": str(backend), "load_s": load_s, "num_tokens": num_tokens}
+        num_equal = sum(map(str.__eq__, texts[-1], texts[0]))
+        rows.append({**row, "accuracy": summary.accuracy, "num_equal": num_equal, "seconds": []})
+    for _ in range(num_rounds):
+        for row, generate in zip(rows, generators, strict=True):
+            started = time.perf_counter()
+            generate(requests, 0)
+            row["seconds"].append(time.perf_counter() - started)
+    return rows
 
 
 def markdown(row: dict[str, Any], num_problems: int) -> str:
+    slowest, median, fastest = (
+        row["num_tokens"] / seconds
+        for seconds in (max(row["seconds"]), statistics.median(row["seconds"]), min(row["seconds"]))
+    )
     return (
-        f"| {row['backend']} | {row['load_s']:.0f} | {row['tokens_per_s']:,.0f} | "
+        f"| {row['backend']} | {row['load_s']:.0f} | {median:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | "
         f"{row['accuracy']:.3f} | {row['num_equal']} of {num_problems} |\n"
     )
 
