@@ -2,9 +2,9 @@
 
     .venv-vllm/bin/python benchmarks/generation.py [--problems 100] [--output DIR]     # make vllm
 
-Each backend generates the greedy responses of the shipped teacher to the same problems, once to warm
-up, and then in turn, so that other load on the machine hits both alike. A model of 1.3 M parameters
-says how they compare on a CPU, and nothing of a GPU. Writes DIR/generation.json and generation.md.
+Each backend generates the greedy responses of the shipped teacher to the same problems, once to
+warm up, and then in turn, so that other load on the machine hits both alike. A model of 1.3 M
+parameters says how they compare on a CPU, and nothing of a GPU. Writes DIR/generation.json and .md.
 """
 
 import argparse
@@ -94,13 +94,11 @@ def measure(recipe: Recipe, problems: list[Problem], num_rounds: int) -> list[di
 
 
 def markdown(row: dict[str, Any], num_problems: int) -> str:
-    slowest, median, fastest = (
-        row["num_tokens"] / seconds
-        for seconds in (max(row["seconds"]), statistics.median(row["seconds"]), min(row["seconds"]))
-    )
+    rates = sorted(row["num_tokens"] / seconds for seconds in row["seconds"])
+    speed = f"{statistics.median(rates):,.0f} ({rates[0]:,.0f}-{rates[-1]:,.0f})"
     return (
-        f"| {row['backend']} | {row['load_s']:.0f} | {median:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | "
-        f"{row['accuracy']:.3f} | {row['num_equal']} of {num_problems} |\n"
+        f"| {row['backend']} | {row['load_s']:.0f} | {speed} | {row['accuracy']:.3f} | "
+        f"{row['num_equal']} of {num_problems} |\n"
     )
 
 
