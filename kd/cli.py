@@ -34,6 +34,26 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what generates, for kd.generation.backends.choose_backend."""
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "transformers", "vllm"],
+        default="auto",
+        help="auto: vLLM where it is installed and sees a GPU, else transformers",
+    )
+    parser.add_argument(
+        "--server", metavar="URL", help="of a vLLM server that has the model: http://HOST:8000"
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs among which vLLM shares the model",
+    )
+
+
 def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the axes of a study, for kd.study.cells.parse_axes."""
     axes = parser.add_argument_group(

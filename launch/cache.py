@@ -4,7 +4,9 @@ deepspeed launch/cache.py --recipe NAME --output FOLDER [--kind hidden --dtype b
 
 Then train with --set teacher.cache=FOLDER, and no teacher is loaded. Started again it fills what is
 missing: more rows, damaged shards, or what was left when it was stopped. torchrun, srun and plain
-python start it too.
+python start it too. A teacher that is served somewhere fills a cache of its likeliest tokens:
+
+python launch/cache.py --recipe NAME --output FOLDER --kind top_k --server http://HOST:8000
 """
 
 import argparse
@@ -28,6 +30,12 @@ def main() -> None:
 
     kind = make_kind(recipe, arguments.kind, arguments.dtype, arguments.num_tokens)
     shard_bytes = arguments.shard_mib * 2**20
+    if arguments.server is not None:
+        from kd.training.fill_from_server import fill_from_server
+
+        folder, url = arguments.output, arguments.server
+        fill_from_server(recipe, kind, folder, url, interruption, shard_bytes=shard_bytes)
+        return
     fill_cache(recipe, kind, arguments.output, interruption, shard_bytes=shard_bytes)
 
 
@@ -51,6 +59,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--num-tokens", type=int, metavar="K", help="of top_k (128) and sampled (12)"
+    )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="of a vLLM server that has the teacher, for top_k: none is loaded here, but for a few "
+        "rows to compare where its weights are",
     )
     parser.add_argument(
         "--shard-mib", type=int, default=256, metavar="N", help="MiB of a shard (%(default)s)"

@@ -1,10 +1,11 @@
 """Accuracy of one or more models: on the recipe's problems and tasks, on other tasks, or as a
 harness measures it.
 
-    python launch/evaluate.py --recipe NAME --model PATH [--model PATH ...] [--output DIR] python
-    launch/evaluate.py --recipe NAME --model PATH --tasks aime24,math500 [--num-samples K]
-    [--backend vllm] python launch/evaluate.py --recipe NAME --model PATH --tasks gsm8k --harness
-    lm-eval [-- LM_EVAL_ARGUMENTS]
+    python launch/evaluate.py --recipe NAME --model PATH [--model PATH ...] [--output DIR]
+    python launch/evaluate.py --recipe NAME --model PATH --tasks aime24,math500 [--num-samples K]
+    python launch/evaluate.py ... --backend vllm --tensor-parallel 4
+    python launch/evaluate.py ... --server http://HOST:8000      # vllm serve PATH, there
+    python launch/evaluate.py ... --tasks gsm8k --harness lm-eval [-- LM_EVAL_ARGUMENTS]
 
 Leaves LABEL.json and LABEL.responses.jsonl of each model in the folder evaluation/ of the recipe's
 run, in a folder TASK/ below it for a task, in lm-eval/TASK/ for a harness; and prints a table. May
@@ -18,15 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.cli import recipe_parser, run
+from kd.cli import generation_arguments, recipe_parser, run
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
 from kd.evaluate.evaluation import ProblemSet, evaluate, local_problems, task_problems
 from kd.evaluate.harness import evaluate_with_harness
 from kd.evaluate.results import table
 from kd.evaluate.tasks import check_evaluation
-from kd.generation.backends import Subject, choose_backend, make_subject
-from kd.generation.sampling import sampling_of
+from kd.generation.backends import Backend, Subject, choose_backend, make_subject
+from kd.generation.sampling import check_num_samples, sampling_of
 from kd.hub import resolve
 from kd.logs import configure_logging
 from kd.names import check_name
@@ -43,9 +44,10 @@ def main() -> None:
     labels = check_labels(args.model, args.label)
     output = args.output or recipe.run_dir / "evaluation"
     sets = [] if args.harness else problem_sets(recipe, args)
+    backend = choose_backend(args.backend, args.server, args.tensor_parallel)
     rows: list[dict[str, Any]] = []
     for model, label in zip(args.model, labels, strict=True):
-        subject = subject_of(recipe, model, label, args)
+        subject = subject_of(recipe, model, label, backend, args.seed)
         if args.harness:
             limit = ["--limit", str(args.limit)] if args.limit else []
             rows += evaluate_with_harness(
@@ -80,7 +82,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         help="responses to each problem; the task's usual number, or 1, when absent",
     )
-    parser.add_argument("--backend", choices=["auto", "vllm", "transformers"], default="auto")
+    generation_arguments(parser)
     parser.add_argument(
         "--harness", choices=["lm-eval"], help="runs the tasks, its own, instead of this command"
     )
@@ -97,22 +99,20 @@ def parse_args() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace, recipe: Recipe) -> None:
     """Raises UserError for arguments that do not go together."""
-    num_samples, temperature = args.num_samples, recipe.evaluation.temperature
-    if num_samples is not None and num_samples < 1:
-        raise UserError(
-            f"--num-samples = {num_samples}: at least one response to each problem is needed"
-        )
-    if num_samples is not None and num_samples > 1 and temperature == 0:
-        raise UserError(
-            f"--num-samples = {num_samples} with evaluation.temperature = 0: greedy responses are "
-            "all alike; use --num-samples 1, or --set evaluation.temperature=0.6"
-        )
+    num_samples = args.num_samples
+    if num_samples is not None:
+        check_num_samples(num_samples, recipe.evaluation.temperature)
     if args.harness and args.tasks is None:
         raise UserError(f"--harness {args.harness} needs --tasks: name tasks of the harness")
     if args.harness and num_samples is not None:
         raise UserError(
             f"--num-samples = {num_samples}: the harness's tasks say how often they sample; leave "
             "it out"
+        )
+    if args.harness and args.server is not None:
+        raise UserError(
+            f"--server {args.server}: the harness loads the model itself: leave out --server, or "
+            "--harness"
         )
     if args.harness_args and not args.harness:
         raise UserError(
@@ -152,14 +152,14 @@ def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
     return chosen
 
 
-def subject_of(recipe: Recipe, name: str, label: str, args: argparse.Namespace) -> Subject:
+def subject_of(recipe: Recipe, name: str, label: str, backend: Backend, seed: int) -> Subject:
     """A model, loaded once for all tasks, or not at all where all responses are there."""
     section = section_of(recipe, name)
     # With the teacher left out the model's own tokenizer is checked, and its own template and end
     # token are used, unless the recipe sets them.
     tokenizer = load_tokenizers(recipe.model_copy(update={"student": section, "teacher": None}))
-    sampling = sampling_of(recipe.evaluation, args.seed)
-    return make_subject(label, section, tokenizer, sampling, choose_backend(args.backend))
+    sampling = sampling_of(recipe.evaluation, seed)
+    return make_subject(label, section, tokenizer, sampling, backend)
 
 
 def section_of(recipe: Recipe, name: str) -> ModelSection:

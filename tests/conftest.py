@@ -12,7 +12,7 @@ from tiny import ROOT
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 # What implies the mark `process`. A test that starts one otherwise has the mark itself, or fails.
-PROCESS_MARKS = ("benchmark", "dist", "fault", "gpu", "hosts", "profile", "real", "slurm")
+PROCESS_MARKS = ("benchmark", "dist", "fault", "gpu", "hosts", "profile", "real", "slurm", "vllm")
 PROCESS_FIXTURES = {"launch", "script"}
 STARTS = {"forked.Forked", "subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"}
 running: list[pytest.Item] = []

@@ -32,7 +32,7 @@ ALLOWED = {
     "cache": {"losses", "runs"},
     "plan": {"cache", "data", "distributed", "engine", "losses", "models"},
     "teachers": {"cache", "data", "engine", "losses", "models"},
-    "generation": {"data", "models"},
+    "generation": {"data", "models", "runs"},
     "demo": {"cli", "runs"},
     "evaluate": {"data", "generation", "runs"},
     "audit": {"data", "evaluate", "generation"},

@@ -34,6 +34,7 @@ class CacheManifest(Record):
     parameters: dict[str, Any] = Field(default_factory=dict)
     vocab_size: Count  # that teacher and student share
     teacher: CachedModel
+    server: str | None = None  # the software that filled it, where a server did
     tokens: CachedTokens
 
 

@@ -49,6 +49,26 @@ def device_of_rank(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank if num_visible > 1 else 0)
 
 
+def keep_gpus_of_rank(local_rank: int, num_gpus: int) -> None:
+    """Hide from this process all GPUs but num_gpus, those of its rank, before torch looks at them.
+    Where it sees no more than these, the scheduler has shown each task its own.
+
+    Raises UserError for a rank for which none are left.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(torch.cuda.device_count())] if visible is None else []
+    names = names or [name for name in (visible or "").split(",") if name]
+    if len(names) <= num_gpus:
+        return
+    kept = names[local_rank * num_gpus : (local_rank + 1) * num_gpus]
+    if len(kept) < num_gpus:
+        raise UserError(
+            f"LOCAL_RANK = {local_rank}, {num_gpus} GPUs a rank, and {len(names)} are visible: "
+            "start fewer ranks on a node, or lower --tensor-parallel"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(kept)
+
+
 def memory_gib(device: torch.device, num_sharing: int) -> float:
     """Of the GPU, or on a CPU a rank's part of the host's, which num_sharing ranks share."""
     if device.type == "cuda":

@@ -44,17 +44,31 @@ def find_ranks() -> None:
     Raises UserError when several processes were started without RANK, or without MASTER_ADDR and
     MASTER_PORT.
     """
+    if not is_rank():
+        find_rank()
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return
+    find_rank()
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"{name} is not set: export it before srun, as launch/slurm/train.sbatch does: "
+                "the first node's name, and a port that is free there"
+            )
+
+
+def find_rank() -> tuple[int, int, int]:
+    """(rank, world size, local rank), which ranks need that never meet; set in the environment
+    where the launcher has not.
+
+    Raises UserError when several processes were started without RANK.
+    """
     if is_rank():
         if "RANK" not in os.environ:
             os.environ |= {name: os.environ[of_slurm] for name, of_slurm in OF_SLURM.items()}
         _complete()
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise UserError(
-                    f"{name} is not set: export it before srun, as launch/slurm/train.sbatch does: "
-                    "the first node's name, and a port that is free there"
-                )
-        return
+        rank, world_size, local_rank = (int(os.environ[name]) for name in OF_SLURM)
+        return rank, world_size, local_rank
     for name in OTHER_LAUNCHERS:
         if int(os.environ.get(name, "1")) > 1:
             raise UserError(
@@ -63,7 +77,7 @@ def find_ranks() -> None:
                 "MASTER_PORT for each"
             )
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return 0, 1, 0
 
 
 def _complete() -> None:

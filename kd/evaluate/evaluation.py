@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.evaluate.problems import Problem, load_problems, render_prompts
+from kd.evaluate.problems import Problem, load_problems, make_requests
 from kd.evaluate.results import (
     read_responses,
     read_results,
@@ -16,7 +16,7 @@ from kd.evaluate.results import (
 )
 from kd.evaluate.score import score
 from kd.evaluate.tasks import TASKS, load_task, parse_tasks
-from kd.generation.backends import Request, Subject, batch_size_of, version_of
+from kd.generation.backends import Request, Subject, batch_size_of
 from kd.generation.generator import weights_sha256
 from kd.generation.responses import fingerprint, open_progress, respond
 from kd.generation.sampling import sampling_of
@@ -90,7 +90,7 @@ def evaluate(
     They are written to output, and those of a task to output/TASK.
     """
     problems, folder = problem_set.problems, output / (problem_set.task or "")
-    requests = _requests(subject, problem_set, recipe)
+    requests = make_requests(subject.tokenizer, problems, problem_set.num_samples, recipe.data)
     batch_size = batch_size_of(subject.backend, recipe.evaluation)
     settings = settings_of(subject, requests, batch_size)
     hold(folder, f".{subject.label}.lock")
@@ -117,16 +117,6 @@ def evaluate(
     return content
 
 
-def _requests(subject: Subject, problem_set: ProblemSet, recipe: Recipe) -> list[Request]:
-    """num_samples of each problem, one problem after another."""
-    prompts = render_prompts(subject.tokenizer, problem_set.problems, recipe.data)
-    return [
-        Request(f"{problem.id}/{sample}", prompt)
-        for problem, prompt in zip(problem_set.problems, prompts, strict=True)
-        for sample in range(problem_set.num_samples)
-    ]
-
-
 def settings_of(subject: Subject, requests: Sequence[Request], batch_size: int) -> dict[str, Any]:
     """All that responses depend on: template, system prompt and instruction are in the requests, as
     rendered.
@@ -142,6 +132,6 @@ def settings_of(subject: Subject, requests: Sequence[Request], batch_size: int) 
         "num_requests": len(requests),
         "requests_sha256": digest.hexdigest(),
         **vars(subject.sampling),
-        "backend": version_of(subject.backend),
+        "backend": str(subject.backend),
         "batch_size": batch_size,
     }

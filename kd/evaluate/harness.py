@@ -19,7 +19,7 @@ from kd.evaluate.problems import Problem
 from kd.evaluate.results import response_rows, results, write_evaluation
 from kd.evaluate.score import Verdict, summarise
 from kd.files import parse_json, read_json_lines, read_text
-from kd.generation.backends import Subject, version_of
+from kd.generation.backends import Subject
 from kd.generation.generator import weights_sha256
 from kd.generation.responses import fingerprint
 from kd.generation.sampling import Response
@@ -75,7 +75,9 @@ def harness_command(subject: Subject, tasks: str, batch_size: int, raw: Path) ->
     }
     if sampling.temperature:
         generation |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    on_vllm = subject.backend == "vllm"
+    on_vllm = subject.backend.name == "vllm"
+    if subject.backend.tensor_parallel > 1:
+        model["tensor_parallel_size"] = subject.backend.tensor_parallel
     return [
         *(sys.executable, "-m", "lm_eval", "run"),
         *("--model", "vllm" if on_vllm else "hf"),
@@ -153,7 +155,7 @@ def convert(
         task=task,
         problems=str(config["dataset_path"]),
         judge=f"{metric},{chosen}",
-        backend=f"{HARNESS} {found['lm_eval_version']}, {version_of(subject.backend)}",
+        backend=f"{HARNESS} {found['lm_eval_version']}, {subject.backend}",
         fingerprint=fingerprint(
             {
                 "config": found["config"],

@@ -12,6 +12,7 @@ from kd.data.prompt import render_prompt
 from kd.data.turns import BadRow
 from kd.errors import UserError
 from kd.files import parse_json, read_lines
+from kd.generation.backends import Request
 from kd.hub import find_file
 from kd.recipe import DataSection
 
@@ -65,6 +66,20 @@ def render_prompts(
         except BadRow as error:
             raise UserError(f"problem {problem.id!r}: {error}") from None
     return prompts
+
+
+def make_requests(
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    num_samples: int,
+    data: DataSection,
+) -> list[Request]:
+    """num_samples of each problem, one problem after another."""
+    return [
+        Request(f"{problem.id}/{sample}", prompt)
+        for problem, prompt in zip(problems, render_prompts(tokenizer, problems, data), strict=True)
+        for sample in range(num_samples)
+    ]
 
 
 def _problem(where: str, row: Any, number: int, columns: Sequence[str]) -> Problem:

@@ -21,6 +21,9 @@ from kd.files import parse_json, read_json_lines
 from kd.generation.sampling import Response
 from kd.recipe import DataSection, default_of
 
+# What the settings of an earlier version lack, where no key of a recipe says it
+BEFORE = {"backend": "transformers", "num_samples": 1}
+
 
 class FinishedBatch(BaseModel):
     """num_bytes: of the rows file after it. counts: its responses by fate."""
@@ -31,7 +34,7 @@ class FinishedBatch(BaseModel):
 
 
 class TraceFile:
-    """num_batches: finished ones. counts: responses by fate ("kept" or why it was dropped).
+    """batches: finished ones. counts: responses by fate ("kept" or why it was dropped).
     complete: nothing to do.
 
     Raises UserError when the file exists without a journal, or the journal holds other settings.
@@ -54,18 +57,24 @@ class TraceFile:
         else:
             self._check_settings(entries[0], settings)
         self.complete = output.exists()
-        self.num_batches = len(entries[1:])
-        batches = [self._batch(number, entry) for number, entry in enumerate(entries[1:], start=2)]
-        self.counts = sum((Counter(batch.counts) for batch in batches), Counter[str]())
-        if batches and not self.complete:
-            self._cut_rows(batches[-1].num_bytes)
+        self.batches = [
+            self._batch(number, entry) for number, entry in enumerate(entries[1:], start=2)
+        ]
+        self.counts = sum((Counter(batch.counts) for batch in self.batches), Counter[str]())
+        if self.batches and not self.complete:
+            self._cut_rows(self.batches[-1].num_bytes)
 
     def append(self, rows: Iterable[dict[str, Any]], counts: Counter[str]) -> None:
         """Add one batch; it is on disk when this returns."""
         num_bytes = _append(self.partial, rows)
-        _append(self.journal, [{"num_bytes": num_bytes, "counts": counts}])
-        self.num_batches += 1
+        batch = FinishedBatch(num_bytes=num_bytes, counts=counts)
+        _append(self.journal, [batch.model_dump()])
+        self.batches.append(batch)
         self.counts.update(counts)
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.batches)
 
     def finish(self) -> None:
         os.replace(self.partial, self.output)
@@ -113,7 +122,7 @@ class TraceFile:
         if not isinstance(found, dict):
             raise UserError(f"{self.journal}: line 1 holds no settings: {self._remedy()}")
         # What the settings of an earlier version lack was as a recipe without that key has it
-        before = {key: found.get(key, default_of(f"data.{key}")) for key in settings}
+        before = {key: default_of(f"data.{key}") for key in settings} | BEFORE | found
         changed = [key for key in settings if before[key] != settings[key]]
         if changed:
             details = "\n".join(
@@ -138,7 +147,7 @@ def split_response(response: Response, data: DataSection, keep: str) -> tuple[st
     """(reasoning, answer), or why not: "unclosed", "reopened", "no answer", "unended".
 
     A response may begin with the marker that opens the thought or, when the chat template wrote it,
-    behind it. keep: "ended" drops an answer that max_new_tokens cut off, "closed" keeps it.
+    behind it. keep: "closed" keeps an answer that max_new_tokens cut off; else it is dropped.
     """
     parts = split_thought(response.text, data.think_open.strip(), data.think_close.strip())
     if isinstance(parts, str):
@@ -151,7 +160,15 @@ def split_response(response: Response, data: DataSection, keep: str) -> tuple[st
     )
     if not answer or not reasoning:
         return "no answer"
-    return "unended" if keep == "ended" and not response.ended else (reasoning, answer)
+    return "unended" if keep != "closed" and not response.ended else (reasoning, answer)
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A file of JSON lines in the place of another, as _append writes them, whole or not at all."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_bytes(b"")
+    _append(aside, rows)
+    os.replace(aside, path)
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kd.errors import UserError
 from kd.recipe import EvaluationSection
 
 
@@ -37,6 +38,19 @@ def sampling_of(evaluation: EvaluationSection, seed: int) -> Sampling:
     # Greedy responses do not depend on it
     top_p = evaluation.top_p if evaluation.temperature else 1.0
     return Sampling(evaluation.max_new_tokens, evaluation.temperature, top_p, seed)
+
+
+def check_num_samples(num_samples: int, temperature: float) -> None:
+    """Raises UserError for what cannot be sampled."""
+    if num_samples < 1:
+        raise UserError(
+            f"--num-samples = {num_samples}: at least one response to each problem is needed"
+        )
+    if num_samples > 1 and temperature == 0:
+        raise UserError(
+            f"--num-samples = {num_samples} with evaluation.temperature = 0: greedy responses are "
+            "all alike; use --num-samples 1, or --set evaluation.temperature=0.6"
+        )
 
 
 @torch.inference_mode()

@@ -27,17 +27,30 @@ from kd.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
+ELSEWHERE = "not here"  # in the place of a hash, where a server had the weights alone
+
 
 def make_manifest(
-    recipe: Recipe, kind: Kind, tokenizer: PreTrainedTokenizerFast, weights: str | None = None
+    recipe: Recipe,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerFast,
+    weights: str | None = None,
+    server: str | None = None,
 ) -> CacheManifest:
     """Of what a cache for this recipe would hold. weights: SHA-256 of the teacher's, where they
-    need not be read.
+    need not be read. server: what fills it; the weights may then be elsewhere alone.
     """
     teacher = recipe.teacher
     assert teacher is not None
     shapes = model_shapes(teacher, role="teacher")
     student = model_shapes(recipe.student, role="student")
+    if weights is None:
+        try:
+            weights = weights_sha256(teacher, role="teacher")
+        except UserError:
+            if server is None:
+                raise
+            weights = ELSEWHERE
     backend = tokenizer.backend_tokenizer.to_str().encode()
     return CacheManifest(
         kind=kind.name,
@@ -46,10 +59,11 @@ def make_manifest(
         teacher=CachedModel(
             model=teacher.model,
             revision=teacher.revision,
-            weights_sha256=weights or weights_sha256(teacher, role="teacher"),
+            weights_sha256=weights,
             hidden_size=shapes.hidden_size,
             vocab_size=shapes.vocab_size,
         ),
+        server=server,
         tokens=CachedTokens(
             tokenizer_sha256=hashlib.sha256(backend).hexdigest(),
             chat_template=tokenizer.chat_template,
@@ -78,15 +92,17 @@ def check_is_of(cache: Cache, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
     and revision are compared alone.
     """
     assert recipe.teacher is not None
-    weights = None
+    there = cache.manifest
+    weights = ELSEWHERE if there.teacher.weights_sha256 == ELSEWHERE else None
     try:
         weights_folder(recipe.teacher, role="teacher")
     except UserError as error:
         if isinstance(cache.kind, HiddenKind):
             raise
         log.warning("teacher.cache: its weights are not compared with the teacher's: %s", error)
-        weights = cache.manifest.teacher.weights_sha256
-    check_same(cache.manifest, make_manifest(recipe, cache.kind, tokenizer, weights), cache.folder)
+        weights = there.teacher.weights_sha256
+    here = make_manifest(recipe, cache.kind, tokenizer, weights, there.server)
+    check_same(there, here, cache.folder)
 
 
 def student_head(recipe: Recipe, device: torch.device) -> Head:

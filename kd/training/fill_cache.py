@@ -36,7 +36,6 @@ from kd.distributed.layout import Layout
 from kd.distributed.peers import gather_peers, watching
 from kd.distributed.process_group import (
     any_rank,
-    barrier,
     find_ranks,
     on_rank_zero,
 )
@@ -86,8 +85,8 @@ def fill_cache(
         tokenizer = load_tokenizers(recipe)
         data = load_data_by_node(recipe, tokenizer, layout)
         manifest = on_rank_zero(lambda: make_manifest(recipe, kind, tokenizer))
-        on_rank_zero(lambda: _prepare(folder, manifest))
-        missing = _missing(open_cache(folder), data)
+        on_rank_zero(lambda: prepare(folder, manifest))
+        missing = missing_rows(open_cache(folder), data)
         log.info("%s: %d rows are to be filled", folder, len(missing))
         if missing:
             teacher = build_live_teacher(recipe, layout)
@@ -95,21 +94,23 @@ def fill_cache(
             check_prefixes(teacher, torch.tensor(examples[longest].input_ids, device=layout.device))
             writer = ShardWriter(folder, f"rank{layout.rank:05d}", shard_bytes)
             _fill(recipe, kind, writer, missing, teacher, tokenizer, layout, interruption)
-        cache = open_cache(folder)
-        if left := len(_missing(cache, data)):
-            raise UserError(f"{folder}: {left} rows are still missing: start again")
-        if layout.rank == 0:
-            filled = set_filled(folder, filling_flops(recipe, kind, cache.lengths_N))
-            gib, minutes = filled.bytes / 2**30, filled.rank_seconds / 60
-            log.info(
-                "%s: whole, %d rows of %d tokens, %.2f GiB, %.1f rank minutes",
-                folder,
-                len(cache),
-                filled.num_tokens,
-                gib,
-                minutes,
-            )
-        barrier()
+        on_rank_zero(lambda: finish(folder, data, recipe, kind))
+
+
+def finish(folder: Path, data: Data, recipe: Recipe, kind: Kind) -> None:
+    """Say that the cache is whole. Raises UserError when it is not."""
+    cache = open_cache(folder)
+    if left := len(missing_rows(cache, data)):
+        raise UserError(f"{folder}: {left} rows are still missing: start again")
+    filled = set_filled(folder, filling_flops(recipe, kind, cache.lengths_N))
+    log.info(
+        "%s: whole, %d rows of %d tokens, %.2f GiB, %.1f rank minutes",
+        folder,
+        len(cache),
+        filled.num_tokens,
+        filled.bytes / 2**30,
+        filled.rank_seconds / 60,
+    )
 
 
 def make_kind(recipe: Recipe, name: str, dtype: str, num_tokens: int | None) -> Kind:
@@ -156,7 +157,7 @@ def whole_traces(recipe: Recipe) -> Recipe:
     return recipe.with_values({**changes, "teacher.cache": None})
 
 
-def _prepare(folder: Path, manifest: CacheManifest) -> None:
+def prepare(folder: Path, manifest: CacheManifest) -> None:
     """A manifest in the folder that says the same, and no shard that is not whole."""
     path = folder / "manifest.json"
     if path.exists():
@@ -171,7 +172,7 @@ def _prepare(folder: Path, manifest: CacheManifest) -> None:
         remove_shard(shard)
 
 
-def _missing(cache: Cache, data: Data) -> list[tuple[Examples, int]]:
+def missing_rows(cache: Cache, data: Data) -> list[tuple[Examples, int]]:
     """The rows that the cache lacks, each once, the longest first."""
     found: dict[bytes, tuple[Examples, int]] = {}
     for examples in (data.train, data.validation):
@@ -200,7 +201,7 @@ def _fill(
     budget = recipe.training.max_tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH
     interrupted = False
     bar = tqdm(total=len(missing), unit="row", disable=layout.rank != 0)
-    for group in _groups(missing, ROWS_PER_GROUP * layout.world_size):
+    for group in groups(missing, ROWS_PER_GROUP * layout.world_size):
         lengths = np.array([len(example.input_ids) for example in group])
         shape = BatchShape(len(group), max_tokens=budget)
         problem = None
@@ -229,7 +230,7 @@ def _fill(
         raise Interrupted
 
 
-def _groups(missing: list[tuple[Examples, int]], size: int) -> Iterator[list[Example]]:
+def groups(missing: list[tuple[Examples, int]], size: int) -> Iterator[list[Example]]:
     for start in range(0, len(missing), size):
         yield [examples[i] for examples, i in missing[start : start + size]]
 

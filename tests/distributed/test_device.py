@@ -1,5 +1,6 @@
 """Which device a rank uses, and a GPU that is there and cannot be used."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from kd.distributed import device
-from kd.distributed.device import device_of_rank, device_type, use_device
+from kd.distributed.device import device_of_rank, device_type, keep_gpus_of_rank, use_device
 from kd.errors import UserError
 
 
@@ -64,3 +65,28 @@ def test_a_gpu_that_is_used_sums_products_in_float32(monkeypatch: pytest.MonkeyP
     use_device(torch.device("cuda", 1))
     assert used == [torch.device("cuda", 1)]
     assert not matmul.allow_bf16_reduced_precision_reduction
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus", "kept"),
+    [
+        ("0,1,2,3", 1, "2"),
+        ("0,1,2,3,4,5,6,7", 2, "4,5"),
+        ("GPU-a,GPU-b,GPU-c", 1, "GPU-c"),
+        ("5", 1, "5"),  # the scheduler shows each task its own
+        ("4,6", 2, "4,6"),
+        ("", 1, ""),
+    ],
+)
+def test_a_rank_keeps_its_own_gpus_of_those_that_it_sees(
+    visible: str, num_gpus: int, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    keep_gpus_of_rank(2, num_gpus)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == kept
+
+
+def test_a_rank_without_gpus_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(UserError, match="LOCAL_RANK = 1, 2 GPUs a rank, and 3 are visible"):
+        keep_gpus_of_rank(1, 2)

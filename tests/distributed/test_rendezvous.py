@@ -14,7 +14,7 @@ from forked import Forked
 from tiny import free_port, wait_until
 
 from kd.distributed import process_group
-from kd.distributed.process_group import find_ranks
+from kd.distributed.process_group import find_rank, find_ranks
 from kd.distributed.rendezvous import wait_for
 from kd.errors import NotMet, UserError
 
@@ -123,6 +123,16 @@ def test_a_local_rank_that_the_launcher_leaves_out_is_taken_from_what_it_says(
         variables.setenv(name, value)
     find_ranks()
     assert os.environ["LOCAL_RANK"] == local_rank
+
+
+def test_ranks_that_never_meet_need_no_address(variables: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        variables.delenv(name)
+    for name, value in {"PROCID": "5", "STEP_NUM_TASKS": "8", "LOCALID": "1"}.items():
+        variables.setenv(f"SLURM_{name}", value)
+    assert find_rank() == (5, 8, 1)
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
+        find_ranks()
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from kd.evaluate.evaluation import evaluate, local_problems, settings_of
-from kd.generation.backends import Request, Subject, make_subject
+from kd.generation.backends import Request, Subject, choose_backend, make_subject
 from kd.generation.responses import fingerprint
 from kd.generation.sampling import Sampling
 from kd.recipe import ModelSection, load_recipe
 
 REQUESTS = [Request("a/0", "1+1"), Request("b/0", "2+2")]
+TRANSFORMERS = choose_backend("transformers")
 SAMPLING = Sampling(max_new_tokens=5, temperature=0.6, top_p=0.95, seed=7)
 
 
 @pytest.fixture
 def subject(model_dir: Path) -> Subject:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    return make_subject(
-        "m", ModelSection(model=str(model_dir)), tokenizer, SAMPLING, "transformers"
-    )
+    return make_subject("m", ModelSection(model=str(model_dir)), tokenizer, SAMPLING, TRANSFORMERS)
 
 
 def test_the_fingerprint_changes_with_sampling_revision_prompts_and_batches(
@@ -64,7 +63,7 @@ def test_a_model_trained_anew_in_the_same_folder_is_evaluated_anew(
     try:
         zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
         save_file(zeros, folder / "model.safetensors", metadata={"format": "pt"})
-        anew = make_subject("m", subject.section, subject.tokenizer, SAMPLING, "transformers")
+        anew = make_subject("m", subject.section, subject.tokenizer, SAMPLING, TRANSFORMERS)
         assert evaluate(recipe, anew, problems, tmp_path)["fingerprint"] != before["fingerprint"]
     finally:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

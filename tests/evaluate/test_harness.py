@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 from kd.errors import UserError
 from kd.evaluate import harness
 from kd.evaluate.harness import evaluate_with_harness, harness_command
-from kd.generation.backends import BackendName, Subject, make_subject
+from kd.generation.backends import Backend, Subject, choose_backend, make_subject
 from kd.generation.sampling import Sampling
 from kd.recipe import ModelSection, Recipe, load_recipe
 
+TRANSFORMERS = choose_backend("transformers")
 SAMPLING = Sampling(max_new_tokens=40, temperature=0.6, top_p=0.95, seed=7)
 GREEDY = Sampling(max_new_tokens=40)
 
@@ -43,7 +44,7 @@ def recipe(recipe_path: Path) -> Recipe:
 
 
 def subject(
-    model_dir: Path, sampling: Sampling = SAMPLING, backend: BackendName = "transformers"
+    model_dir: Path, sampling: Sampling = SAMPLING, backend: Backend = TRANSFORMERS
 ) -> Subject:
     section = ModelSection(model=str(model_dir))
     return make_subject("m", section, AutoTokenizer.from_pretrained(model_dir), sampling, backend)
@@ -112,12 +113,15 @@ def test_the_command_names_model_tasks_and_the_sampling_of_the_recipe(model_dir:
     }
     assert json.loads(command[command.index("--gen_kwargs") + 1]) == generation
     assert json.loads(command[command.index("--model_args") + 1])["pretrained"] == str(model_dir)
-    greedy = harness_command(subject(model_dir, GREEDY, "vllm"), "gsm8k", 8, Path("raw"))
+    greedy = harness_command(
+        subject(model_dir, GREEDY, Backend("vllm", "1", tensor_parallel=2)), "gsm8k", 8, Path("raw")
+    )
     assert json.loads(greedy[greedy.index("--gen_kwargs") + 1]) == {
         "max_gen_toks": 40,
         "do_sample": False,
     }
     assert greedy[greedy.index("--model") + 1] == "vllm"
+    assert json.loads(greedy[greedy.index("--model_args") + 1])["tensor_parallel_size"] == 2
 
 
 @pytest.mark.process

@@ -11,7 +11,7 @@ from kd.evaluate.problems import Problem
 from kd.evaluate.results import read_responses, response_rows, results, table, write_evaluation
 from kd.evaluate.score import Summary, Verdict
 from kd.files import write_json, write_jsonl
-from kd.generation.backends import Subject
+from kd.generation.backends import Backend, Subject
 from kd.generation.sampling import Response, Sampling
 from kd.recipe import ModelSection, Recipe
 
@@ -37,7 +37,12 @@ RECIPE = Recipe.model_validate(
 )
 SECTION = ModelSection(model="runs/half/student")
 SUBJECT = Subject(
-    "half", SECTION, tokenizer=None, sampling=Sampling(96, 0.6, 0.95, 7), backend="vllm", load=None
+    "half",
+    SECTION,
+    tokenizer=None,
+    sampling=Sampling(96, 0.6, 0.95, 7),
+    backend=Backend("vllm", "1"),
+    load=None,
 )  # type: ignore[arg-type]
 CONTENT = results(
     RECIPE,

@@ -14,15 +14,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from kd.errors import UserError
 from kd.generation import backends
 from kd.generation.backends import (
+    Backend,
     Generate,
     Request,
     choose_backend,
     make_subject,
-    version_of,
 )
 from kd.generation.sampling import Response, Sampling
 from kd.recipe import ModelSection
 
+VLLM = Backend("vllm", "0.33.0")
 SAMPLING = Sampling(max_new_tokens=5, temperature=0.6, top_p=0.95, seed=7)
 REQUESTS = [Request("a/0", "1+1"), Request("a/1", "1+1"), Request("b/0", "9*9-8")]
 
@@ -46,7 +47,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast) -
         def __init__(self, **arguments: Any) -> None:
             asked.update(arguments, loads=asked["loads"] + 1)
 
-        def generate(self, prompts: list[Any], sampling_params: list[Any]) -> list[Any]:
+        def generate(
+            self, prompts: list[Any], sampling_params: list[Any], use_tqdm: bool
+        ) -> list[Any]:
             asked.update(prompts=prompts, params=sampling_params)
             return [SimpleNamespace(outputs=[outputs[index % 2]]) for index in range(len(prompts))]
 
@@ -59,9 +62,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast) -
 def on_vllm(
     model_dir: Path, tokenizer: PreTrainedTokenizerFast, sampling: Sampling = SAMPLING
 ) -> Generate:
-    return make_subject(
-        "label", ModelSection(model=str(model_dir)), tokenizer, sampling, "vllm"
-    ).load()
+    section = ModelSection(model=str(model_dir))
+    return make_subject("label", section, tokenizer, sampling, VLLM).load()
 
 
 def test_vllm_gets_the_rendered_prompts_as_tokens_and_one_request_per_sample(
@@ -73,6 +75,7 @@ def test_vllm_gets_the_rendered_prompts_as_tokens_and_one_request_per_sample(
         None,
         False,
     )
+    assert (asked["tensor_parallel_size"], asked["seed"]) == (1, 7)
     assert [prompt["prompt_token_ids"] for prompt in asked["prompts"]] == [
         tokenizer(request.prompt, add_special_tokens=False)["input_ids"] for request in REQUESTS
     ]
@@ -117,7 +120,7 @@ def test_seeds_on_vllm_depend_on_the_sample_and_the_seed_and_not_on_the_batch(
 def test_a_model_is_loaded_once_and_only_when_it_is_needed(
     asked: dict[str, Any], model_dir: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    subject = make_subject("label", ModelSection(model=str(model_dir)), tokenizer, SAMPLING, "vllm")
+    subject = make_subject("label", ModelSection(model=str(model_dir)), tokenizer, SAMPLING, VLLM)
     assert asked["loads"] == 0
     assert subject.load() is subject.load()
     assert asked["loads"] == 1
@@ -134,13 +137,18 @@ def test_a_model_is_loaded_once_and_only_when_it_is_needed(
     ],
 )
 def test_auto_is_vllm_where_it_is_installed_and_sees_a_gpu(
-    value: str, installed: bool, gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    value: str,
+    installed: bool,
+    gpu: bool,
+    expected: str,
+    asked: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
         backends.importlib.util, "find_spec", lambda name: object() if installed else None
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert choose_backend(value) == expected
+    assert choose_backend(value).name == expected
 
 
 def test_vllm_that_is_not_installed_is_an_error_that_names_the_extra(
@@ -154,7 +162,28 @@ def test_vllm_that_is_not_installed_is_an_error_that_names_the_extra(
 
 
 def test_the_version_is_the_modules_own_whatever_its_distribution_is_called(
-    asked: dict[str, Any],
+    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert version_of("vllm") == "vllm 0.33.0+cpu"
-    assert version_of("transformers").startswith("transformers 5.")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    assert str(choose_backend("vllm")) == "vllm 0.33.0+cpu"
+    assert str(choose_backend("vllm", tensor_parallel=4)) == "vllm 0.33.0+cpu, on 4 GPUs"
+    assert str(choose_backend("transformers")).startswith("transformers 5.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("transformers", None, 2), "--tensor-parallel 2: vLLM alone shares a model"),
+        (("transformers", None, 0), "--tensor-parallel 0: at least 1 is needed"),
+        (("vllm", "http://127.0.0.1:1", 1), "leave out --backend vllm"),
+        (("auto", "http://127.0.0.1:1", 2), "leave out --tensor-parallel"),
+        (("auto", "http://127.0.0.1:1", 1), "--server http://127.0.0.1:1: no answer to /version"),
+        (("auto", "127.0.0.1:8000", 1), "--server 127.0.0.1:8000: no address"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_the_users_error(
+    arguments: tuple[str, str | None, int], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        choose_backend(*arguments)
+    assert message in str(caught.value)
