@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # as in push.py
+from yaml import YAMLError
 
 from kd.errors import UserError
 from kd.hub import first_line
@@ -25,7 +26,7 @@ def find_licence(asked: str | None, model: str | None, revision: str | None) -> 
     else:
         try:
             metadata = ModelCard.load(_card_of(model, revision)).data.to_dict()
-        except (OSError, ValueError, HTTPError) as error:
+        except (OSError, ValueError, YAMLError, HTTPError) as error:
             why = f"no licence is known of the base model {model!r} ({first_line(error)})"
         else:
             # The hub also takes a list of several licences: which one holds is for people to say.

@@ -11,9 +11,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # of httpx, whose name changes with the client's version
+    HTTPError,  # of httpx or httpx2: another one by the client's version
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
