@@ -31,7 +31,7 @@ _REMEDIES = {
     409: f"the repository changed in the meantime: {_AGAIN}",
     412: f"the repository changed in the meantime: {_AGAIN}",
 }
-_NETWORK = ("OfflineModeIsEnabled", "TransportError", "ConnectionError")
+_NETWORK = ("TransportError", "ConnectionError")  # the first is httpx's
 
 
 def exported_files(run: Path, which: str) -> dict[str, Path]:

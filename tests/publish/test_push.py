@@ -1,9 +1,11 @@
 """A run's export on a hub: the real client of huggingface_hub against a server on this machine."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from publish.conftest import Export
@@ -171,6 +173,13 @@ def test_without_a_network_the_error_says_so(
     arguments = (run, "--push", NAME, "--license", "mit")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match="the hub cannot be reached"):
+        export(*arguments)
+
+    def unknown_host(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be reached"):
+        patch.setattr(socket, "getaddrinfo", unknown_host)
         export(*arguments)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the hub cannot be reached"):
