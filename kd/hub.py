@@ -136,7 +136,7 @@ def hub_errors(field: str, value: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         # Libraries wrap the hub's own error, or only quote it: the most telling one of the chain
         # decides.
-        chain = list(_chain(error))
+        chain = list(causes(error))
         remedy = next(
             text for name, text in _REMEDIES.items() if any(_is_named(e, name) for e in chain)
         )
@@ -148,6 +148,13 @@ def hub_errors(field: str, value: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Of the message of a library, whose advice is for programmers."""
     return str(error).strip().partition("\n")[0][:300]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def download_model(field: str, model: ModelSection, weights: bool) -> None:
@@ -192,12 +199,6 @@ _REMEDIES = {
     "Exception": "it cannot be loaded: incomplete, or of a kind that the installed libraries do "
     "not know",
 }
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_named(error: BaseException, name: str) -> bool:

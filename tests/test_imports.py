@@ -56,6 +56,7 @@ ALLOWED = {
     "preflight": {"cluster", "distributed", "engine", "models", "plan", "runs"},
     "study": {"cache", "cli", "cluster", "data", "evaluate", "runs", "training"},
     "report": {"evaluate", "runs"},
+    "publish": {"data", "report", "runs"},
 }
 PACKAGES = sorted(name for name in ALLOWED if (ROOT / "kd" / name).is_dir())
 

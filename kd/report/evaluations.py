@@ -1,6 +1,6 @@
 """Evaluations as the report reads them: the run's own student, or a reference beside it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,18 @@ def read_evaluations(paths: Iterable[Path]) -> list[Evaluation]:
 
 
 def own_scores(
-    evaluations: list[Evaluation], folder: Path, run_name: str
+    evaluations: list[Evaluation],
+    folder: Path,
+    run_name: str,
+    exports: Sequence[str] = ("best", "last"),
 ) -> tuple[dict[str, Evaluation], list[str]]:
-    """Task -> evaluation of export/best, else of export/last, of most responses; a note where
+    """Task -> evaluation of the first of the exports that has one, of most responses; a note where
     others are left out.
     """
     scores: dict[str, Evaluation] = {}
     notes = []
     by_size = sorted(evaluations, key=lambda evaluation: -evaluation.num_responses)
-    for export in ("best", "last"):
+    for export in exports:
         for evaluation in by_size:
             if not _is_export(evaluation.model, export, folder, run_name):
                 continue

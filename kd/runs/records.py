@@ -127,6 +127,12 @@ class EnvironmentRecord(Record):
     packages: dict[str, str | None] = Field(default_factory=dict)
 
 
+class SuccessRecord(Record):
+    """SUCCESS. best_step: None where no validation was saved."""
+
+    best_step: Count | None = None
+
+
 class PositionPart(Record):
     forward_kl: Number | None = None
 

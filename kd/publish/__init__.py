@@ -1,0 +1,1 @@
+"""A finished run for others: its model card, and its export on the Hugging Face hub."""
