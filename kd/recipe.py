@@ -529,6 +529,17 @@ class TrainingSection(RecipeSection):
         description="steps between validations; when absent ten in a run, or more, and each step "
         "that is saved. The best step is one that is both validated and saved",
     )
+    evaluate_every: Annotated[Positive | None, FREE] = Field(
+        None,
+        description="steps between measurements of the student's accuracy on selection_path, made "
+        "at each step that is saved as well; when absent none",
+    )
+    selection_path: Annotated[PathText | None, FREE] = Field(
+        None, description="local JSONL of problems for that, other than evaluation.path"
+    )
+    select_best: Annotated[Literal["val_loss", "accuracy"], FREE] = Field(
+        "val_loss", description="which of the saved steps is exported as the best"
+    )
     keep_last: Annotated[Positive, FREE] = Field(
         2, description="checkpoints kept besides the best one"
     )
@@ -543,6 +554,11 @@ class TrainingSection(RecipeSection):
             return step % self.validate_every == 0 or step == total_steps
         every = max(total_steps // MIN_VALIDATIONS, 1)
         return step % every == 0 or self.saves_after(step, total_steps)
+
+    def evaluates_after(self, step: int, total_steps: int) -> bool:
+        """Whether accuracy is measured after `step`, counted from 1, of a run of total_steps."""
+        every = self.evaluate_every
+        return every is not None and (step % every == 0 or self.saves_after(step, total_steps))
 
 
 class EvaluationSection(RecipeSection):
@@ -605,6 +621,7 @@ class Recipe(RecipeSection):
             )
         if self.rollout is not None:
             _check_rollout(self, self.rollout)
+        _check_selection(self)
         return self
 
     def with_values(self, values: Mapping[str, Any]) -> "Recipe":
@@ -672,6 +689,25 @@ class Recipe(RecipeSection):
         if training.max_tokens_per_micro_batch is not None:
             return min(sum(-(-n // world_size) for n in parts), 2)
         return sum(-(-n // (world_size * training.micro_batch_size)) for n in parts)
+
+
+def _check_selection(recipe: Recipe) -> None:
+    training, path = recipe.training, recipe.training.selection_path
+    if training.evaluate_every is not None and path is None:
+        raise ValueError(
+            f"training.evaluate_every = {training.evaluate_every} needs problems: set "
+            "training.selection_path"
+        )
+    if path is not None and path == recipe.evaluation.path:
+        raise ValueError(
+            f"training.selection_path = {path!r} is evaluation.path too: a checkpoint that is "
+            "chosen by the problems of the report would flatter it; name others"
+        )
+    if training.select_best == "accuracy" and training.evaluate_every is None:
+        raise ValueError(
+            'training.select_best = "accuracy" needs training.evaluate_every: how often accuracy '
+            "is measured"
+        )
 
 
 def _check_rollout(recipe: Recipe, rollout: RolloutSection) -> None:

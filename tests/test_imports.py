@@ -43,6 +43,7 @@ ALLOWED = {
         "data",
         "distributed",
         "engine",
+        "evaluate",
         "generation",
         "logs",
         "losses",

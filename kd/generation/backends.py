@@ -6,8 +6,8 @@ on the set of problems. With vLLM each sample has a seed of its own, from proble
 batches do not matter, but its kernels may round otherwise in another batch, and a token may differ
 where two are about equally likely. A server promises no more, and others may share its batches.
 
-Run with vLLM 0.32 on the CPU (tests/with_vllm): on the embedded task its greedy responses are those of
-transformers. On GPUs it was not run.
+Run with vLLM 0.32 on the CPU (tests/with_vllm): on the embedded task its greedy responses are those
+of transformers. On GPUs it was not run.
 """
 
 import functools

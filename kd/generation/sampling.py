@@ -82,7 +82,7 @@ def generate_batch(
         output = model.generate(  # type: ignore[operator]
             input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
         )
-    return [_response(tokenizer, ids, set(end_ids)) for ids in output[:, longest:].tolist()]
+    return [as_response(tokenizer, ids, set(end_ids)) for ids in output[:, longest:].tolist()]
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -116,7 +116,7 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
         model.generation_config = shipped
 
 
-def _response(
+def as_response(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[int], end_ids: set[int]
 ) -> Response:
     """Cut after the first end token. Special tokens stay in the text: think markers are special in

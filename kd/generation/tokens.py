@@ -55,8 +55,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """The response to each prompt, its end token, if it came to one, included.
 
-    in_step: ranks go on until the last one has ended, as layers that are gathered for each token
-    need it. Nothing is drawn from torch's own generator.
+    temperature 0 is greedy. in_step: ranks go on until the last one has ended, as layers that are
+    gathered for each token need it. Nothing is drawn from torch's own generator.
     """
     longest = max(map(len, prompts))
     padded = [[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
@@ -67,13 +67,13 @@ def generate_tokens(
         eos_token_id=list(end_ids),
         pad_token_id=pad_id,
     )
-    draws = SeededDraws(seeds, temperature, top_p, model.device)
+    draws = [SeededDraws(seeds, temperature, top_p, model.device)] if temperature else []
     shipped, model.generation_config = model.generation_config, config
     try:
         output: Any = model.generate(  # type: ignore[operator]
             input_ids=torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(masks, device=model.device),
-            logits_processor=LogitsProcessorList([draws]),
+            logits_processor=LogitsProcessorList(draws),
             synced_gpus=in_step,
         )
     finally:

@@ -19,7 +19,7 @@ def check_recipe(recipe: Recipe, *, awaits_cache: bool = False) -> None:
     for field, value in inputs(recipe).items():
         if field.startswith("data.") and field.endswith("path"):
             find_data_files(field, value)
-        elif field in ("data.chat_template", "evaluation.path"):
+        elif field in ("data.chat_template", "evaluation.path", "training.selection_path"):
             find_file(field, value)
         else:
             resolve(field, value)
@@ -49,6 +49,7 @@ def inputs(recipe: Recipe) -> dict[str, str]:
         "data.validation_path": recipe.data.validation_path,
         "data.chat_template": recipe.data.chat_template,
         "evaluation.path": recipe.evaluation.path,
+        "training.selection_path": recipe.training.selection_path,
     }
     return {field: value for field, value in found.items() if value is not None}
 

@@ -36,11 +36,12 @@ from kd.models.trained import set_trained
 from kd.models.weights import load_head
 from kd.plan import check_shapes, memory_plan
 from kd.plan.memory import RESERVED_GIB
-from kd.recipe import ModelSection, Recipe
+from kd.recipe import ModelSection, Recipe, RolloutSection
 from kd.rollouts.rollouts import Rollouts
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher, TeacherModule
 from kd.training.cache_identity import check_holds, check_is_of, check_serves
+from kd.training.selection import Selection
 
 log = logging.getLogger(__name__)
 
@@ -164,24 +165,45 @@ def build_rollouts(
     teacher: LiveTeacher | CachedTeacher | None,
     tokenizer: PreTrainedTokenizerFast,
     layout: Layout,
+    *,
+    whole: bool,
 ) -> Rollouts | None:
-    """What samples responses; None for a recipe without [rollout]."""
+    """What samples responses; None for a recipe without [rollout]. whole: of gathers_whole()."""
     if recipe.rollout is None:
         return None
     sampler = student if recipe.rollout.source == "student" else teacher
     assert not isinstance(sampler, CachedTeacher | None)  # the recipe refuses it
-    whole = _gathers_whole(recipe, layout)
     return Rollouts(recipe, loader, sampler, tokenizer, layout, whole=whole)
 
 
-def _gathers_whole(recipe: Recipe, layout: Layout) -> bool:
-    """Whether a model that ZeRO-3 divides is gathered as a whole while it samples. The same answer
-    on every rank.
+def build_selection(
+    recipe: Recipe,
+    student: Student,
+    tokenizer: PreTrainedTokenizerFast,
+    layout: Layout,
+    *,
+    whole: bool,
+) -> Selection | None:
+    """What measures accuracy while training; None for a recipe that does not ask for it. Raises
+    UserError for problems that cannot be read.
     """
-    assert recipe.rollout is not None
-    if recipe.rollout.gather != "auto":
-        return recipe.rollout.gather == "whole"
-    whole = recipe.with_values({"rollout.gather": "whole"})
+    if recipe.training.evaluate_every is None:
+        return None
+    return Selection(recipe, student, tokenizer, layout, whole=whole)
+
+
+def gathers_whole(recipe: Recipe, layout: Layout) -> bool:
+    """Whether a model that ZeRO-3 divides is gathered as a whole while it generates. The same
+    answer on every rank; of no consequence where nothing is generated.
+    """
+    rollout = recipe.rollout
+    if rollout is None and recipe.training.evaluate_every is None:
+        return True
+    if rollout is not None and rollout.gather != "auto":
+        return rollout.gather == "whole"
+    rollout = rollout or RolloutSection(max_new_tokens=recipe.evaluation.max_new_tokens)
+    changed = {"rollout": rollout.model_copy(update={"gather": "whole"})}
+    whole = recipe.model_copy(update=changed)
     num_nodes, ranks_per_node = size_to_plan(layout.nodes)
     gib = memory_gib(layout.device, ranks_per_node)
 
@@ -189,13 +211,11 @@ def _gathers_whole(recipe: Recipe, layout: Layout) -> bool:
         try:
             needed = memory_plan(whole, num_nodes, ranks_per_node).total_gib
         except UserError as error:
-            log.warning("rollout.gather: auto is layers, since nothing is planned: %s", error)
+            log.warning("generation gathers layer by layer, since nothing is planned: %s", error)
             return False
-        word = "whole" if needed + RESERVED_GIB <= gib else "layers"
-        log.info(
-            "rollout.gather: auto is %s, %.1f GiB with whole weights of %.1f", word, needed, gib
-        )
-        return word == "whole"
+        word = "whole weights" if needed + RESERVED_GIB <= gib else "layer by layer"
+        log.info("generation: %s, %.1f GiB with whole ones of %.1f", word, needed, gib)
+        return word == "whole weights"
 
     return on_rank_zero(fits)
 

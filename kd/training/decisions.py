@@ -18,10 +18,20 @@ class Progress(NamedTuple):
     num_skipped: NonNegativeInt = 0
     best_step: NonNegativeInt | None = None
     best_loss: FiniteFloat | None = None
+    best_accuracy: FiniteFloat | None = None  # where that chooses
 
     def after(self, result: StepResult) -> "Progress":
         """One step further."""
         return self._replace(step=self.step + 1, num_skipped=self.num_skipped + result.skipped)
+
+    def with_accuracy(self, accuracy: float | None, validation: Validation | None) -> "Progress":
+        """The step, which is to be saved, is the best one if it answers more problems than all that
+        were saved before. A tie goes to the earlier one.
+        """
+        if accuracy is None or (self.best_accuracy is not None and self.best_accuracy >= accuracy):
+            return self
+        loss = validation.loss if validation and math.isfinite(validation.loss) else None
+        return self._replace(best_step=self.step, best_loss=loss, best_accuracy=accuracy)
 
     def with_validation(self, validation: Validation | None) -> "Progress":
         """The step, which is to be saved, is the best one if its validation loss is lower than
@@ -39,6 +49,9 @@ class RunActions(Protocol):
 
     def take_step(self, step: int) -> StepResult: ...
     def validate(self) -> Validation | None: ...
+    def evaluate(self) -> float | None:
+        """The student's accuracy."""
+
     def record(self, validation: Validation | None) -> None: ...
     def stop(self, progress: Progress, result: StepResult) -> None:
         """Raises UserError: too many steps were not finite."""
@@ -65,8 +78,12 @@ def run_steps(
         stops = progress.num_skipped > training.skip_nonfinite
         saves = not stops and training.saves_after(progress.step, total_steps)
         validates = not stops and training.validates_after(progress.step, total_steps)
+        evaluates = not stops and training.evaluates_after(progress.step, total_steps)
         validation = run.validate() if validates else None
-        if saves:
+        accuracy = run.evaluate() if evaluates else None
+        if saves and training.select_best == "accuracy":
+            progress = progress.with_accuracy(accuracy, validation)
+        elif saves:
             progress = progress.with_validation(validation)
         run.record(validation)
         if stops:

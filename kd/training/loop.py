@@ -62,7 +62,14 @@ from kd.runs.folder import (
 from kd.runs.shared_folder import check_shared
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
-from kd.training.build import build_rollouts, build_student, build_teacher, choose_layout
+from kd.training.build import (
+    build_rollouts,
+    build_selection,
+    build_student,
+    build_teacher,
+    choose_layout,
+    gathers_whole,
+)
 from kd.training.decisions import Progress, run_steps
 from kd.training.meeting import load_data_by_node, meet
 from kd.training.metrics import (
@@ -76,6 +83,7 @@ from kd.training.metrics import (
 )
 from kd.training.plan_report import PlanReport, plan_training
 from kd.training.schedule import learning_rate
+from kd.training.selection import Selection
 from kd.training.step import StepResult, Validation, train_step, validate
 
 log = logging.getLogger(__name__)
@@ -124,13 +132,16 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         if checkpoint:
             progress = load_checkpoint(student.engine, checkpoint, Progress)
 
-        rollouts = build_rollouts(recipe, loader, student, teacher, tokenizer, layout)
+        whole = gathers_whole(recipe, layout)
+        rollouts = build_rollouts(recipe, loader, student, teacher, tokenizer, layout, whole=whole)
+        selection = build_selection(recipe, student, tokenizer, layout, whole=whole)
         run = TrainingRun(
             recipe,
             layout,
             student,
             teacher,
             rollouts,
+            selection,
             tokenizer,
             loader,
             data.validation,
@@ -152,6 +163,7 @@ class TrainingRun:
         student: Student,
         teacher: LiveTeacher | CachedTeacher | None,
         rollouts: Rollouts | None,
+        selection: Selection | None,
         tokenizer: PreTrainedTokenizerFast,
         loader: Loader,
         validation: Examples | None,
@@ -160,7 +172,7 @@ class TrainingRun:
     ) -> None:
         self.recipe, self.layout = recipe, layout
         self.student, self.teacher, self.tokenizer = student, teacher, tokenizer
-        self.rollouts = rollouts
+        self.rollouts, self.selection = rollouts, selection
         self.loader, self.validation = loader, validation
         self.interruption = interruption
         self.watchdog = Watchdog(recipe.run.watchdog_minutes)
@@ -248,6 +260,30 @@ class TrainingRun:
         with self.wall_time.spent_on("validation"):
             return validate(self.student, self.teacher, batches, self.layout, self.is_interrupted)
 
+    def evaluate(self) -> float | None:
+        """The student's accuracy on training.selection_path."""
+        if self.selection is None:
+            return None
+        with self.wall_time.spent_on("validation"):
+            summary = self.selection.measure()
+        self._record["accuracy"] = {
+            "accuracy": summary.accuracy,
+            "ci95": list(summary.ci95),
+            "num_problems": summary.num_problems,
+            "unclosed_fraction": summary.unclosed_fraction,
+            "mean_response_tokens": summary.mean_response_tokens,
+        }
+        log.info(
+            "step %d: accuracy %.3f (%.3f-%.3f) on %d problems, %.3f unclosed",
+            self._record["step"],
+            summary.accuracy,
+            *summary.ci95,
+            summary.num_problems,
+            summary.unclosed_fraction,
+        )
+        self.watchdog.pat()
+        return summary.accuracy
+
     def record(self, validation: Validation | None) -> None:
         """Rank 0 writes the line of the step just taken, and sends it to the monitors."""
         if self.metrics is None:
@@ -291,8 +327,10 @@ class TrainingRun:
         with self.wall_time.spent_on("checkpoints"):
             state = progress._asdict()
             save_checkpoint(self.student.engine, self.checkpoints, progress.step, state)
-        best = (progress.best_step, progress.best_loss)
-        log.info("step %d saved; best: step %s, val_loss %s", progress.step, *best)
+        chosen_by = {"val_loss": progress.best_loss, "accuracy": progress.best_accuracy}
+        name = self.recipe.training.select_best
+        best = (progress.best_step, name, chosen_by[name])
+        log.info("step %d saved; best: step %s, %s %s", progress.step, *best)
         if self.layout.rank == 0:
             keep_last = self.recipe.training.keep_last
             prune(self.checkpoints, keep_last=keep_last, best_step=progress.best_step)

@@ -13,8 +13,9 @@ from kd.training.step import StepResult, Validation
 class FakeRun:
     """Takes steps that do nothing, and writes down what it is told to do."""
 
-    def __init__(self, losses=None, bad_steps=(), interrupted_after=()):
+    def __init__(self, losses=None, bad_steps=(), interrupted_after=(), accuracies=None):
         self.calls = []
+        self.accuracies = accuracies  # of each step
         self.losses = losses  # validation loss of each step, or None without a validation set
         self.bad_steps, self.interrupted_after = bad_steps, interrupted_after
         self.step = 0
@@ -27,6 +28,10 @@ class FakeRun:
     def validate(self):
         self.calls.append("validate")
         return self.losses and Validation(self.losses[self.step - 1], 0.0, 0.0, None)
+
+    def evaluate(self):
+        self.calls.append("evaluate")
+        return self.accuracies and self.accuracies[self.step - 1]
 
     def record(self, validation):
         self.calls.append("record")
@@ -157,3 +162,32 @@ def test_bad_steps_are_counted_over_a_resumption():
     start = Progress(step=2, num_skipped=1)
     with pytest.raises(UserError, match="not finite"):
         run_steps(FakeRun(bad_steps=(3,)), start, 5, training(skip_nonfinite=1))
+
+
+def test_accuracy_is_measured_as_often_as_asked_and_at_every_step_that_is_saved():
+    run = FakeRun(accuracies=[0.1] * 5)
+    run_steps(run, Progress(), 5, training(checkpoint_every=4, evaluate_every=2))
+    steps = [i for i, call in enumerate(run.calls) if call.startswith("step")]
+    parts = [run.calls[a:b] for a, b in zip(steps, [*steps[1:], None], strict=True)]
+    assert ["evaluate" in part for part in parts] == [False, True, False, True, True]
+    none = FakeRun()
+    run_steps(none, Progress(), 5, training())
+    assert "evaluate" not in none.calls
+
+
+def test_where_accuracy_chooses_the_best_is_the_first_that_answers_most_among_the_saved():
+    losses, accuracies = [9.0, 1.0, 9.0, 2.0, 9.0, 3.0, 9.0, 4.0], [0.9, 0.5, 0.9, 0.7] * 2
+    run = FakeRun(losses=losses, accuracies=accuracies)
+    by_accuracy = training(evaluate_every=1, select_best="accuracy")
+    progress = run_steps(run, Progress(), 8, by_accuracy)
+    assert (progress.best_step, progress.best_accuracy, progress.best_loss) == (4, 0.7, 2.0)
+    run = FakeRun(losses=losses, accuracies=accuracies)
+    progress = run_steps(run, Progress(), 8, training(evaluate_every=1))
+    assert (progress.best_step, progress.best_loss, progress.best_accuracy) == (2, 1.0, None)
+
+
+def test_a_resumed_run_goes_on_choosing_by_accuracy():
+    start = Progress(step=4, best_step=4, best_loss=2.0, best_accuracy=0.7)
+    run = FakeRun(losses=[1.0] * 8, accuracies=[0.6] * 8)
+    progress = run_steps(run, start, 8, training(evaluate_every=2, select_best="accuracy"))
+    assert (progress.best_step, progress.best_accuracy) == (4, 0.7)
