@@ -486,6 +486,9 @@ class RolloutSection(RecipeSection):
         description="while a model that ZeRO-3 divides samples: all of it at once, or layer by "
         "layer for each token; auto: whole where the plan says that it fits",
     )
+    server: Annotated[Filled | None, FREE] = Field(
+        None, description="address of a vLLM server that writes in the teacher's place"
+    )
 
 
 class TrainingSection(RecipeSection):
@@ -717,6 +720,12 @@ def _check_rollout(recipe: Recipe, rollout: RolloutSection) -> None:
         raise ValueError(
             f'[rollout] with teacher.cache = "{recipe.teacher.cache}": a cache knows nothing of '
             "responses that are sampled later: leave one of them out"
+        )
+    if rollout.server is not None and rollout.source != "teacher":
+        raise ValueError(
+            f'rollout.server = "{rollout.server}" with rollout.source = "{rollout.source}": a '
+            "server has the weights that it was started with, and the student's change: set "
+            'rollout.source = "teacher", or leave the server out'
         )
     size, num, per_prompt = (
         recipe.training.global_batch_size,

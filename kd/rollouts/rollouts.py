@@ -21,10 +21,23 @@ from kd.data.step_plan import deal
 from kd.data.truncate import IntArray
 from kd.distributed.layout import Layout
 from kd.distributed.process_group import gather_objects
+from kd.errors import UserError
 from kd.generation.sampling import end_token_ids
+from kd.generation.server import Server, connect, in_parallel
 from kd.generation.tokens import generate_tokens
 from kd.recipe import Recipe
 from kd.rollouts.sampled import SampledResponse, as_example, sampled_response
+
+
+def connected(recipe: Recipe) -> Server:
+    """The server of rollout.server, once it says that it serves the teacher. Raises UserError."""
+    assert recipe.rollout is not None
+    assert recipe.rollout.server is not None
+    assert recipe.teacher is not None
+    try:
+        return connect(recipe.rollout.server, "teacher.model", recipe.teacher)
+    except UserError as error:
+        raise UserError(str(error).replace("--server", "rollout.server =", 1)) from None
 
 
 class Sampler(Protocol):
@@ -84,6 +97,9 @@ class Rollouts:
         self._loader, self._examples = loader, loader.examples
         self._sampler, self._tokenizer, self._layout = sampler, tokenizer, layout
         self._whole = whole
+        self._server = connected(recipe) if self.section.server else None
+        # Of the model that writes; a server adds those of its own configuration
+        self._end_ids = {int(tokenizer.eos_token_id)}
         self.samples: list[tuple[int, SampledResponse]] = []  # (row from 0, response), last step's
 
     def of_step(self, step: int) -> tuple[list[Batch], RolloutFigures]:
@@ -134,7 +150,21 @@ class Rollouts:
         }
 
     def _sample(self, step: int, prompts: Sequence[IntArray]) -> list[list[int]]:
-        """A response to each prompt, on every rank. Dealt as if all were as long as they may be."""
+        """A response to each prompt, on every rank."""
+        problem = None
+        try:
+            mine = self._ask(step, prompts) if self._server else self._generate(step, prompts)
+        except UserError as error:  # a server that has gone: every rank says so
+            mine, problem = {}, str(error)
+        everyones: dict[int, list[int]] = {}
+        for part, said in gather_objects((mine, problem)):
+            if said is not None:
+                raise UserError(said)
+            everyones |= part
+        return [everyones[i] for i in range(len(prompts))]
+
+    def _generate(self, step: int, prompts: Sequence[IntArray]) -> dict[int, list[int]]:
+        """This rank's share, by number. Dealt as if all were as long as they may be."""
         room = np.array([len(ids) + self.section.max_new_tokens for ids in prompts])
         mine: dict[int, list[int]] = {}
         with self._sampler.generating(whole=self._whole) as (model, in_step):
@@ -157,10 +187,38 @@ class Rollouts:
                     in_step=in_step,
                 )
                 mine |= dict(zip(numbers, found, strict=False))
-        everyones: dict[int, list[int]] = {}
-        for part in gather_objects(mine):
-            everyones |= part
-        return [everyones[i] for i in range(len(prompts))]
+        return mine
+
+    def _ask(self, step: int, prompts: Sequence[IntArray]) -> dict[int, list[int]]:
+        """This rank's share, by number, of a server, which batches what all ranks ask for."""
+        server = self._server
+        assert server is not None
+
+        def respond(number: int) -> list[int]:
+            # Whatever the request leaves open, the server takes from the model's configuration
+            choice = server.complete(
+                prompts[number].tolist(),
+                max_tokens=self.section.max_new_tokens,
+                temperature=self.section.temperature,
+                top_p=self.section.top_p,
+                top_k=0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                seed=self._seed(step, number),
+                stop_token_ids=sorted(self._end_ids),
+                return_token_ids=True,
+            )
+            if choice.get("token_ids") is None:
+                raise UserError(
+                    f"rollout.server = {server.url!r}: vLLM {server.version} returns no token ids: "
+                    "serve with a later one"
+                )
+            token_ids: list[int] = choice["token_ids"]
+            return token_ids
+
+        layout = self._layout
+        share = range(layout.data_parallel_rank, len(prompts), layout.data_parallel_size)
+        return dict(zip(share, in_parallel(respond, share), strict=True))
 
     def _batches(self) -> tuple[list[Batch], int]:
         sections, source = self.recipe.data.loss_sections, self._examples.num_sources

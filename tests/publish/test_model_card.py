@@ -42,7 +42,9 @@ def test_a_card_of_a_run_of_the_study_has_its_numbers_and_its_recipe():
     assert found["student before training"][:2] == [task, "0.347"]
     steps = [json.loads(line) for line in (STUDIED / "metrics.jsonl").read_text().splitlines()]
     assert found["tokens read"] == [f"{sum(step['num_input_tokens'] for step in steps):,}"]
-    assert found["tokens supervised"] == [f"{sum(step['num_supervised_tokens'] for step in steps):,}"]
+    assert found["tokens supervised"] == [
+        f"{sum(step['num_supervised_tokens'] for step in steps):,}"
+    ]
     assert found["training time, s"] == [f"{sum(step['step_ms'] for step in steps) / 1000:,.1f}"]
     assert found["0.5"][:3] == ["head", "no limit", "prompt+cot+answer"]
     environment = json.loads((STUDIED / "environment.json").read_text())

@@ -32,7 +32,13 @@ from kd.plan.lengths import batch_shape
 from kd.recipe import Recipe, load_recipe
 from kd.rollouts.sampled import as_example, sampled_response
 from kd.training import build
-from kd.training.build import build_live_teacher, build_rollouts, build_student, choose_layout
+from kd.training.build import (
+    build_live_teacher,
+    build_rollouts,
+    build_student,
+    choose_layout,
+    gathers_whole,
+)
 from kd.training.step import train_step
 
 HALF = {"rollout.fraction": 0.5, "rollout.max_new_tokens": 12}
@@ -91,7 +97,8 @@ def _one_case(
     student = build_student(recipe, student_ds_config(recipe, layout.world_size, "cpu"), layout)
     shape = batch_shape(recipe, choose_layout(recipe, student, teacher))
     loader = Loader(examples, shape, recipe.run.seed, tokenizer.pad_token_id)
-    rollouts = build_rollouts(recipe, loader, student, teacher, tokenizer, layout)
+    whole = gathers_whole(recipe, layout)
+    rollouts = build_rollouts(recipe, loader, student, teacher, tokenizer, layout, whole=whole)
     captured: dict[str, torch.Tensor] = {}
     step = student.engine.step
 
