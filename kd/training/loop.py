@@ -213,6 +213,12 @@ class TrainingRun:
         result = train_step(self.student, self.teacher, self._batches, rate, self.layout)
         seconds = time.perf_counter() - started
         self.wall_time.add("steps", seconds)
+        if not result.num_supervised_tokens:
+            log.warning(
+                "step %d: nothing to learn from: no sampled response has a token in "
+                "data.loss_sections; raise rollout.max_new_tokens, or widen loss_sections",
+                step + 1,
+            )
         self._record = {
             "format_version": FORMAT_VERSION,
             "step": step + 1,

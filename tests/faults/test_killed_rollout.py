@@ -43,6 +43,21 @@ def runs(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     return folder / "runs" / "whole", folder / "runs" / "killed", killed
 
 
+def test_rollouts_that_yield_nothing_are_counted_and_told_and_not_fatal(
+    launch: Any, tmp_path: Path
+) -> None:
+    recipe = write_tiny_recipe(tmp_path)
+    settings = ['data.loss_sections=["answer"]', "truncation.keep_fraction=1.0"]
+    settings += ["rollout.fraction=1.0", "rollout.max_new_tokens=1", "training.max_steps=2"]
+    words = [w for s in ["run.name=nothing", *settings] for w in ("--set", s)]
+    done = launch("launch/train.py", "--recipe", str(recipe), *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 1: nothing to learn from: no sampled response has a token in" in done.stderr
+    records = read_metrics(tmp_path / "runs" / "nothing" / "metrics.jsonl")
+    assert [record["rollouts"]["num_without_label"] for record in records] == [8, 8]
+    assert [record["loss"] for record in records] == [0.0, 0.0]
+
+
 def test_the_rank_that_was_killed_is_named(runs: tuple[Path, Path, Any]) -> None:
     _, _, killed = runs
     assert killed.returncode == KILLED
