@@ -27,12 +27,17 @@ from kd.runs.environment import environment
 from kd.runs.records import read_metrics
 
 WHOLE = ("truncation.keep_fraction=1.0",)
+# Of sampled sequences the prompt is never supervised; of the data's it is where the recipe says so
+NO_PROMPT = ('data.loss_sections=["cot","answer"]',)
 # Longer than any response of the embedded task
 ALL_TOKENS = 96
 ARMS: dict[str, tuple[str, ...]] = {
     "data, first 25 %": ("truncation.keep_fraction=0.25",),
     "data, first 50 %": ("truncation.keep_fraction=0.5",),
     "data, whole": WHOLE,
+    "data without prompts, first 25 %": ("truncation.keep_fraction=0.25", *NO_PROMPT),
+    "data without prompts, first 50 %": ("truncation.keep_fraction=0.5", *NO_PROMPT),
+    "data without prompts, whole": (*WHOLE, *NO_PROMPT),
     "student's, 16 tokens": ("rollout.max_new_tokens=16", *WHOLE),
     "student's, 32 tokens": ("rollout.max_new_tokens=32", *WHOLE),
     "student's, all": (f"rollout.max_new_tokens={ALL_TOKENS}", *WHOLE),
