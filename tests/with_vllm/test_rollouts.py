@@ -1,15 +1,22 @@
 """A run that learns from what a real server of the teacher writes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from kd.runs.records import read_metrics
 
+pytestmark = pytest.mark.vllm
+
 STEPS = 3
+Script = Callable[..., Any]
 
 
 def test_the_teachers_responses_come_from_a_server(
-    server: str, python, problems: Path, tmp_path: Path
+    server: str, python: Script, problems: Path, tmp_path: Path
 ) -> None:
     traces = [json.loads(line) for line in problems.read_text().splitlines()]
     rows = [{**row, "reasoning": "1+1=2;", "id": str(i)} for i, row in enumerate(traces)]
@@ -41,7 +48,9 @@ def test_the_teachers_responses_come_from_a_server(
         assert response == f"{answers[sample['prompt']]}<eos>", sample
 
 
-def test_a_server_that_is_away_is_named_by_its_key(python, problems: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_named_by_its_key(
+    python: Script, problems: Path, tmp_path: Path
+) -> None:
     settings = [f"run.output_dir={tmp_path}", "rollout.source=teacher"]
     settings += ["rollout.server=http://127.0.0.1:9", f"training.selection_path={problems}"]
     words = [word for setting in settings for word in ("--set", setting)]
