@@ -1,10 +1,14 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
 from kd.runs.records import read_metrics
-from kd.training.metrics import MetricsLog
+from kd.training.metrics import MetricsLog, StepLines, send_text, whole_lines
 
 COSTS = {"step_ms": 1.0, "peak_memory_gib": 1.0, "num_input_tokens": 2, "num_supervised_tokens": 1}
 
@@ -69,3 +73,25 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, monkey
     log.write(record | {"step": 3})
     log.close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_text_is_one_of_tensorboards(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    places = {"tb_monitor": SimpleNamespace(summary_writer=writer), "wandb_monitor": None}
+    send_text(SimpleNamespace(enabled=True, **places), "rollouts", "1+1=<think>2", step=7)
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (event,) = events.Tensors("kd/rollouts/text_summary")
+    assert (event.step, event.tensor_proto.string_val) == (7, [b"1+1=<think>2"])
+    send_text(SimpleNamespace(enabled=False, **places), "rollouts", "none is sent", step=8)
+
+
+def test_lines_of_steps_that_are_repeated_stand_aside_and_a_torn_one_is_left_out(tmp_path: Path):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    assert whole_lines(tmp_path / "absent.jsonl") == []
+    lines = StepLines(path, whole_lines(path), start_step=2)
+    lines.write({"step": 3, "response": "again"})
+    lines.close()
+    assert whole_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "response": "again"}]
+    assert whole_lines(tmp_path / "rollouts.abandoned.jsonl") == [{"step": 3}]
