@@ -160,6 +160,17 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def gather_numbered(mine: Mapping[int, T]) -> list[T]:
+    """The values of all ranks in the order of their numbers, 0, 1, ...; each rank has some of them.
+
+    Collective: every rank must call this.
+    """
+    everyones: dict[int, T] = {}
+    for part in gather_objects(mine):
+        everyones |= part
+    return [everyones[number] for number in range(len(everyones))]
+
+
 def all_reduce_sum(sums: Mapping[str, Tensor | float], device: torch.device) -> dict[str, Any]:
     """Element-wise sums over all ranks in float64, of one all-reduce: {name: float, or list for a
     tensor of one dimension}.

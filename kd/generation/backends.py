@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kd.errors import UserError
 from kd.generation.generator import load_generator
-from kd.generation.sampling import Response, Sampling, generate_batch
-from kd.generation.server import connect, in_parallel, server_version
+from kd.generation.sampling import Response, Sampling, decode, generate_batch
+from kd.generation.server import connect, in_parallel, sampling_parameters, server_version
 from kd.hub import hub_errors, resolve
 from kd.recipe import EvaluationSection, ModelSection
 
@@ -202,15 +202,8 @@ def _load_server(
     server = connect(backend.url, field, section)
 
     def respond(request: Request) -> Response:
-        # Whatever the request leaves open, the server takes from the model's generation config
-        choice = server.complete(
-            _token_ids(tokenizer, request),
-            **_parameters(tokenizer, sampling, request),
-            top_k=0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            return_token_ids=True,
-        )
+        parameters = _parameters(tokenizer, sampling, request)
+        choice = server.sample(_token_ids(tokenizer, request), **parameters)
         ended, token_ids = choice.get("finish_reason") == "stop", choice.get("token_ids")
         if token_ids is None:
             return Response(choice["text"], choice["num_tokens"], ended)
@@ -230,22 +223,12 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast, request: Request) -> list[int
 def _parameters(
     tokenizer: PreTrainedTokenizerFast, sampling: Sampling, request: Request
 ) -> dict[str, Any]:
-    """What vLLM and its server call alike; both add the end tokens of the generation config."""
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_new_tokens,
-        "seed": random.Random(f"{sampling.seed}/{request.key}").getrandbits(63),
-        "stop_token_ids": [tokenizer.eos_token_id],
-        "skip_special_tokens": False,
-    }
+    """Each request has a seed of its own."""
+    seed = random.Random(f"{sampling.seed}/{request.key}").getrandbits(63)
+    return sampling_parameters(sampling, seed, [tokenizer.eos_token_id])
 
 
 def _response(tokenizer: PreTrainedTokenizerFast, token_ids: list[int], ended: bool) -> Response:
     """The end token is the last of token_ids when it ended; decoded here, as for transformers."""
-    text = tokenizer.decode(
-        token_ids[:-1] if ended else token_ids,
-        skip_special_tokens=False,
-        clean_up_tokenization_spaces=False,
-    )
-    return Response(str(text), num_tokens=len(token_ids), ended=ended)
+    text = decode(tokenizer, token_ids[:-1] if ended else token_ids)
+    return Response(text, num_tokens=len(token_ids), ended=ended)

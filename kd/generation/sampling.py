@@ -70,19 +70,29 @@ def generate_batch(
     end_ids = end_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id
     token_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    longest = max(map(len, token_ids))
-    input_ids = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in token_ids])
-    attention_mask = torch.tensor(
-        [[0] * (longest - len(ids)) + [1] * len(ids) for ids in token_ids]
-    )
+    inputs = padded_prompts(token_ids, pad_id, model.device)
     torch.manual_seed(random.Random(f"{sampling.seed}/{batch_index}").getrandbits(63))
-    with _generation_config(
+    with generation_config(
         model, GenerationConfig(**_settings(sampling), eos_token_id=end_ids, pad_token_id=pad_id)
     ):
-        output = model.generate(  # type: ignore[operator]
-            input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
-        )
-    return [as_response(tokenizer, ids, set(end_ids)) for ids in output[:, longest:].tolist()]
+        output = model.generate(**inputs)  # type: ignore[operator]
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [as_response(tokenizer, ids, set(end_ids)) for ids in new.tolist()]
+
+
+def padded_prompts(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """{"input_ids", "attention_mask"}, int64 (prompts, tokens of the longest), padded on the
+    left.
+    """
+    longest = max(map(len, prompts))
+    input_ids = [[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -107,7 +117,7 @@ def _settings(sampling: Sampling) -> dict[str, Any]:
 
 
 @contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Replace the model's own config, which would fill in whatever config leaves open."""
     shipped, model.generation_config = model.generation_config, config
     try:
@@ -116,15 +126,18 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
         model.generation_config = shipped
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """Special tokens stay in the text: think markers are special in some tokenizers."""
+    return str(
+        tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+
+
 def as_response(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[int], end_ids: set[int]
 ) -> Response:
-    """Cut after the first end token. Special tokens stay in the text: think markers are special in
-    some tokenizers.
-    """
+    """Cut after the first end token."""
     stop = next((index for index, token_id in enumerate(token_ids) if token_id in end_ids), None)
     ended = stop is not None
-    text = tokenizer.decode(
-        token_ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    return Response(str(text), num_tokens=len(token_ids) if stop is None else stop + 1, ended=ended)
+    text = decode(tokenizer, token_ids[:stop])
+    return Response(text, num_tokens=len(token_ids) if stop is None else stop + 1, ended=ended)

@@ -9,7 +9,7 @@ A server that wants a key is given that of OPENAI_API_KEY.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kd.errors import UserError
+from kd.generation.sampling import Sampling
 from kd.recipe import ModelSection, find_input
 
 T = TypeVar("T")
@@ -31,47 +32,70 @@ BEGIN = "start it with `vllm serve MODEL`, or correct the address; what is done 
 
 @dataclass(frozen=True)
 class Server:
-    """url: without /v1. model: the name under which it serves the model. version: of vLLM."""
+    """url: without /v1. model: the name under which it serves the model. version: of vLLM.
+    setting: what named the address, for errors.
+    """
 
     url: str
     model: str
     version: str
+    setting: str = "--server"
 
     def complete(self, prompt: list[int], **parameters: Any) -> dict[str, Any]:
         """The one choice of a completion of token ids. Raises UserError for any other answer."""
         body = {"model": self.model, "prompt": prompt, **parameters}
-        answer = _ask(self.url, "/v1/completions", body)
+        answer = _ask(self.url, "/v1/completions", body, setting=self.setting)
         try:
             (choice,) = answer["choices"]
             return {"num_tokens": answer["usage"]["completion_tokens"], **choice}
         except (KeyError, TypeError, ValueError):
-            raise _not_understood(self.url, "/v1/completions") from None
+            raise _not_understood(self.url, "/v1/completions", self.setting) from None
+
+    def sample(self, prompt: list[int], **parameters: Any) -> dict[str, Any]:
+        """As complete(), with token ids where its version gives them; what it would else take from
+        the model's generation config is off. parameters: of sampling_parameters().
+        """
+        off = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        return self.complete(prompt, **parameters, **off, return_token_ids=True)
 
 
-def server_version(url: str) -> str:
+def sampling_parameters(sampling: Sampling, seed: int, end_ids: Sequence[int]) -> dict[str, Any]:
+    """What vLLM and its server call alike; both add the end tokens of the generation config."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_new_tokens,
+        "seed": seed,
+        "stop_token_ids": list(end_ids),
+        "skip_special_tokens": False,
+    }
+
+
+def server_version(url: str, setting: str = "--server") -> str:
     """Raises UserError for a server that is away, or that is not vLLM's."""
-    version = _ask(url, "/version")
+    version = _ask(url, "/version", setting=setting)
     if not isinstance(version, dict) or not isinstance(version.get("version"), str):
-        raise _not_understood(url, "/version")
+        raise _not_understood(url, "/version", setting)
     return str(version["version"])
 
 
-def connect(url: str, field: str, section: ModelSection) -> Server:
+def connect(url: str, field: str, section: ModelSection, setting: str = "--server") -> Server:
     """The server, once it says that it serves this model, by its name or its folder.
 
-    Raises UserError that names what it serves instead.
+    field: of the model. setting: of the address. Raises UserError that names what it serves
+    instead.
     """
-    models = _ask(url, "/v1/models")
+    models = _ask(url, "/v1/models", setting=setting)
     try:
         served = {card["id"]: card.get("root") or card["id"] for card in models["data"]}
     except (KeyError, TypeError, AttributeError):
-        raise _not_understood(url, "/v1/models") from None
+        raise _not_understood(url, "/v1/models", setting) from None
     wanted = {section.model, _folder(section.model)}
     for name, root in served.items():
         if wanted & {name, root, _folder(root)}:
-            return Server(_base(url), name, server_version(url))
+            return Server(_base(url), name, server_version(url, setting), setting)
     raise UserError(
-        f"--server {url} serves {', '.join(served) or 'nothing'}, and not {field} = "
+        f"{setting} {url} serves {', '.join(served) or 'nothing'}, and not {field} = "
         f"{section.model!r}: start it with that model, or, where the folder has another name "
         f"there, with --served-model-name {section.model}"
     )
@@ -83,11 +107,11 @@ def in_parallel(function: Callable[[T], R], values: Iterable[T]) -> list[R]:
         return list(pool.map(function, values))
 
 
-def _ask(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+def _ask(url: str, path: str, body: dict[str, Any] | None = None, *, setting: str) -> Any:
     """The JSON that the server answers; with a body by POST. Raises UserError."""
     parts = urlsplit(_base(url))
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--server {url}: no address: write http://HOST:PORT")
+        raise UserError(f"{setting} {url}: no address: write http://HOST:PORT")
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
@@ -102,22 +126,22 @@ def _ask(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         status, received = answer.status, answer.read()
         connection.close()
     except (OSError, HTTPException, ValueError) as error:  # ValueError: a port that is no number
-        raise UserError(f"--server {url}: no answer to {path} ({error!r}): {BEGIN}") from None
+        raise UserError(f"{setting} {url}: no answer to {path} ({error!r}): {BEGIN}") from None
     if status != 200:
         said = received.decode(errors="replace")[:500]
         raise UserError(
-            f"--server {url}: {path} is refused with status {status}: {said}: start the server "
+            f"{setting} {url}: {path} is refused with status {status}: {said}: start the server "
             "with what it lacks, or ask for less"
         )
     try:
         return json.loads(received)
     except ValueError:
-        raise _not_understood(url, path) from None
+        raise _not_understood(url, path, setting) from None
 
 
-def _not_understood(url: str, path: str) -> UserError:
+def _not_understood(url: str, path: str, setting: str) -> UserError:
     return UserError(
-        f"--server {url}: what it answers to {path} is not vLLM's: name a server of vLLM"
+        f"{setting} {url}: what it answers to {path} is not vLLM's: name a server of vLLM"
     )
 
 

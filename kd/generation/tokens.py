@@ -3,8 +3,9 @@
 Shapes: B sequences, L tokens, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from kd.data.truncate import IntArray
+from kd.generation.sampling import Sampling, generation_config, padded_prompts
+
 
 class SeededDraws(LogitsProcessor):
     """Makes the largest score of each sequence a draw from softmax(logits / temperature), limited
@@ -23,12 +27,10 @@ class SeededDraws(LogitsProcessor):
     1411.0030). Sampling from all of them at once would give other draws in another batch.
     """
 
-    def __init__(
-        self, seeds: Sequence[int], temperature: float, top_p: float, device: torch.device
-    ) -> None:
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self._temperature = temperature
-        self._nucleus = TopPLogitsWarper(top_p) if top_p < 1.0 else None
+        self._temperature = sampling.temperature
+        self._nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1.0 else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (B, L), scores (B, V): float32 (B, V)."""
@@ -41,44 +43,82 @@ class SeededDraws(LogitsProcessor):
         return scores_BV - draws_BV.log()
 
 
+class Writer(Protocol):
+    """A student or a teacher: what writes on every rank."""
+
+    model: PreTrainedModel
+
+    def generating(
+        self, *, whole: bool
+    ) -> contextlib.AbstractContextManager[tuple[PreTrainedModel, bool]]:
+        """The model, ready to generate, and whether ranks must do so in step. Collective."""
+
+
+def generate_share(
+    writer: Writer,
+    batches: Sequence[IntArray],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    *,
+    end_ids: Sequence[int],
+    pad_id: int,
+    whole: bool,
+) -> dict[int, list[int]]:
+    """{number: response} of this rank's batches, which hold numbers of prompts, as many batches as
+    other ranks have. whole: a partitioned model is gathered for as long as it writes.
+
+    Collective: every rank must call this.
+    """
+    share: dict[int, list[int]] = {}
+    with writer.generating(whole=whole) as (model, in_step):
+        for batch in batches:
+            if not len(batch) and not in_step:
+                continue
+            numbers = [int(i) for i in batch]
+            found = generate_tokens(
+                model,
+                # A rank without a prompt of its own takes part in every gather
+                [prompts[i] for i in numbers] or [prompts[0]],
+                [seeds[i] for i in numbers] or [0],
+                sampling,
+                end_ids=end_ids,
+                pad_id=pad_id,
+                in_step=in_step,
+            )
+            share |= dict(zip(numbers, found, strict=False))
+    return share
+
+
 def generate_tokens(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
     end_ids: Sequence[int],
     pad_id: int,
     in_step: bool = False,
 ) -> list[list[int]]:
     """The response to each prompt, its end token, if it came to one, included.
 
-    temperature 0 is greedy. in_step: ranks go on until the last one has ended, as layers that are
-    gathered for each token need it. Nothing is drawn from torch's own generator.
+    sampling: its seed is not used. in_step: ranks go on until the last one has ended, as layers
+    that are gathered for each token need it. Nothing is drawn from torch's own generator.
     """
-    longest = max(map(len, prompts))
-    padded = [[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
-    masks = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    inputs = padded_prompts(prompts, pad_id, model.device)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
         eos_token_id=list(end_ids),
         pad_token_id=pad_id,
     )
-    draws = [SeededDraws(seeds, temperature, top_p, model.device)] if temperature else []
-    shipped, model.generation_config = model.generation_config, config
-    try:
+    draws = [SeededDraws(seeds, sampling, model.device)] if sampling.temperature else []
+    with generation_config(model, config):
         output: Any = model.generate(  # type: ignore[operator]
-            input_ids=torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(masks, device=model.device),
-            logits_processor=LogitsProcessorList(draws),
-            synced_gpus=in_step,
+            **inputs, logits_processor=LogitsProcessorList(draws), synced_gpus=in_step
         )
-    finally:
-        model.generation_config = shipped
-    return [_until_end(ids, set(end_ids)) for ids in output[:, longest:].tolist()]
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [_until_end(ids, set(end_ids)) for ids in new.tolist()]
 
 
 def _until_end(token_ids: list[int], end_ids: set[int]) -> list[int]:

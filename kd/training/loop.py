@@ -246,7 +246,7 @@ class TrainingRun:
         """Of a step, by formula; None where no plan could be made."""
         if self.report is None:
             return dict.fromkeys(("flops", "flops_spared", "flops_of_sampling"))
-        sampled = (figures.prompt_R, figures.response_R) if figures else None
+        sampled = figures.lengths if figures else None
         return {
             "flops": self.report.flops(step, sampled),
             "flops_spared": self.report.flops_spared(step),

@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerFast
 
 from kd.data.step_plan import BatchShape, deal
 from kd.distributed.layout import Layout
-from kd.distributed.process_group import gather_objects, on_rank_zero
+from kd.distributed.process_group import gather_numbered, on_rank_zero
 from kd.evaluate.problems import load_problems, render_prompts
 from kd.evaluate.score import Summary, score
-from kd.generation.sampling import as_response, end_token_ids
-from kd.generation.tokens import generate_tokens
+from kd.generation.sampling import as_response, end_token_ids, sampling_of
+from kd.generation.tokens import generate_share
 from kd.models.student import Student
 from kd.recipe import Recipe
 
@@ -48,33 +48,20 @@ class Selection:
         """One response to each problem, greedy or sampled as [evaluation] says, the same draws
         every time. Collective: every rank must call this.
         """
-        evaluation = self._recipe.evaluation
-        mine: dict[int, list[int]] = {}
-        with self._student.generating(whole=self._whole) as (model, in_step):
-            end_ids = end_token_ids(model, self._tokenizer)
-            for batch in self._batches:
-                if not len(batch) and not in_step:
-                    continue
-                numbers = [int(i) for i in batch]
-                found = generate_tokens(
-                    model,
-                    # A rank without a problem of its own takes part in every gather
-                    [self._prompts[i] for i in numbers] or [self._prompts[0]],
-                    numbers or [0],
-                    max_new_tokens=evaluation.max_new_tokens,
-                    temperature=evaluation.temperature,
-                    top_p=evaluation.top_p,
-                    end_ids=end_ids,
-                    pad_id=self._tokenizer.pad_token_id,
-                    in_step=in_step,
-                )
-                mine |= dict(zip(numbers, found, strict=False))
-        everyones: dict[int, list[int]] = {}
-        for part in gather_objects(mine):
-            everyones |= part
+        end_ids = end_token_ids(self._student.model, self._tokenizer)
+        share = generate_share(
+            self._student,
+            self._batches,
+            self._prompts,
+            range(len(self._prompts)),
+            sampling_of(self._recipe.evaluation, seed=0),
+            end_ids=end_ids,
+            pad_id=self._tokenizer.pad_token_id,
+            whole=self._whole,
+        )
         responses = [
-            as_response(self._tokenizer, everyones[i], set(end_ids))
-            for i in range(len(self._prompts))
+            as_response(self._tokenizer, token_ids, set(end_ids))
+            for token_ids in gather_numbered(share)
         ]
-        think_close = self._recipe.data.think_close
+        evaluation, think_close = self._recipe.evaluation, self._recipe.data.think_close
         return on_rank_zero(lambda: score(responses, self._answers, evaluation, think_close)[1])

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tiny import ROOT
 
 import kd.engine.checkpoint
-import kd.rollouts.rollouts
+import kd.generation.tokens
 import kd.training.loop
 import kd.training.step
 from kd.models.student import BatchLoss, HeadLoss, Student
@@ -47,7 +47,7 @@ BEFORE = {
     "killed in checkpoint": (kd.engine.checkpoint, "save", end_at_once),
     "exception": (Student, "loss", run_out_of_memory),
     "hang": (Student, "loss", hang),
-    "killed in rollout": (kd.rollouts.rollouts, "generate_tokens", end_at_once),
+    "killed in rollout": (kd.generation.tokens, "generate_tokens", end_at_once),
 }
 AFTER = {"nan": (Student, "loss", make_nan)}
 

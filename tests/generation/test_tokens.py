@@ -6,10 +6,12 @@ import torch
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kd.generation.sampling import Sampling
 from kd.generation.tokens import SeededDraws, generate_tokens
 
 DEVICE = torch.device("cpu")
-OPTIONS = {"max_new_tokens": 12, "temperature": 1.3, "top_p": 0.95, "end_ids": [5], "pad_id": 0}
+SAMPLING = Sampling(max_new_tokens=12, temperature=1.3, top_p=0.95)
+OPTIONS = {"sampling": SAMPLING, "end_ids": [5], "pad_id": 0}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,8 @@ def draws_of(logits_V: torch.Tensor, num: int, **options: float) -> np.ndarray:
     """How often each token is drawn, in 100 sequences at a time."""
     counts = np.zeros(len(logits_V))
     for start in range(0, num, 100):
-        processor = SeededDraws(range(start, start + 100), device=DEVICE, **options)
+        seeds, sampling = range(start, start + 100), Sampling(max_new_tokens=1, **options)
+        processor = SeededDraws(seeds, sampling, DEVICE)
         scores = processor(torch.zeros(100, 1, dtype=torch.long), logits_V.expand(100, -1))
         counts += np.bincount(scores.argmax(-1), minlength=len(logits_V))
     return counts

@@ -15,6 +15,7 @@ from kd.data.dataset import load_data
 from kd.data.loader import Loader
 from kd.data.tokenizers import load_tokenizers
 from kd.errors import UserError
+from kd.generation.sampling import Sampling
 from kd.generation.tokens import generate_tokens
 from kd.plan import memory_plan
 from kd.plan.flops import forward_flops, sampling_flops
@@ -34,9 +35,7 @@ def test_sampling_takes_at_most_what_is_planned_and_not_much_less():
             model,
             [list(range(1, prompt + 1))],
             [0],
-            max_new_tokens=new,
-            temperature=1.0,
-            top_p=1.0,
+            Sampling(max_new_tokens=new, temperature=1.0),
             end_ids=[159],
             pad_id=0,
         )

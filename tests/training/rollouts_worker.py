@@ -27,6 +27,7 @@ from kd.data.tokenizers import load_tokenizers
 from kd.distributed.layout import Layout
 from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import student_ds_config
+from kd.generation.sampling import Sampling
 from kd.generation.tokens import generate_tokens
 from kd.plan.lengths import batch_shape
 from kd.recipe import Recipe, load_recipe
@@ -139,7 +140,8 @@ def _reference(
     set_trained(student, recipe.student, recipe.run.seed, std=0.2)
     writer: PreTrainedModel = student if recipe.rollout.source == "student" else teacher
     examples, pad = loader.examples, loader.pad_token_id
-    responses, sampled = [], []
+    section, responses, sampled = recipe.rollout, [], []
+    sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p)
     for number, i in enumerate(loader.rollouts(STEP)):
         prompt = examples.prompt_ids(int(i))
         seed = random.Random(f"{recipe.run.seed}/{STEP}/{number}").getrandbits(63)
@@ -149,9 +151,7 @@ def _reference(
                 writer.eval(),
                 [prompt.tolist()],
                 [seed],
-                max_new_tokens=recipe.rollout.max_new_tokens,
-                temperature=recipe.rollout.temperature,
-                top_p=recipe.rollout.top_p,
+                sampling,
                 end_ids=end_ids,
                 pad_id=pad,
             )
