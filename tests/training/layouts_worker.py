@@ -26,6 +26,7 @@ from kd.distributed.layout import Layout
 from kd.distributed.process_group import init_distributed
 from kd.engine.ds_config import student_ds_config
 from kd.models import trained
+from kd.models.student import Student
 from kd.plan.lengths import batch_shape
 from kd.recipe import Recipe, StudentSection, load_recipe
 from kd.training import build
@@ -85,11 +86,8 @@ def main() -> None:
     dist.barrier()
 
 
-def _cuts(recipe: Recipe, examples: Examples, pad: int, layout: Layout) -> dict[str, Any]:
-    teacher = build_live_teacher(recipe, layout)
-    assert teacher is not None
-    ds_config = student_ds_config(recipe, layout.world_size, "cpu")
-    student = build_student(recipe, ds_config, layout)
+def capture_gradients(student: Student) -> dict[str, torch.Tensor]:
+    """Filled at each boundary of an optimizer step, by name."""
     captured: dict[str, torch.Tensor] = {}
     step = student.engine.step
 
@@ -101,6 +99,15 @@ def _cuts(recipe: Recipe, examples: Examples, pad: int, layout: Layout) -> dict[
         step()
 
     student.engine.step = capture_and_step
+    return captured
+
+
+def _cuts(recipe: Recipe, examples: Examples, pad: int, layout: Layout) -> dict[str, Any]:
+    teacher = build_live_teacher(recipe, layout)
+    assert teacher is not None
+    ds_config = student_ds_config(recipe, layout.world_size, "cpu")
+    student = build_student(recipe, ds_config, layout)
+    captured = capture_gradients(student)
     results, reference = {}, None
     for name, training in CUTS.items():
         cut = recipe.with_values({f"training.{key}": value for key, value in training.items()})
@@ -116,7 +123,7 @@ def _cuts(recipe: Recipe, examples: Examples, pad: int, layout: Layout) -> dict[
             case = f"{recipe.teacher.shard} {Path(recipe.deepspeed.student).stem} {name}"
             results[case] = {
                 "loss": [result.loss, reference[0]],
-                "gradient": _error(captured, reference[1]),
+                "gradient": relative_error(captured, reference[1]),
                 "micro_batches": len(batches),
             }
     return results
@@ -139,7 +146,7 @@ def _reference(
     return float(loss), gradients
 
 
-def _error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def relative_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The worst of all parameters, relative to the reference's norm."""
     assert actual.keys() == expected.keys()
     return max(float((actual[n] - g).norm() / g.norm()) for n, g in expected.items())

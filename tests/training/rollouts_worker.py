@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad
 from full_logits import full_loss
-from layouts_worker import _error, set_trained
+from layouts_worker import capture_gradients, relative_error, set_trained
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from kd.data.collate import collate
@@ -100,17 +99,7 @@ def _one_case(
     loader = Loader(examples, shape, recipe.run.seed, tokenizer.pad_token_id)
     whole = gathers_whole(recipe, layout)
     rollouts = build_rollouts(recipe, loader, student, teacher, tokenizer, layout, whole=whole)
-    captured: dict[str, torch.Tensor] = {}
-    step = student.engine.step
-
-    def capture_and_step() -> None:
-        if student.engine.is_gradient_accumulation_boundary():
-            for name, parameter in student.model.named_parameters():
-                if parameter.requires_grad:
-                    captured[name] = safe_get_full_grad(parameter).clone()
-        step()
-
-    student.engine.step = capture_and_step
+    captured = capture_gradients(student)
     before = torch.get_rng_state()
     sampled, figures = rollouts.of_step(STEP)
     assert torch.equal(torch.get_rng_state(), before), "dropout would see what was sampled"
@@ -121,7 +110,7 @@ def _one_case(
     expected, loss, gradients = _reference(recipe, loader, tokenizer)
     return {
         "loss": [result.loss, loss],
-        "gradient": _error(captured, gradients),
+        "gradient": relative_error(captured, gradients),
         "responses": [[r.token_ids for _, r in rollouts.samples], expected],
         "num_rollouts": recipe.num_rollouts,
         "tokens_of_rollouts": result.diagnostics["by_source"][-1],

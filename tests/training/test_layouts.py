@@ -2,12 +2,11 @@
 many ranks, and wherever teacher and student live.
 """
 
-import json
 from typing import Any
 
 import pytest
 from layouts_worker import CUTS, STUDENTS, TEACHERS, TRAINED
-from tiny import write_tiny_recipe
+from stages import results_of
 
 pytestmark = pytest.mark.dist
 
@@ -18,14 +17,7 @@ def results(
     request: pytest.FixtureRequest, launch: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("layouts")
-    recipe, output = write_tiny_recipe(folder, num_rows=40), folder / "results.json"
-    for stage in (1, 2):
-        zero = {"stage": stage, "contiguous_gradients": True, "reduce_bucket_size": 5000000}
-        (folder / f"zero{stage}_fp32.json").write_text(json.dumps({"zero_optimization": zero}))
-    arguments = [str(recipe), str(folder), str(output)]
-    done = launch("tests/training/layouts_worker.py", *arguments, num_ranks=request.param)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(output.read_text())
+    return results_of("layouts_worker.py", launch, folder, num_rows=40, num_ranks=request.param)
 
 
 @pytest.mark.parametrize("cut", CUTS)

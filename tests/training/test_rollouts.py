@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from rollouts_worker import CASES
-from tiny import write_tiny_recipe
+from stages import results_of
 
 pytestmark = pytest.mark.dist
 
@@ -18,14 +18,7 @@ def results(
     request: pytest.FixtureRequest, launch: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("rollouts")
-    recipe, output = write_tiny_recipe(folder, num_rows=60), folder / "results.json"
-    for stage in (1, 2):
-        zero = {"stage": stage, "contiguous_gradients": True, "reduce_bucket_size": 5000000}
-        (folder / f"zero{stage}_fp32.json").write_text(json.dumps({"zero_optimization": zero}))
-    arguments = [str(recipe), str(folder), str(output)]
-    done = launch("tests/training/rollouts_worker.py", *arguments, num_ranks=request.param)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(output.read_text())
+    return results_of("rollouts_worker.py", launch, folder, num_rows=60, num_ranks=request.param)
 
 
 @pytest.mark.parametrize("case", CASES)
