@@ -246,12 +246,7 @@ class TrainingRun:
         """Of a step, by formula; None where no plan could be made."""
         if self.report is None:
             return dict.fromkeys(("flops", "flops_spared", "flops_of_sampling"))
-        sampled = figures.lengths if figures else None
-        return {
-            "flops": self.report.flops(step, sampled),
-            "flops_spared": self.report.flops_spared(step),
-            "flops_of_sampling": self.report.flops_of_sampling(sampled) if sampled else None,
-        }
+        return self.report.flops(step, figures.lengths if figures else None)
 
     def validate(self) -> Validation | None:
         """None without a validation set, and when the run was interrupted meanwhile."""

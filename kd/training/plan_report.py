@@ -89,25 +89,26 @@ class PlanReport:
         self._path = plan.memory.recipe.run_dir / "plan.json"
         self._records: list[dict[str, Any]] = []
 
-    def flops(self, step: int, sampled: Sampled | None) -> float:
-        """Of the optimizer step that begins after `step` others, over all ranks: teacher, student
-        and loss. sampled: tokens of the prompts and responses of its rollouts.
+    def flops(self, step: int, sampled: Sampled | None) -> dict[str, float | None]:
+        """Of the optimizer step that begins after `step` others, over all ranks, as metrics.jsonl
+        has them: of teacher, student and loss; what the teacher would have added to them, None
+        without a cache in its place; and of what wrote the rollouts, None without any.
+
+        sampled: tokens of the prompts and responses of the step's rollouts.
         """
-        return self._step_flops(self._pair, step, sampled)
-
-    def flops_of_sampling(self, sampled: Sampled) -> float:
-        """What wrote these responses."""
-        return sampling_flops(sampler_shapes(self._plan.memory.recipe), *sampled)
-
-    def flops_spared(self, step: int) -> float | None:
-        """What the teacher would have added to them; None without a cache in its place."""
-        if self._live is None:
-            return None
-        return self._step_flops(self._live, step) - self._step_flops(self._pair, step)
-
-    def _step_flops(self, pair: PairShapes, step: int, sampled: Sampled | None = None) -> float:
         lengths = step_lengths(self._loader, step, self._plan.world_size, sampled)
-        return pair.step_flops(lengths.padded_N, lengths.supervised_N, 1).model
+
+        def flops_of(pair: PairShapes) -> float:
+            return pair.step_flops(lengths.padded_N, lengths.supervised_N, 1).model
+
+        flops, sampling = flops_of(self._pair), None
+        if sampled is not None:
+            sampling = sampling_flops(sampler_shapes(self._plan.memory.recipe), *sampled)
+        return {
+            "flops": flops,
+            "flops_spared": flops_of(self._live) - flops if self._live else None,
+            "flops_of_sampling": sampling,
+        }
 
     def add(self, record: dict[str, Any]) -> None:
         """record: of the metrics of one step, with its "flops"."""
