@@ -22,7 +22,7 @@ from kd.cli import recipe_parser, run
 from kd.files import read_json, write_json, write_text
 from kd.recipe import ROOT
 from kd.runs.environment import environment
-from kd.runs.records import FilledRecord, read_metrics, read_record
+from kd.runs.records import FILLED, FilledRecord, read_metrics, read_record
 from kd.study.cells import Cell, make_study, parse_axes
 from kd.study.runner import Runner
 
@@ -50,7 +50,7 @@ def main() -> None:
     cells = [one_cell(turns) for _ in studies["cache"].cells]
     for turn in turns.values():  # the references' scores
         next(turn, None)
-    filled = read_record(studies["cache"].cache / "filled.json", FilledRecord, "fill it again")
+    filled = read_record(studies["cache"].cache / FILLED, FilledRecord, "fill it again")
     facts = {
         "command": f"python benchmarks/study_cost.py {shlex.join(sys.argv[1:])}".strip(),
         "environment": environment(),

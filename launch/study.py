@@ -13,7 +13,7 @@ from pathlib import Path
 from kd.cli import CacheRequest, axis_arguments, recipe_parser, run
 from kd.errors import UserError
 from kd.logs import configure_logging
-from kd.study.cells import make_study, parse_axes
+from kd.study.cells import axes_of, make_study
 
 
 def main() -> None:
@@ -55,14 +55,7 @@ def main() -> None:
             f"--restarts {arguments.restarts}: write a whole number of restarts, with --hostfile"
         )
     configure_logging(rank=0)
-    axes = parse_axes(
-        arguments.keep,
-        arguments.sections,
-        arguments.windows,
-        arguments.seeds,
-        arguments.cross,
-        arguments.rollout_tokens,
-    )
+    axes = axes_of(arguments)
     cache = None
     if arguments.cache:
         if arguments.hostfile:

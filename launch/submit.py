@@ -28,7 +28,7 @@ from kd.cluster.submit import (
 )
 from kd.errors import UserError
 from kd.recipe import Recipe, load_recipe
-from kd.study.cells import Axes, Study, make_study, parse_axes, write_study
+from kd.study.cells import Axes, Study, axes_of, make_study, write_study
 
 CPUS_PER_GPU = 4
 
@@ -121,14 +121,7 @@ def cache_of(arguments: argparse.Namespace) -> CacheRequest | None:
 
 def study_of(arguments: argparse.Namespace, cache: CacheRequest | None) -> Study | None:
     """The study whose cells are to be the tasks of an array; None when no axis was given."""
-    axes = parse_axes(
-        arguments.keep,
-        arguments.sections,
-        arguments.windows,
-        arguments.seeds,
-        arguments.cross,
-        arguments.rollout_tokens,
-    )
+    axes = axes_of(arguments)
     if axes == Axes():
         if cache is not None and arguments.fill_cache is None:
             raise UserError(

@@ -35,11 +35,10 @@ from kd.cache.cache_records import REMEDY, CacheManifest, ShardRecord
 from kd.cache.kinds import Fields, Kind, kind_of
 from kd.errors import UserError
 from kd.files import write_json
-from kd.runs.records import FilledRecord, read_record
+from kd.runs.records import FILLED, FilledRecord, read_record
 
 BLOCK = 128  # tokens that share a checksum
 SHARD_BYTES = 2**28
-FILLED = "filled.json"
 REFILL = "launch/cache.py with the recipe that filled it fills this shard again"
 OF_ROWS = ("keys", "starts", "checksums", "first_blocks")
 

@@ -23,7 +23,7 @@ from kd.report.evaluations import (
 from kd.report.fields import REMEDY
 from kd.report.read_runs import NOT_RECORDED, Run, read_runs
 from kd.report.render import escape_markdown
-from kd.report.report_tables import COSTS
+from kd.report.report_tables import COSTS, told_costs
 from kd.runs.records import (
     DataRecord,
     EnvironmentRecord,
@@ -164,7 +164,8 @@ def _scores(finished: FinishedRun, which: str) -> Iterator[tuple[str, Evaluation
 
 
 def _costs(run: Run) -> Iterator[tuple[str, str]]:
-    for name, (label, spec) in COSTS.items():
+    for name in told_costs([run.costs]):
+        label, spec = COSTS[name]
         value = getattr(run.costs, name)
         yield label, NOT_RECORDED if value is None else format(value, spec)
 

@@ -7,13 +7,13 @@ versions can be reported on.
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd.errors import UserError
-from kd.recipe import LoraSection, default_of, facts_of
+from kd.recipe import LoraSection, RolloutSection, facts_of
 from kd.report.evaluations import (
     Evaluation,
     evaluation_files,
@@ -25,6 +25,7 @@ from kd.report.fields import REMEDY, flatten
 from kd.runs.records import (
     DataRecord,
     EnvironmentRecord,
+    Record,
     RecordedEngines,
     RecordedRecipe,
     StepRecord,
@@ -276,29 +277,28 @@ def _variant(recipe: RecordedRecipe) -> Variant:
 
 
 def _lora(recipe: RecordedRecipe) -> str | None:
-    """All of [student.lora], what is usual left out."""
+    """All of [student.lora]."""
     lora = recipe.student.lora
     if lora is None:
         return None
-    usual = LoraSection().model_dump(mode="json")
-    words = [f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"]
-    more = {k: v for k, v in lora.as_read().items() if k not in ("rank", "alpha")}
-    return ", ".join([*words, *(f"{k} {v}" for k, v in more.items() if v != usual.get(k))])
+    usual = LoraSection().model_dump(mode="json") | {"rank": lora.rank, "alpha": lora.alpha}
+    return ", ".join([f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}", *_unusual(lora, usual)])
 
 
 def _rollouts(recipe: RecordedRecipe) -> str | None:
-    """All of [rollout] that says what is learned, what is usual left out."""
+    """All of [rollout] that says what is learned."""
     rollout = recipe.rollout
     if rollout is None:
         return None
     words = f"{rollout.fraction:g} sampled by {rollout.source}, {rollout.max_new_tokens} tokens"
-    told = {"fraction", "source", "max_new_tokens", "gather"}
-    more = [
-        f"{key} {value}"
-        for key, value in rollout.as_read().items()
-        if key not in told and value not in (default_of(f"rollout.{key}"), None)
-    ]
-    return ", ".join([words, *more])
+    told = ("fraction", "source", "max_new_tokens", "gather")
+    usual = RolloutSection().model_dump(mode="json")
+    usual |= {key: value for key, value in rollout.as_read().items() if key in told}
+    return ", ".join([words, *_unusual(rollout, usual)])
+
+
+def _unusual(table: Record, usual: Mapping[str, Any]) -> list[str]:
+    return [f"{key} {value}" for key, value in table.as_read().items() if value != usual.get(key)]
 
 
 def _costs(records: list[StepRecord]) -> Costs:

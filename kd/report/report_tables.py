@@ -2,14 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kd.report.blocks import Entry, Link, Table, by_name, metrics_of, scores_of
 from kd.report.compare import Family, Score, SeedGroup
 from kd.report.fields import REMEDY
-from kd.report.read_runs import NOT_RECORDED, Damaged, Run, StudyCell, Variant
-from kd.runs.records import FilledRecord, read_record
+from kd.report.read_runs import NOT_RECORDED, Costs, Damaged, Run, StudyCell, Variant
+from kd.runs.records import FILLED, FilledRecord, read_record
 
 ABSENT = Entry("-")
 AXES = ["loss sections", "window", "keep_fraction"]
@@ -25,7 +25,6 @@ COSTS = {
 ENVIRONMENT = ("commit", "gpus", "cpu", "num_cpus", "python", "cuda")
 NONE = {"[]": "none", "null": "none"}
 PACKAGES = "environment.packages."
-FILLED = "filled.json"  # of a cache
 
 
 def knees(family: Family) -> Table | None:
@@ -80,9 +79,15 @@ def scores(family: Family, task: str) -> Table:
 
 
 def costs(family: Family) -> Table:
-    names = [n for n in COSTS if any(getattr(cell.costs, n) is not None for cell in family.cells)]
+    names = told_costs([cell.costs for cell in family.cells])
     rows = [[*_axes(cell), *[_cost(family, cell, name) for name in names]] for cell in family.cells]
     return Table([*AXES, *[COSTS[name][0] for name in names]], rows)
+
+
+def told_costs(costs: Iterable[Costs]) -> list[str]:
+    """The fields that are told: sampling only where something was sampled."""
+    has_sampled = any(cost.flops_of_sampling is not None for cost in costs)
+    return [name for name in COSTS if has_sampled or name != "flops_of_sampling"]
 
 
 def caches(family: Family) -> Table | None:

@@ -106,8 +106,11 @@ class DataRecord(Record):
     report: str
 
 
+FILLED = "filled.json"
+
+
 class FilledRecord(Record):
-    """filled.json of a teacher's cache: while it is there, the cache held all rows of the recipe
+    """FILLED of a teacher's cache: while it is there, the cache held all rows of the recipe
     that filled it last.
 
     rank_seconds: summed over ranks. flops: one pass over every row that is there; None where the

@@ -4,6 +4,7 @@ An axis is a field of the recipe. One is varied at a time around the recipe's ow
 crossed.
 """
 
+import argparse
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from kd.cli import CacheRequest
 from kd.errors import UserError
 from kd.files import write_json
 from kd.recipe import Recipe, SectionName, TruncationSection, load_recipe
-from kd.runs.records import StudyRecord, read_record
+from kd.runs.records import FILLED, StudyRecord, read_record
 
 AXES = ("keep_fraction", "sections", "window", "rollout_tokens")
 MAX_SEEDS = 1000
@@ -83,8 +84,6 @@ class Study:
     @property
     def awaits_cache(self) -> bool:
         """Whether it is still to be filled, before the cells."""
-        from kd.cache.store import FILLED  # imports torch
-
         return self.cache_request is not None and not (self.cache / FILLED).exists()
 
 
@@ -114,6 +113,18 @@ def parse_axes(
         tuple(_num_tokens(text) for text in _split("--rollout-tokens", rollout_tokens)),
         num_seeds,
         cross,
+    )
+
+
+def axes_of(arguments: argparse.Namespace) -> Axes:
+    """Of kd.cli.axis_arguments. Raises UserError."""
+    return parse_axes(
+        arguments.keep,
+        arguments.sections,
+        arguments.windows,
+        arguments.seeds,
+        arguments.cross,
+        arguments.rollout_tokens,
     )
 
 

@@ -20,7 +20,6 @@ from types import FrameType
 
 import psutil
 
-from kd.cache.store import FILLED
 from kd.cluster.local import local_launch
 from kd.data.dataset import load_data
 from kd.data.tokenizers import load_tokenizers
@@ -32,6 +31,7 @@ from kd.recipe import ROOT
 from kd.runs.check import check_recipe
 from kd.runs.folder import INTERRUPTED, SUCCESS, check_same_run
 from kd.runs.lock import hold, is_free
+from kd.runs.records import FILLED
 from kd.study.cells import Cell, Outcome, Point, Study, recipe_file, write_study
 from kd.training.fill_cache import check_request
 

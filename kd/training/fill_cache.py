@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from kd.cache.cache_records import REMEDY, CacheManifest
 from kd.cache.kinds import Heads, Kind, VectorKind, head_sha256, kind_of, parameters_of
 from kd.cache.store import (
-    FILLED,
     SHARD_BYTES,
     Cache,
     ShardWriter,
@@ -45,6 +44,7 @@ from kd.logs import configure_logging
 from kd.plan.cache_cost import filling_flops
 from kd.recipe import Recipe
 from kd.runs.lock import hold
+from kd.runs.records import FILLED
 from kd.runs.shared_folder import check_shared
 from kd.teachers.live import LiveTeacher
 from kd.teachers.prefixes import check_prefixes

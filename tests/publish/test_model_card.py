@@ -46,6 +46,7 @@ def test_a_card_of_a_run_of_the_study_has_its_numbers_and_its_recipe():
         f"{sum(step['num_supervised_tokens'] for step in steps):,}"
     ]
     assert found["training time, s"] == [f"{sum(step['step_ms'] for step in steps) / 1000:,.1f}"]
+    assert "FLOPs of sampling" not in found, "nothing was sampled"
     assert found["0.5"][:3] == ["head", "no limit", "prompt+cot+answer"]
     environment = json.loads((STUDIED / "environment.json").read_text())
     assert f"at commit `{environment['commit']}`" in card
