@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kd.cli import recipe_parser, run
+from kd.cli import CacheRequest, recipe_parser, run
 from kd.files import read_json, write_json, write_text
 from kd.recipe import ROOT
 from kd.runs.environment import environment
@@ -26,7 +26,7 @@ from kd.runs.records import FILLED, FilledRecord, read_metrics, read_record
 from kd.study.cells import Cell, make_study, parse_axes
 from kd.study.runner import Runner
 
-CACHE = ("--kind", "hidden", "--dtype", "fp32")
+CACHE = CacheRequest("hidden", "fp32")
 HEADER = """\
 | study | FLOPs | of them the teacher | s | accuracy of each cell |
 |---|---|---|---|---|
