@@ -4,7 +4,8 @@ OF SBATCH]
 Checks recipe and run, freezes code, resolved recipe and script in the run's folder, and submits. A
 job that nears its time limit saves a checkpoint, is requeued and goes on by itself. --fill-cache
 FOLDER runs launch/cache.py in the place of training; --cache, with an axis of a study, does so for
-STUDY/cache, and the cells train from it.
+STUDY/cache, and the cells train from it. --generate FILE runs launch/generate.py, a share on each
+rank.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from kd.cluster.submit import (
     left_to_do,
     prepare,
     prepare_filler,
+    prepare_generation,
     read_recipes,
     submit,
     why_pending,
@@ -37,6 +39,7 @@ def main() -> None:
     arguments = parse_args(sys.argv[1:])
     # DeepSpeed says on stdout that a login node has no GPU.
     with contextlib.redirect_stdout(sys.stderr):
+        check_generation(arguments)
         request = request_of(arguments)
         cache = cache_of(arguments)
         study = study_of(arguments, cache)
@@ -68,6 +71,11 @@ def make_submissions(
     """What is to be trained, after the job that fills its cache, and what is trained already and
     only to be evaluated; or, with --preflight, a look at what the first would have.
     """
+    if arguments.generate is not None:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        output, problems = arguments.generate, arguments.problems
+        options = tuple(arguments.generate_options)
+        return [prepare_generation(output, problems, recipe, request, options)]
     if cache is not None and study is None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         return [prepare_filler(arguments.fill_cache, recipe, request, cache, recipe.run.name)]
@@ -117,6 +125,40 @@ def cache_of(arguments: argparse.Namespace) -> CacheRequest | None:
                 "an axis of a study"
             )
     return None
+
+
+def check_generation(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what does not go with --generate, and for its words without it."""
+    if arguments.generate is None:
+        for flag, value in {
+            "--problems": arguments.problems,
+            "--generate-arg": arguments.generate_options,
+        }.items():
+            if value:
+                raise UserError(f"{flag} {value} is of launch/generate.py: add --generate FILE")
+        return
+    others = {
+        "--fill-cache": arguments.fill_cache,
+        "--cache": arguments.cache,
+        "--evaluate": arguments.evaluate,
+        "--array-over": arguments.array_over,
+        "--preflight": arguments.preflight,
+        "an axis of a study": axes_of(arguments) != Axes(),
+    }
+    for flag, value in others.items():
+        if value:
+            raise UserError(
+                f"--generate {arguments.generate} with {flag}: that job trains nothing: leave one "
+                "out"
+            )
+    if arguments.problems is None:
+        raise UserError(f"--generate {arguments.generate} needs --problems FILE")
+    for option in arguments.generate_options:
+        if not option.startswith("--"):
+            raise UserError(
+                f"--generate-arg {option}: write a flag of launch/generate.py, as in "
+                "--generate-arg=--num-samples=4"
+            )
 
 
 def study_of(arguments: argparse.Namespace, cache: CacheRequest | None) -> Study | None:
@@ -243,6 +285,26 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     caches.add_argument(
         "--num-tokens", type=int, metavar="K", help="of top_k (128) and sampled (12)"
     )
+    texts = parser.add_argument_group("responses of the teacher, by launch/generate.py")
+    texts.add_argument(
+        "--generate", type=Path, metavar="FILE", help="write this file in the place of the run"
+    )
+    texts.add_argument("--problems", type=Path, metavar="FILE", help="what the teacher answers")
+    texts.add_argument(
+        "--generate-arg",
+        dest="generate_options",
+        action="append",
+        default=[],
+        metavar="--FLAG=VALUE",
+        help="a flag of launch/generate.py, as in --generate-arg=--num-samples=4; may be repeated",
+    )
+    parser.add_argument(
+        "--evaluate-ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of each job of --evaluate, on one node, with a GPU each; default 1",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the scripts, submit nothing"
     )
@@ -286,6 +348,7 @@ def request_of(arguments: argparse.Namespace) -> JobRequest:
         more_options=tuple(arguments.sbatch_options),
         srun_options=srun_options_of(arguments),
         restarts=arguments.restarts,
+        evaluate_ranks=arguments.evaluate_ranks,
         cpus_per_task=cpus_of(arguments),
         setup=setup and setup.absolute(),
         container=container,
@@ -312,7 +375,7 @@ def how_to_follow(submission: Submission, ids: list[str], after: str | None) -> 
     job, folder = submission.job, submission.job.folder
     lines, runs = list(submission.plans), ", ".join(map(str, job.runs))
     kind = submission.kind
-    does = {"train": "trains", "evaluate": "evaluates", "cache": "fills"}
+    does = {"train": "trains", "evaluate": "evaluates", "cache": "fills", "generate": "writes for"}
     lines += [f"job {ids[0]} {does.get(kind, 'looks before')} {runs}"]
     lines += [f"  it waits for the success of job {after}, and is cancelled else"] if after else []
     lines += [f"job {ids[1]} evaluates after its success"] if len(ids) > 1 else []
