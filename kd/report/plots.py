@@ -90,6 +90,42 @@ def accuracy(family: Family, variants: Sequence[Variant], task: str) -> Figure:
     return _with_legend(figure)
 
 
+def kept(family: Family, variants: Sequence[Variant], task: str) -> Figure:
+    """Accuracy against cost, both relative to whole sequences: the report's answer, legible on a
+    telephone. Rings mark the knees.
+    """
+    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    cost = family.measured_cost(
+        cell for variant in variants for cell in family.curve(variant) if task in cell.scores
+    )
+    axes.axhline(1.0, color="0.45", linewidth=0.8)
+    for variant, look in _looks(variants):
+        points = [
+            (cell, x, y)
+            for cell in family.curve(variant)
+            if (x := family.relative_cost(cell, cost)) is not None
+            and (y := family.kept(cell, task)) is not None
+        ]
+        x, y = [at for _, at, _ in points], [share for _, _, share in points]
+        # Whole sequences are 1 by definition.
+        intervals = [
+            family.kept_interval(cell, task) or (share, share) for cell, _, share in points
+        ]
+        _line(axes, x, y, look, str(variant), intervals)
+        shorter = [cell for cell, _, _ in points if cell.keep_fraction < 1]
+        _name_lengths(axes, shorter, x, y)
+        knee = family.knee(variant, task)
+        if knee and knee.cell in shorter:
+            place = shorter.index(knee.cell)
+            _ring(axes, x[place], y[place], look)
+    axes.set_xlim(0, max(1.08, axes.get_xlim()[1]))
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    axes.set_xlabel(f"{COST_NAMES[cost]}, relative to whole sequences")
+    axes.set_ylabel("accuracy kept (95 % interval)")
+    return _with_legend(figure)
+
+
 def tradeoff(family: Family, variants: Sequence[Variant], task: str) -> Figure:
     """Accuracy against what training cost: FLOPs, or tokens read where FLOPs are not recorded.
     Rings mark the knees.
@@ -98,28 +134,19 @@ def tradeoff(family: Family, variants: Sequence[Variant], task: str) -> Figure:
     curves = [
         [cell for cell in family.curve(variant) if task in cell.scores] for variant in variants
     ]
-    has_flops = all(cell.costs.flops is not None for cells in curves for cell in cells)
-    cost = "flops" if has_flops else "num_input_tokens"
+    cost = family.measured_cost(cell for cells in curves for cell in cells)
+    has_flops = cost == "flops"
     for (variant, look), cells in zip(_looks(variants), curves, strict=True):
         x, y = (
             [getattr(cell.costs, cost) for cell in cells],
             [cell.scores[task].accuracy for cell in cells],
         )
         _line(axes, x, y, look, str(variant), _intervals(cells, task))
-        for cell, at, height in zip(cells, x, y, strict=True):
-            axes.annotate(
-                f"{cell.keep_fraction:g}",
-                (at, height),
-                (5, -11),
-                textcoords="offset points",
-                fontsize=7,
-            )
+        _name_lengths(axes, cells, x, y)
         knee = family.knee(variant, task)
         if knee:
             point = getattr(knee.cell.costs, cost), knee.cell.scores[task].accuracy
-            axes.plot(
-                *point, "o", markersize=13, markerfacecolor="none", markeredgecolor=look.color
-            )
+            _ring(axes, *point, look)
     _draw_references(axes, family, task)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -211,7 +238,7 @@ def kl_by_position(family: Family, variants: Sequence[Variant]) -> Figure:
 
 def _looks(names: Sequence[Any]) -> list[tuple[Any, Look]]:
     looks = zip(COLORS, MARKERS, DASHES, strict=True)
-    # The first line stands where it belongs
+    # The first line is where it belongs
     shifts = [SHIFT * step for step in (0, 1, -1, 2, -2, 3)]
     return [
         (name, Look(*look, shift)) for name, look, shift in zip(names, looks, shifts, strict=False)
@@ -257,7 +284,7 @@ def _by_length(
 
 
 def _panels(number: int) -> tuple[Figure, list[Axes]]:
-    """At most three in a row; one alone is wider."""
+    """At most three in a row; a single one is wider."""
     columns = min(number, 3)
     rows = -(-number // columns)
     figure = Figure(
@@ -294,6 +321,18 @@ def _line(
         capsize=2.5,
         label=label,
     )
+
+
+def _name_lengths(
+    axes: Axes, cells: Sequence[SeedGroup], x: Sequence[float], y: Sequence[float]
+) -> None:
+    for cell, *point in zip(cells, x, y, strict=False):
+        text = f"{cell.keep_fraction:g}"
+        axes.annotate(text, point, (5, -11), textcoords="offset points", fontsize=8)
+
+
+def _ring(axes: Axes, x: float, y: float, look: Look) -> None:
+    axes.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=look.color)
 
 
 def _draw_references(axes: Axes, family: Family, task: str) -> None:

@@ -172,7 +172,7 @@ def read_runs(roots: Sequence[Path]) -> RunsRead:
         except UserError as error:
             damaged.append(Damaged(name, folder / "recipe.json", str(error)))
     finished = {run.folder for run in runs if run.is_finished}
-    # A job of SLURM trains a cell, and tells its study nothing.
+    # A job of SLURM that trains a cell may leave it pending in study.json.
     left = [c for c in cells if c.status != "pending" or c.study / c.name not in finished]
     return RunsRead(runs, left, damaged)
 
