@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.report.answers import Answer, answers
 from kd.report.compare import Family, Score, SeedGroup
+from kd.report.headline import Headline, headlines
 from kd.report.read_runs import Costs, Damaged, Run, RunsRead
 
 
@@ -43,7 +43,7 @@ def _family(family: Family, output: Path) -> dict[str, Any]:
     ]
     return {
         **family.pair._asdict(),
-        "answers": [_answer(family, answer) for answer in answers(family)],
+        "answers": [_answer(family, answer) for answer in headlines(family)],
         "references": {
             task: [{"role": role, **_score(score, output)} for role, score in scores]
             for task, scores in family.references.items()
@@ -63,7 +63,7 @@ def _family(family: Family, output: Path) -> dict[str, Any]:
     }
 
 
-def _answer(family: Family, answer: Answer) -> dict[str, Any]:
+def _answer(family: Family, answer: Headline) -> dict[str, Any]:
     cell, knee, task = answer.cell, answer.knee, answer.task
     content = {
         "task": task,

@@ -1,10 +1,8 @@
 """What the report says, from top to bottom, and in which words: first the answers."""
 
 from collections.abc import Sequence
-from textwrap import shorten
 
 from kd.report import plots, report_tables
-from kd.report.answers import Answer, answers, count
 from kd.report.blocks import (
     Block,
     Entry,
@@ -16,6 +14,7 @@ from kd.report.blocks import (
     scores_of,
 )
 from kd.report.compare import Family
+from kd.report.headline import Headline, count, headlines
 from kd.report.read_runs import Run, RunsRead, Variant
 
 KEPT = (
@@ -75,7 +74,7 @@ def answer_sections(families: Sequence[Family], found: RunsRead) -> list[PageSec
     parts = [
         PageSection(2, _title(family, answer), _answer(family, answer))
         for family in families
-        for answer in answers(family)
+        for answer in headlines(family)
     ]
     if not families:
         text = "No run is finished, so there is nothing to compare."
@@ -122,7 +121,7 @@ def _what_was_read(families: Sequence[Family], found: RunsRead) -> PageSection:
     return PageSection(2, "What was read", blocks)
 
 
-def _answer(family: Family, answer: Answer) -> list[Block]:
+def _answer(family: Family, answer: Headline) -> list[Block]:
     blocks: list[Block] = [_answer_entry(answer)]
     if answer.differences:
         blocks.append(Entry(_warning(answer), look="warning"))
@@ -136,7 +135,7 @@ def _answer(family: Family, answer: Answer) -> list[Block]:
     return [*blocks, Entry(" ".join(notes), look="note")]
 
 
-def _title(family: Family, answer: Answer) -> str:
+def _title(family: Family, answer: Headline) -> str:
     task = f": {answer.task}" if len(family.tasks) > 1 else ""
     return f"{_pair(family)}{task}"
 
@@ -145,7 +144,7 @@ def _pair(family: Family) -> str:
     return f"{family.pair.teacher} -> {family.pair.student}"
 
 
-def _answer_entry(answer: Answer) -> Entry:
+def _answer_entry(answer: Headline) -> Entry:
     if answer.cell is None or answer.full is None or answer.knee is None or answer.task is None:
         return Entry(answer.text, by_name(answer.runs, "metrics.jsonl"), look="answer")
     details = []
@@ -158,11 +157,11 @@ def _answer_entry(answer: Answer) -> Entry:
     return Entry(answer.text, details=tuple(details), look="answer")
 
 
-def _warning(answer: Answer) -> str:
+def _warning(answer: Headline) -> str:
     told = []
     for index, (name, values) in enumerate(answer.differences):
         parts = [
-            f"{shorten(value, MAX_VALUE)} in {count(len(members), 'run')}"
+            f"{_shortened(value)} in {count(len(members), 'run')}"
             for value, members in values.items()
         ]
         told.append(f"{name} ({'; '.join(parts)})" if index < MAX_DIFFERENCES else name)
@@ -174,23 +173,27 @@ def _warning(answer: Answer) -> str:
     return text if answer.is_text_affected else f"{text} The runs of the sentence above do not."
 
 
+def _shortened(value: str) -> str:
+    return value if len(value) <= MAX_VALUE else f"{value[:MAX_VALUE]}..."
+
+
 def _not_counted(found: RunsRead) -> list[Block]:
-    """What the answers leave out, in one line; the section "What was read" lists it."""
+    """What the answers leave out, in one line; the sections below list it."""
     unfinished = sum(not run.is_finished for run in found.runs)
+    unscored = sum(run.is_finished and not run.scores for run in found.runs)
     numbers = [
         count(len(found.damaged), "damaged run or file", "damaged runs or files"),
         count(unfinished, "unfinished run"),
-        count(
-            len(found.cells),
-            "cell of a study without a finished run",
-            "cells of studies without a finished run",
-        ),
+        count(unscored, "run without an evaluation", "runs without an evaluation"),
+        count(len(found.cells), "cell of a study without a run", "cells of studies without a run"),
     ]
     told = [text for text in numbers if not text.startswith("0 ")]
     if not told:
         return []
-    text = f'The answers do not include {", ".join(told)}: see "What was read".'
-    return [Entry(text, look="warning" if found.damaged else "note")]
+    text = f"The answers do not include {', '.join(told)}; the sections below list them."
+    if found.damaged:
+        return [Entry(f"Warning: {text}", look="warning")]
+    return [Entry(text, look="note")]
 
 
 def _family(family: Family, title: str) -> list[PageSection]:

@@ -101,24 +101,19 @@ def kept(family: Family, variants: Sequence[Variant], task: str) -> Figure:
     )
     axes.axhline(1.0, color="0.45", linewidth=0.8)
     for variant, look in _looks(variants):
-        points = [
-            (cell, x, y)
-            for cell in family.curve(variant)
-            if (x := family.relative_cost(cell, cost)) is not None
-            and (y := family.kept(cell, task)) is not None
-        ]
+        points = _kept_points(family, variant, cost, task)
         x, y = [at for _, at, _ in points], [share for _, _, share in points]
-        # Whole sequences are 1 by definition.
+        # Whole sequences are 1 by definition
         intervals = [
             family.kept_interval(cell, task) or (share, share) for cell, _, share in points
         ]
         _line(axes, x, y, look, str(variant), intervals)
-        shorter = [cell for cell, _, _ in points if cell.keep_fraction < 1]
-        _name_lengths(axes, shorter, x, y)
         knee = family.knee(variant, task)
-        if knee and knee.cell in shorter:
-            place = shorter.index(knee.cell)
-            _ring(axes, x[place], y[place], look)
+        for cell, at, share in points:
+            if cell.keep_fraction < 1:
+                _name_length(axes, cell, at, share)
+                if knee and knee.cell is cell:
+                    _ring(axes, at, share, look)
     axes.set_xlim(0, max(1.08, axes.get_xlim()[1]))
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.set_xlabel(f"{COST_NAMES[cost]}, relative to whole sequences")
@@ -142,7 +137,8 @@ def tradeoff(family: Family, variants: Sequence[Variant], task: str) -> Figure:
             [cell.scores[task].accuracy for cell in cells],
         )
         _line(axes, x, y, look, str(variant), _intervals(cells, task))
-        _name_lengths(axes, cells, x, y)
+        for cell, at, height in zip(cells, x, y, strict=True):
+            _name_length(axes, cell, at, height)
         knee = family.knee(variant, task)
         if knee:
             point = getattr(knee.cell.costs, cost), knee.cell.scores[task].accuracy
@@ -323,12 +319,9 @@ def _line(
     )
 
 
-def _name_lengths(
-    axes: Axes, cells: Sequence[SeedGroup], x: Sequence[float], y: Sequence[float]
-) -> None:
-    for cell, *point in zip(cells, x, y, strict=False):
-        text = f"{cell.keep_fraction:g}"
-        axes.annotate(text, point, (5, -11), textcoords="offset points", fontsize=8)
+def _name_length(axes: Axes, cell: SeedGroup, x: float, y: float) -> None:
+    text = f"{cell.keep_fraction:g}"
+    axes.annotate(text, (x, y), (5, -11), textcoords="offset points", fontsize=8)
 
 
 def _ring(axes: Axes, x: float, y: float, look: Look) -> None:
@@ -364,6 +357,18 @@ def _with_legend(figure: Figure) -> Figure:
 
 def _intervals(cells: Sequence[SeedGroup], task: str) -> list[tuple[float, float]]:
     return [cell.scores[task].ci95 for cell in cells]
+
+
+def _kept_points(
+    family: Family, variant: Variant, cost: str, task: str
+) -> list[tuple[SeedGroup, float, float]]:
+    """The cells of a curve of which both are known: relative cost, and accuracy kept."""
+    found = []
+    for cell in family.curve(variant):
+        x, y = family.relative_cost(cell, cost), family.kept(cell, task)
+        if x is not None and y is not None:
+            found.append((cell, x, y))
+    return found
 
 
 def _drawable(points: Sequence[tuple[float, float | None]]) -> tuple[list[float], list[float]]:

@@ -120,7 +120,10 @@ def caches(family: Family) -> Table | None:
 
 
 def _cache_row(filled: FilledRecord, folder: Path, runs: Sequence[Run]) -> list[Entry]:
-    links = by_name(runs, "metrics.jsonl")
+    links = tuple(
+        link._replace(label=str(index))
+        for index, link in enumerate(by_name(runs, "metrics.jsonl"), start=1)
+    )
     own = [run.costs.flops for run in runs if run.costs.flops is not None]
     spared = [run.flops_spared for run in runs if run.flops_spared is not None]
     figures = [Entry(NOT_RECORDED)] * 4
@@ -301,8 +304,11 @@ def _cost(family: Family, cell: SeedGroup, name: str) -> Entry:
     value = getattr(cell.costs, name)
     if value is None:
         return Entry(NOT_RECORDED)
-    relative = _relative_cost(family, cell, name)
-    return Entry(f"{value:{COSTS[name][1]}} ({relative.text})", metrics_of(cell), relative.over)
+    full, relative = family.full_of(cell), family.relative_cost(cell, name)
+    text = f"{value:{COSTS[name][1]}}"
+    if full is None or relative is None:
+        return Entry(text, metrics_of(cell))
+    return Entry(f"{text} ({relative:.3f})", metrics_of(cell), metrics_of(full))
 
 
 def _relative_cost(family: Family, cell: SeedGroup, name: str) -> Entry:

@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kd.report.compare import Difference, Family, Knee, SeedGroup
+from kd.report.plots import COST_NAMES
 from kd.report.read_runs import Run, Variant
 
-HALF = 0.5  # the answer is about the length next to it, whatever its result
+HALF = 0.5  # the answer is about the length nearest to it, whatever its result
 LENGTH_NAMES = {0.25: "a quarter", 0.5: "half", 0.75: "three quarters"}
-COST_NAMES = {
-    "flops": "FLOPs",
-    "num_input_tokens": "tokens read",
-    "training_s": "training time",
-}
 NO_FLOPS = "FLOPs are not recorded for every run, so costs are compared by the tokens read."
 ONE_SEED = (
     "Each length has one evaluated seed: the intervals do not include what differs between seeds."
@@ -26,10 +22,10 @@ CACHED = (
 
 
 @dataclass(frozen=True)
-class Answer:
+class Headline:
     """Of one task, or of a family without evaluations (task is None). cell is None where the text
-    says what is missing for a comparison. runs are all that the text and its plot compare; the text
-    alone compares runs that differ if is_text_affected.
+    says what is missing for a comparison. runs and their differences are those of the text and of
+    the curves drawn with it; is_text_affected: the runs of the text already differ.
     """
 
     task: str | None
@@ -44,24 +40,24 @@ class Answer:
     is_text_affected: bool = True
 
 
-def answers(family: Family) -> list[Answer]:
+def headlines(family: Family) -> list[Headline]:
     """One for each task; one that says so where no run is evaluated."""
     if not family.tasks:
         return [_without_scores(family)]
     return [_answer(family, task) for task in family.tasks]
 
 
-def _answer(family: Family, task: str) -> Answer:
+def _answer(family: Family, task: str) -> Headline:
     drawn = tuple(v for v in family.variants if _shorter(family, v, task))
     if not drawn:
-        return Answer(task, _what_is_missing(family, task))
+        return Headline(task, _what_is_missing(family, task))
     curve = [cell for cell in family.curve(drawn[0]) if task in cell.scores]
     cell, full, knee = _shorter(family, drawn[0], task), curve[-1], family.knee(drawn[0], task)
     assert cell is not None
     assert knee is not None
     cells = {id(c): c for variant in drawn for c in family.curve(variant) if task in c.scores}
     runs = tuple(run for c in cells.values() for run in c.runs)
-    return Answer(
+    return Headline(
         task,
         _sentence(family, task, cell, full, knee),
         (_what_is_compared(drawn[0], curve, task), *_notes(curve, task)),
@@ -76,8 +72,8 @@ def _answer(family: Family, task: str) -> Answer:
 
 
 def _shorter(family: Family, variant: Variant, task: str | None) -> SeedGroup | None:
-    """The cell below whole sequences whose length is next to a half; with a task, of those of which
-    it is known what they keep.
+    """Of the cells shorter than whole sequences the one whose length is nearest to a half; with a
+    task, only cells whose accuracy kept is known.
     """
     cells = [
         cell
@@ -91,10 +87,10 @@ def _sentence(family: Family, task: str, cell: SeedGroup, full: SeedGroup, knee:
     accuracies = (
         f"accuracy {cell.scores[task].accuracy:.3f} against {full.scores[task].accuracy:.3f}"
     )
-    interval = kept_interval(family, cell, task)
+    interval = _kept_interval(family, cell, task)
     within = f"95 % interval {interval}; {accuracies}" if interval else accuracies
     return (
-        f"Training on {length_name(cell)} (keep_fraction {cell.keep_fraction:g}) keeps "
+        f"Training on {_length_name(cell)} (keep_fraction {cell.keep_fraction:g}) keeps "
         f"{_percent(family.kept(cell, task))} % of the accuracy of whole sequences ({within}) at "
         f"{_costs(family, cell, knee.cost)}; {_cheapest(family, task, cell, knee)}."
     )
@@ -106,7 +102,7 @@ def _cheapest(family: Family, task: str, cell: SeedGroup, knee: Knee) -> str:
         return f"it is {level}"
     if knee.cell.keep_fraction == 1.0:
         return "no cheaper length is level with whole sequences"
-    interval = kept_interval(family, knee.cell, task)
+    interval = _kept_interval(family, knee.cell, task)
     told = [f"{_percent(family.kept(knee.cell, task))} %", *([interval] if interval else [])]
     cost = _costs(family, knee.cell, knee.cost, with_time=False)
     return f"{level} is {knee.cell.keep_fraction:g} ({', '.join(told)}, at {cost})"
@@ -161,7 +157,7 @@ def _what_is_missing(family: Family, task: str) -> str:
     )
 
 
-def _without_scores(family: Family) -> Answer:
+def _without_scores(family: Family) -> Headline:
     text = (
         "What a length keeps is not known: no run is evaluated. Run launch/evaluate.py on the "
         "runs' export/best, and write this report again."
@@ -172,13 +168,13 @@ def _without_scores(family: Family) -> Answer:
         if cell and full:
             cost = family.measured_cost([cell, full])
             text += (
-                f" Training on {length_name(cell)} (keep_fraction {cell.keep_fraction:g}) takes "
+                f" Training on {_length_name(cell)} (keep_fraction {cell.keep_fraction:g}) takes "
                 f"{_costs(family, cell, cost)} of whole sequences."
             )
             runs = (*cell.runs, *full.runs)
             found = family.differences_among({run.name for run in runs})
-            return Answer(None, text, runs=runs, differences=tuple(found))
-    return Answer(None, text)
+            return Headline(None, text, runs=runs, differences=tuple(found))
+    return Headline(None, text)
 
 
 def _costs(family: Family, cell: SeedGroup, cost: str, with_time: bool = True) -> str:
@@ -188,13 +184,13 @@ def _costs(family: Family, cell: SeedGroup, cost: str, with_time: bool = True) -
     return " and ".join(known) or "a cost that is not recorded"
 
 
-def kept_interval(family: Family, cell: SeedGroup, task: str) -> str | None:
+def _kept_interval(family: Family, cell: SeedGroup, task: str) -> str | None:
     """In percent: "94.2-97.3 %"."""
     interval = family.kept_interval(cell, task)
     return interval and f"{_percent(interval[0])}-{_percent(interval[1])} %"
 
 
-def length_name(cell: SeedGroup) -> str:
+def _length_name(cell: SeedGroup) -> str:
     name = LENGTH_NAMES.get(cell.keep_fraction, f"{100 * cell.keep_fraction:g} %")
     limit = cell.variant.max_tokens
     return f"{name} of each sequence" + (f", at most {limit} tokens" if limit else "")
