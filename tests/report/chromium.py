@@ -1,51 +1,56 @@
-"""A page in headless Chromium, by its DevTools protocol over two pipes."""
+"""Pages in headless Chromium, by its DevTools protocol over two pipes."""
 
 import base64
+import fcntl
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = shutil.which("chromium")
+SECONDS = 30  # for an answer
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)
 
 
 class Browser:
-    """One process; close it as a context."""
+    """One process with one tab, which ends with the context."""
 
     def __enter__(self) -> "Browser":
         assert CHROMIUM is not None
-        self._profile = tempfile.TemporaryDirectory()
-        read_by_it, self._to = os.pipe()
-        self._from, written_by_it = os.pipe()
-        # Chromium reads from file descriptor 3 and writes to 4.
-        command = 'exec "$0" "$@" 3<&"$IN" 4>&"$OUT"'
-        flags = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--no-first-run",
-            "--hide-scrollbars",
-            "--force-color-profile=srgb",
-            "--remote-debugging-pipe",
-            f"--user-data-dir={self._profile.name}",
-        ]
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        (commands, self._to), (self._from, answers) = _pipe(), _pipe()
+        # Chromium reads commands from its file 3 and writes answers to its file 4.
+        script = f'exec "$@" 3<&{commands} 4>&{answers}'
+        flags = [*FLAGS, f"--user-data-dir={self._profile.name}"]
         self._process = subprocess.Popen(
-            ["bash", "-c", command, CHROMIUM, *flags],
-            env={**os.environ, "IN": str(read_by_it), "OUT": str(written_by_it)},
-            pass_fds=(read_by_it, written_by_it),
+            ["bash", "-c", script, "bash", CHROMIUM, *flags],
+            pass_fds=(commands, answers),
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
-        os.close(read_by_it)
-        os.close(written_by_it)
-        self._num_sent, self._unread, self._session = 0, b"", None
+        os.close(commands)
+        os.close(answers)
+        self._unread, self._events = b"", list[str]()
+        self._num_sent, self._session = 0, ""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
+        self.send("Page.enable")
         return self
 
     def __exit__(
@@ -54,54 +59,64 @@ class Browser:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._to)  # it ends when nobody can command it
+        os.close(self._to)
         os.close(self._from)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._profile.cleanup()
 
-    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self._num_sent += 1
-        message = {"id": self._num_sent, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._to, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive()).get("id") != self._num_sent:
-            pass
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def open(self, file: Path, width: int, height: int, scheme: str = "light") -> None:
-        """scheme: light or dark."""
+    def open(self, file: Path, width: int, height: int, scheme: str) -> None:
+        """In a window of that many CSS pixels. scheme: light or dark."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1}
         self.send("Emulation.setDeviceMetricsOverride", **size, mobile=False)
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.send("Emulation.setEmulatedMedia", features=[feature])
+        self._events.clear()
         self.send("Page.navigate", url=file.resolve().as_uri())
-        # Promises of the page before are gone with it.
-        while self.evaluate("document.readyState") != "complete":
-            pass
-        self.evaluate("Promise.all(Array.from(document.images, i => i.decode()))")
+        while "Page.loadEventFired" not in self._events:
+            self._receive()
+        self.evaluate("Promise.all(Array.from(document.images, image => image.decode()))")
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression, of its promise too."""
+        """The value of a JavaScript expression; of a promise, what it comes to."""
         wanted = {"returnByValue": True, "awaitPromise": True}
         answer = self.send("Runtime.evaluate", expression=expression, **wanted)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def screenshot(self, whole: bool = False) -> bytes:
-        """PNG of the first screen, or of the whole page."""
-        answer = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
-        return base64.b64decode(answer["data"])
+    def screenshot(self) -> bytes:
+        """A PNG of the window."""
+        return base64.b64decode(self.send("Page.captureScreenshot")["data"])
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._num_sent += 1
+        command = {"id": self._num_sent, "method": method, "params": parameters}
+        if self._session:
+            command["sessionId"] = self._session
+        os.write(self._to, json.dumps(command).encode() + b"\0")
+        answer = self._receive()
+        while answer.get("id") != self._num_sent:
+            answer = self._receive()
+        assert "error" not in answer, (method, answer)
+        return answer["result"]
 
     def _receive(self) -> dict[str, Any]:
+        """The next answer or event."""
         while b"\0" not in self._unread:
+            assert select.select([self._from], [], [], SECONDS)[0], "Chromium does not answer"
             chunk = os.read(self._from, 1 << 20)
-            assert chunk, "Chromium ended"
+            assert chunk, f"Chromium ended: status {self._process.poll()}"
             self._unread += chunk
         message, _, self._unread = self._unread.partition(b"\0")
-        return json.loads(message)
+        content = json.loads(message)
+        self._events += [content["method"]] if "method" in content else []
+        return content
+
+
+def _pipe() -> tuple[int, int]:
+    """(read, write), neither of which is one of the files 3 and 4."""
+    ends = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+    return high
