@@ -175,7 +175,7 @@ def pool(evaluations: Sequence[Evaluation]) -> Score:
 
 
 def _effective_size(evaluation: Evaluation) -> float:
-    """As many independent responses as the evaluation's interval stands for.
+    """As many independent responses as the evaluation's interval is worth.
 
     Samples of one problem are alike, and the evaluation's interval knows how much. A bound b of
     Wilson's interval of share p solves (b - p)^2 = z^2 b (1 - b) / size (Wilson 1927, eq. 4).

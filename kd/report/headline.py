@@ -111,7 +111,10 @@ def _cheapest(family: Family, task: str, cell: SeedGroup, knee: Knee) -> str:
 def _what_is_compared(variant: Variant, curve: Sequence[SeedGroup], task: str) -> str:
     sizes = {e.num_problems for cell in curve for e in cell.scores[task].evaluations}
     problems = f"{sizes.pop():,} problems" if len(sizes) == 1 else "problems"
-    return f"{variant}: {problems} of {task}, {_seeds(curve, task)}."
+    return (
+        f"The sentence compares runs of {variant}, evaluated on {problems} of {task} with "
+        f"{_seeds(curve, task)}."
+    )
 
 
 def _seeds(curve: Sequence[SeedGroup], task: str) -> str:

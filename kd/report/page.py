@@ -66,7 +66,8 @@ DIFFERENCES = (
     "Warning: these runs differ in more than length, window, loss sections and seed. A difference "
     "between their results may come from these differences:"
 )
-MAX_DIFFERENCES, MAX_VALUE = 3, 40  # told with their values, and letters of a value
+# Of the warning next to an answer: differences whose values it names, and letters of a value
+MAX_DIFFERENCES, MAX_VALUE = 3, 40
 
 
 def answer_sections(families: Sequence[Family], found: RunsRead) -> list[PageSection]:
@@ -79,7 +80,7 @@ def answer_sections(families: Sequence[Family], found: RunsRead) -> list[PageSec
     if not families:
         text = "No run is finished, so there is nothing to compare."
         parts.append(PageSection(2, "No comparison", [Entry(text, look="answer")]))
-    parts[-1].blocks.extend(_not_counted(found))
+    parts[0].blocks.extend(_not_counted(found))
     return parts
 
 
@@ -190,9 +191,9 @@ def _not_counted(found: RunsRead) -> list[Block]:
     told = [text for text in numbers if not text.startswith("0 ")]
     if not told:
         return []
-    text = f"The answers do not include {', '.join(told)}; the sections below list them."
+    text = f"Not counted are {', '.join(told)}; the sections below list them."
     if found.damaged:
-        return [Entry(f"Warning: {text}", look="warning")]
+        return [Entry(f"Warning: some results may be missing. {text}", look="warning")]
     return [Entry(text, look="note")]
 
 

@@ -1,7 +1,7 @@
 """The report's figures: one line per variant against keep_fraction, or one panel per variant with a
 line per length.
 
-Told apart in print too: lines of variants by marker and dashes, lengths by lightness and dashes.
+They differ in print too: lines of variants by marker and dashes, lengths by lightness and dashes.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator, MultipleLocator
 
 from kd.report.compare import Family, SeedGroup
@@ -91,10 +92,11 @@ def accuracy(family: Family, variants: Sequence[Variant], task: str) -> Figure:
 
 
 def kept(family: Family, variants: Sequence[Variant], task: str) -> Figure:
-    """Accuracy against cost, both relative to whole sequences: the report's answer, legible on a
-    telephone. Rings mark the knees.
+    """Accuracy against cost, both relative to whole sequences: the report's answer, readable on a
+    phone. Rings mark the knees.
     """
-    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    margin = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches, for pages darker than it
+    figure = Figure(figsize=(4.8, 3.6), layout=margin)
     axes = figure.add_subplot()
     cost = family.measured_cost(
         cell for variant in variants for cell in family.curve(variant) if task in cell.scores

@@ -49,7 +49,7 @@ class ComparedPair(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Which tokens are supervised, apart from how many are kept, and what is trained on them.
+    """Which tokens are supervised, not counting how many are kept, and what is trained on them.
 
     lora: "LoRA of rank 16, alpha 32"; None: the student itself. rollouts: "0.5 sampled by student,
     16 tokens"; None: responses are the data's own.

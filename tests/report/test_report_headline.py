@@ -98,7 +98,7 @@ def test_one_seed_is_told(tmp_path, num_seeds):
         write_length(tmp_path, 1.0, 90, seed=seed)
     notes = headline_of(tmp_path).notes
     assert (ONE_SEED in notes) == (num_seeds == 1)
-    assert f"100 problems of {PROBLEMS}, {num_seeds} seed" in notes[0]
+    assert f"100 problems of {PROBLEMS} with {num_seeds} seed" in notes[0]
     assert CACHED not in notes
 
 
