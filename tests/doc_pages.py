@@ -29,3 +29,24 @@ def paths_of(record: dict[str, Any]) -> Iterator[str]:
         yield key
         if isinstance(value, dict) and key != "val_diagnostics":
             yield from (f"{key}.{name}" for name in value)
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    """The code blocks of a language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def in_backticks(page: Path) -> list[str]:
+    """What stands between single backticks, outside of code blocks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def expanded(path: str) -> list[str]:
+    """As a shell expands braces: a_{1,2} is a_1 and a_2."""
+    found = re.fullmatch(r"(.*?)\{([^}]*)\}(.*)", path)
+    if not found:
+        return [path]
+    before, inside, after = found.groups()
+    return [f"{before}{part}{rest}" for part in inside.split(",") for rest in expanded(after)]

@@ -3,7 +3,7 @@
 import re
 import runpy
 
-from doc_pages import DOCS, first_cells
+from doc_pages import DOCS, expanded, first_cells
 from tiny import ROOT
 
 from kd.recipe import LoraSection, SourceTable, key_facts
@@ -37,12 +37,3 @@ def test_every_shipped_recipe_and_every_json_is_in_a_table():
     assert shipped | engines <= listed
     names = {name for name in listed if "." not in name}
     assert names == shipped
-
-
-def expanded(name: str) -> list[str]:
-    """As a shell expands braces: a_{1,2} is a_1 and a_2."""
-    found = re.fullmatch(r"(.*?)\{([^}]*)\}(.*)", name)
-    if not found:
-        return [name]
-    before, inside, after = found.groups()
-    return [f"{before}{part}{rest}" for part in inside.split(",") for rest in expanded(after or "")]
