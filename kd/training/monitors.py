@@ -4,6 +4,7 @@ All have the same names, in groups that open as such: scalars(). DeepSpeed's own
 out: it counts steps in micro-batches, after which W&B takes no step of a lower number.
 """
 
+import contextlib
 import csv
 import importlib.util
 import logging
@@ -126,8 +127,9 @@ class Monitors:
 
     def write(self, record: dict[str, Any]) -> None:
         """record: of metrics.jsonl."""
-        values = scalars(record) if self._monitors else {}
-        self._tell(lambda monitor: monitor.write(values, record["step"]))
+        if self._monitors:
+            values, step = scalars(record), record["step"]
+            self._tell(lambda monitor: monitor.write(values, step))
 
     def text(self, name: str, text: str, step: int) -> None:
         """For TensorBoard and W&B, after the scalars of the same step."""
@@ -145,6 +147,8 @@ class Monitors:
                 name = type(monitor).__name__
                 log.warning("%s: %s; it gets no more of this run", name, error.strerror or error)
                 self._monitors.remove(monitor)
+                with contextlib.suppress(OSError):
+                    monitor.close()
 
 
 class TensorBoardMonitor:
@@ -226,8 +230,10 @@ class WandbMonitor:
 
     def close(self) -> None:
         """No process of W&B is left after it."""
-        self._run.finish()
-        self._end(0)
+        try:
+            self._run.finish()
+        finally:
+            self._end(0)
 
 
 def _check_installed(key: str, package: str) -> None:

@@ -76,8 +76,13 @@ def test_flops_of_a_record_grow_with_its_tokens(run):
 
 
 @pytest.mark.dist
-def test_the_log_says_both_after_three_steps_and_at_the_end(run):
-    assert len(re.findall(r"^ +planned +measured\npeak_gib +[\d.]+ +[\d.]+\n", run[1], re.M)) == 2
+def test_the_log_says_what_is_planned_first_and_both_after_three_steps_and_at_the_end(run):
+    planned = re.search(rf"plan +{NUM_STEPS} steps of .* tokens .*; ([\d.]+) GiB at most", run[1])
+    measured = r"measured +over (\d+) steps: .* GiB at most on rank 0 \(planned ([\d.]+)\)"
+    found = re.findall(measured, run[1])
+    assert [int(steps) for steps, _ in found] == [2, NUM_STEPS - 1]
+    for _, gib in found:
+        assert float(gib) == pytest.approx(float(planned[1]), abs=0.01)
     assert max(map(len, run[1].splitlines())) < 400
 
 
