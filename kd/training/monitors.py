@@ -32,6 +32,7 @@ LOSSES = {
     "val_kd": "val_kd",
     "val_ce": "val_ce",
 }
+ACCURACY = ("accuracy", "unclosed_fraction", "mean_response_tokens")
 SPEED = (
     "tokens_per_second",
     "step_ms",
@@ -48,9 +49,9 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
     loss/                    total, kd, ce, and val_total, val_kd, val_ce of a validation
     divergence/              forward_kl and so on, over all supervised tokens; val_forward_kl
-    divergence_by_section/   forward_kl/cot; divergence_by_position/forward_kl/eighth_1, of the
-                             whole, untruncated trace; divergence_by_source/forward_kl/NAME
-    rollouts/, accuracy/     as in metrics.jsonl, and accuracy/ci95/low and high
+    divergence_by_section/   forward_kl_cot; divergence_by_position/forward_kl_eighth_1, of the
+                             whole, untruncated trace; divergence_by_source/forward_kl_NAME
+    rollouts/, accuracy/     as in metrics.jsonl; accuracy/ci95_low and ci95_high
     speed/                   tokens a second, time, memory, FLOPs
     training/                the rest: lr, grad_norm, epoch, skipped, numbers of tokens
     """
@@ -64,8 +65,9 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
         elif key in ("diagnostics", "val_diagnostics"):
             yield from _divergences(value, key.removesuffix("diagnostics")) if value else ()
         elif key == "accuracy":
-            bounds = dict(zip(("low", "high"), value["ci95"], strict=True))
-            yield from flatten(key, value | {"ci95": bounds})
+            low, high = value["ci95"]
+            yield from flatten(key, {"ci95_low": low, "ci95_high": high})
+            yield from flatten(key, {name: value[name] for name in ACCURACY})
         elif key == "rollouts":
             yield from flatten(key, value)
         elif key not in ("format_version", "step"):
@@ -84,7 +86,9 @@ def _divergences(diagnostics: dict[str, Any], prefix: str) -> Iterator[tuple[str
         for kind, means_of in parts.items():
             for name, means in means_of.items():
                 if means is not None:
-                    yield f"divergence_by_{kind}/{prefix}{measure}/{name}", means[measure]
+                    # TensorBoard's cards show what follows the last slash
+                    part = f"{prefix}{measure}_{name.replace('/', '_')}"
+                    yield f"divergence_by_{kind}/{part}", means[measure]
 
 
 class Monitor(Protocol):

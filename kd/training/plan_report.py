@@ -132,7 +132,7 @@ class PlanReport:
             "planned": _planned(self._plan, self._site),
             "measured": {**self._measured(), **dict.fromkeys(SHARES), **(shares or {})},
         }
-        say("measured", _describe(report))
+        say("measured", _describe(report, on_gpu=self._device.type == "cuda"))
         try:
             write_json(self._path, {"format_version": FORMAT_VERSION, **report})
         except OSError as error:
@@ -199,12 +199,13 @@ def _describe_plan(planned: dict[str, Any]) -> str:
     return f"{work}; {memory}; {step}, {duration(seconds)} in all"
 
 
-def _describe(report: dict[str, dict[str, Any]]) -> str:
-    """What was measured, each figure beside the planned one where there is one."""
+def _describe(report: dict[str, dict[str, Any]], *, on_gpu: bool) -> str:
+    """What was measured, next to what was planned of the same: a process has more than tensors."""
     planned, measured = report["planned"], report["measured"]
+    planned = planned if on_gpu else planned | {"peak_gib": None}
     units = {
         "seconds_per_step": "s a step",
-        "peak_gib": "GiB at most on rank 0",
+        "peak_gib": "GiB at most on rank 0" if on_gpu else "GiB at most in rank 0's process",
         "num_input_tokens_per_step": "tokens a step",
         "flops_per_step": "FLOPs a step",
         "mfu": "of the peak FLOPs",

@@ -33,12 +33,18 @@ RECORD = {
         **MEANS,
         "by_section": {"cot": MEANS | {"forward_kl": math.nan}},
         "by_position": [None, MEANS],
-        "by_source": {"a.jsonl": MEANS, "b.jsonl": None},
+        "by_source": {"data/a.jsonl": MEANS, "b.jsonl": None},
     },
     "val_loss": 2.0,
     "val_diagnostics": {**MEANS, "by_section": {}, "by_position": [None, None]},
     "rollouts": {"mean_tokens": 8.0},
-    "accuracy": {"accuracy": 0.75, "ci95": [0.5, 0.875], "num_problems": 8},
+    "accuracy": {
+        "accuracy": 0.75,
+        "ci95": [0.5, 0.875],
+        "num_problems": 8,
+        "unclosed_fraction": 0.125,
+        "mean_response_tokens": 9.0,
+    },
 }
 
 
@@ -56,19 +62,20 @@ def test_the_numbers_of_a_record_are_in_groups_that_open_as_such():
     assert named.keys() - of_measures == {
         *("loss/total", "loss/kd", "loss/ce", "loss/val_total"),
         *("training/epoch", "training/lr", "training/skipped", "speed/step_ms"),
-        *("accuracy/accuracy", "accuracy/ci95/low", "accuracy/ci95/high"),
-        *("accuracy/num_problems", "rollouts/mean_tokens"),
+        *("accuracy/accuracy", "accuracy/ci95_low", "accuracy/ci95_high"),
+        *("accuracy/unclosed_fraction", "accuracy/mean_response_tokens"),
+        "rollouts/mean_tokens",
     }
     assert {name for name in of_measures if "forward_kl" in name} == {
         "divergence/forward_kl",
         "divergence/val_forward_kl",
-        "divergence_by_section/forward_kl/cot",
-        "divergence_by_position/forward_kl/eighth_2",
-        "divergence_by_source/forward_kl/a.jsonl",
+        "divergence_by_section/forward_kl_cot",
+        "divergence_by_position/forward_kl_eighth_2",
+        "divergence_by_source/forward_kl_data_a.jsonl",
     }
     assert len(of_measures) == 5 * len(MEASURES)
     assert (named["loss/total"], named["loss/val_total"]) == (1.0, 2.0)
-    assert named["accuracy/ci95/high"] == 0.875
+    assert named["accuracy/ci95_high"] == 0.875
     without_teacher = scalars({"step": 1, "loss": 1.0, "diagnostics": None, "rollouts": None})
     assert without_teacher == {"loss/total": 1.0}
 
@@ -150,7 +157,7 @@ def test_wandb_holds_every_step_and_text_and_leaves_no_process(recipe, monkeypat
     named = scalars(RECORD)
     for step, values in history.items():
         assert named.keys() <= values.keys()
-        assert math.isnan(values["divergence_by_section/forward_kl/cot"])
+        assert math.isnan(values["divergence_by_section/forward_kl_cot"])
         assert values["loss/val_total"] == 2.0
         (folder,) = (recipe.run_dir / "monitor" / "wandb").glob("offline-run-*/files")
         table = json.loads((folder / values["rollouts/sample/path"]).read_text())
