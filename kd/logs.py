@@ -1,4 +1,8 @@
-"""Rank 0 speaks for the run; libraries are heard when something is wrong."""
+"""Rank 0 speaks for the run; libraries are heard when something is wrong.
+
+A line begins with the time of day, so that it can be read in a file hours later; a fact of the run
+has a label in a column of its own (labelled()).
+"""
 
 import logging
 import sys
@@ -8,6 +12,9 @@ from typing import TextIO
 import datasets
 import transformers
 from tqdm import tqdm
+
+TIME_FORMAT = "%H:%M:%S"
+TIME_WIDTH, LABEL_WIDTH = len("HH:MM:SS "), 10
 
 
 class _AboveTheBar(logging.StreamHandler[TextIO]):
@@ -20,10 +27,29 @@ class _AboveTheBar(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
+class _Stamped(logging.Formatter):
+    """With the time of day, under which further lines of a message begin where its first does."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", datefmt=TIME_FORMAT)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return super().formatMessage(record).replace("\n", "\n" + " " * TIME_WIDTH)
+
+
+def labelled(label: str, text: str) -> str:
+    """What a line of the log says of one thing, and all lines of the same column: a text of several
+    lines stays in the column.
+    """
+    return f"{label:{LABEL_WIDTH}}" + text.replace("\n", "\n" + " " * LABEL_WIDTH)
+
+
 def configure_logging(rank: int) -> None:
     """Rank 0's own lines on stderr; every rank's warnings; progress bars of rank 0 only."""
     level = logging.INFO if rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[_AboveTheBar()])
+    handler = _AboveTheBar()
+    handler.setFormatter(_Stamped())
+    logging.basicConfig(level=level, handlers=[handler])
     if rank:  # every rank reads the same tokenizer and template, and would say the same of them
         logging.getLogger("kd.data").setLevel(logging.ERROR)
     for name in ("DeepSpeed", "httpx", "huggingface_hub"):

@@ -53,6 +53,7 @@ NumProcesses = Annotated[int, Field(gt=0, le=1024)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, torch and vLLM all take
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seconds = Annotated[float, Field(ge=0.0, le=86_400.0)]  # a day
 Minutes = Annotated[float, Field(gt=0.0, le=525_600.0)]  # a year
 # Far inside of what float32 holds, in which they meet tensors.
 Magnitude = Annotated[float, Field(gt=0.0, ge=1e-30, le=1e30)]

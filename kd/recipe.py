@@ -51,6 +51,7 @@ from kd.ranges import (
     PathText,
     Positive,
     SamplingTemperature,
+    Seconds,
     Seed,
     Temperature,
     Token,
@@ -185,6 +186,11 @@ class RunSection(RecipeSection):
     )
     seed: Annotated[Seed, AXIS] = Field(
         0, description="of the order of rows, dropout, random weights and sampled responses"
+    )
+    log_seconds: Annotated[Seconds, PLACE] = Field(
+        30.0,
+        description="between two lines on progress in a log, where there is no terminal for a bar; "
+        "0: a line for each step",
     )
     watchdog_minutes: Annotated[Minutes, PLACE] = Field(
         30.0, description="without a step for so long, every rank prints its stack and the run ends"

@@ -63,10 +63,10 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
 
 
 def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict[str, Any]:
-    """The student's complete configuration: ZeRO from the JSON; batch, optimizer, clipping, monitor
-    from the recipe.
+    """The student's complete configuration: ZeRO from the JSON; batch, optimizer and clipping from
+    the recipe.
     """
-    training, monitor = recipe.training, recipe.monitor
+    training = recipe.training
     num_micro_batches = recipe.max_micro_batches(world_size)
     config = read_ds_config(recipe, "student")
     parameters: dict[str, Any] = {
@@ -90,21 +90,6 @@ def student_ds_config(recipe: Recipe, world_size: int, device_type: str) -> dict
         "optimizer": {"type": "AdamW", "params": parameters},
         **QUIET,
     }
-    folder = {
-        "enabled": True,
-        "output_path": str(recipe.run_dir / "monitor"),
-        "job_name": recipe.run.name,
-    }
-    if monitor.tensorboard:
-        config["tensorboard"] = folder
-    if monitor.csv:
-        config["csv_monitor"] = folder
-    if monitor.wandb_project:
-        config["wandb"] = {
-            "enabled": True,
-            "project": monitor.wandb_project,
-            "group": recipe.run.name,
-        }
     return config
 
 

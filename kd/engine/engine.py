@@ -1,5 +1,6 @@
 """A ZeRO engine: the one place that calls deepspeed.initialize, and what is used of its result."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -16,7 +17,6 @@ class Engine(Protocol):
 
     module: nn.Module
     optimizer: Any  # of DeepSpeed, another class for each stage
-    monitor: Any
     checkpoint_engine: Any
     skipped_steps: int
     _config: Any
@@ -59,9 +59,11 @@ def initialize(module: nn.Module, ds_config: dict[str, Any]) -> Engine:
     # host's time under ZeRO-3.
     deepspeed.utils.nvtx.enable_nvtx = False
     trained = [p for p in module.parameters() if p.requires_grad]
-    engine: Engine = deepspeed.initialize(
-        model=module,
-        model_parameters=trained if "optimizer" in ds_config else None,
-        config=ds_config,
-    )[0]
+    # Some of its optimizers print how much memory is in use, at every start.
+    with contextlib.redirect_stdout(None):
+        engine: Engine = deepspeed.initialize(
+            model=module,
+            model_parameters=trained if "optimizer" in ds_config else None,
+            config=ds_config,
+        )[0]
     return engine

@@ -286,13 +286,13 @@ def _log_plan(
     dtype = str(logits_dtype).removeprefix("torch.")
     size_gib = sum(plan) * vocab_size * logits_dtype.itemsize / 2**30
     if num_rows <= min(rows for rows in plan if rows):
-        log.info("loss: backend %s, logits in %s, of all rows at once", backend, dtype)
+        log.info("logits    in %s by backend %s, all rows at once", dtype, backend)
         return
     log.info(
-        "loss: backend %s, logits in %s, chunks of %d student and %d teacher rows of %d tokens (at "
-        "most %.2f GiB)",
-        backend,
+        "logits    in %s by backend %s, in chunks of %d student and %d teacher rows of %d tokens, "
+        "at most %.2f GiB (loss.logits_gib)",
         dtype,
+        backend,
         plan.student_rows,
         plan.teacher_rows,
         vocab_size,

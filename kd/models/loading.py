@@ -2,7 +2,6 @@
 read.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +26,6 @@ from kd.errors import UserError
 from kd.hub import first_line, hub_errors, resolve
 from kd.models.pretrained import load_pretrained
 from kd.recipe import ModelSection
-
-log = logging.getLogger(__name__)
 
 # Best first: whether it is installed, and the major compute capabilities that it has kernels for.
 # transformers looks at these when it builds a model, and lets FA3 pass wherever FA2 runs, though
@@ -89,7 +86,6 @@ def load_partitioned(
             f"transformers fails where weights are partitioned. Choose another architecture\n"
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
-    log.info("%s %s with attention %s", role, section.model, model.config._attn_implementation)
     return model
 
 
@@ -134,6 +130,26 @@ def choose_attention(
             f'"flash", and bf16 in the file of deepspeed.{role}; "auto" takes what there is'
         )
     return section.attention
+
+
+def why_attention(
+    section: ModelSection, model: PreTrainedModel, ds_config: dict[str, Any], *, role: str
+) -> str:
+    """Why a model that choose_attention chose for attends as it does, in a few words."""
+    chosen = model.config._attn_implementation
+    if section.attention != "auto":
+        return f"{role}.attention says so"
+    if chosen.startswith("flash"):
+        return "the best that is installed"
+    if device_type() != "cuda":
+        why = "flash attention needs a GPU"
+    elif not is_bf16(ds_config):
+        why = "flash attention needs bf16"
+    elif not _flash_attention(ds_config):
+        why = "no flash attention for this GPU is installed"
+    else:
+        why = f"{model.config.model_type} has no flash attention"
+    return why if chosen == "sdpa" else f"{why}, and {model.config.model_type} has no sdpa"
 
 
 def _dtype(ds_config: dict[str, Any]) -> torch.dtype:

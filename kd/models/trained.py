@@ -32,7 +32,7 @@ def set_trained(model: PreTrainedModel, section: StudentSection, seed: int) -> N
         model.requires_grad_(False)
         _add_adapters(model, section, section.lora, seed)
     elif not section.trains_head and is_tied(model):
-        log.info("student.freeze_head: the embeddings are the same tensor, and frozen with it")
+        log.info("student   freeze_head: the embeddings are the same tensor, and frozen with it")
     if not section.trains_head:
         head.requires_grad_(False)
     if not section.trains_embeddings:
@@ -44,7 +44,7 @@ def set_trained(model: PreTrainedModel, section: StudentSection, seed: int) -> N
     num_trained = num_parameters(p for p in parameters if p.requires_grad)
     if num_trained < num_parameters(parameters):
         sizes = (num_trained / 1e6, num_parameters(parameters) / 1e6)
-        log.info("student: %.2f of %.2f M parameters are trained", *sizes)
+        log.info("student   %.2f of %.2f M parameters are trained", *sizes)
 
 
 def check_trained(model: PreTrainedModel, section: StudentSection) -> None:
@@ -96,7 +96,7 @@ def _add_adapters(
             f"student.lora: peft adds no adapters to {type(model).__name__}: {first_line(error)}"
         ) from error
     config.target_modules = sorted(config.target_modules or ())
-    log.info("student.lora: adapters of rank %d beside %d matrices", lora.rank, len(layers))
+    log.info("student   adapters of rank %d next to %d matrices", lora.rank, len(layers))
 
 
 def _adapted_layers(model: PreTrainedModel, lora: LoraSection) -> list[str]:

@@ -41,6 +41,7 @@ from kd.rollouts.rollouts import Rollouts
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher, TeacherModule
 from kd.training.cache_identity import check_holds, check_is_of, check_serves
+from kd.training.first_lines import say
 from kd.training.selection import Selection
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def build_cached_teacher(
     on_rank_zero(lambda: check_is_of(cache, recipe, tokenizer))
     on_rank_zero(lambda: check_holds(cache, data, where))
     on_rank_zero(lambda: check_serves(cache.kind, recipe, where))
-    log.info("the teacher: %s, %s", where, cache.kind)
+    say("teacher", f"{where}, {cache.kind}")
     if not isinstance(cache.kind, HiddenKind):
         return CachedTeacher(cache, None, layout.device)
     dtype = torch.bfloat16 if is_bf16(teacher_ds_config(recipe)) else torch.float32
@@ -95,7 +96,7 @@ def build_live_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher:
     """
     section = recipe.teacher
     assert section is not None
-    log.info("loading the teacher, %s", section.model)
+    say("teacher", f"loading {section.model}")
     ds_config = teacher_ds_config(recipe)
     reference = _reference_of(section, ds_config, role="teacher")
     if section.shard == "gpu":
@@ -109,7 +110,7 @@ def build_live_teacher(recipe: Recipe, layout: Layout) -> LiveTeacher:
     check_shapes(section, model, role="teacher")
     teacher = LiveTeacher(model, run, keeps_packed_apart=reference.keeps_packed_apart)
     verify_weights(model, teacher.probe, reference.probed, role="teacher", device=layout.device)
-    _log_size("teacher", model)
+    _say_size("teacher", model, f"teacher.shard = {section.shard}")
     return teacher
 
 
@@ -119,7 +120,7 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
     Collective: every rank must call this.
     """
     section = recipe.student
-    log.info("loading the student, %s", section.model)
+    say("student", f"loading {section.model}")
     if section.init == "random":
         model = random_model(section, ds_config, role="student", seed=recipe.run.seed)
         reference = reference_of(model, role="student")
@@ -131,7 +132,8 @@ def build_student(recipe: Recipe, ds_config: dict[str, Any], layout: Layout) -> 
     engine = student_engine(model, recipe, ds_config)
     student = Student(model, engine, keeps_packed_apart=reference.keeps_packed_apart)
     verify_weights(model, student.probe, reference.probed, role="student", device=layout.device)
-    _log_size("student", model)
+    stage = ds_config["zero_optimization"]["stage"]
+    _say_size("student", model, f"ZeRO-{stage}, {recipe.deepspeed.student}")
     model.train()
     return student
 
@@ -211,11 +213,12 @@ def gathers_whole(recipe: Recipe, layout: Layout) -> bool:
         try:
             needed = memory_plan(whole, num_nodes, ranks_per_node).total_gib
         except UserError as error:
-            log.warning("generation gathers layer by layer, since nothing is planned: %s", error)
+            log.warning("sampling gathers layer by layer, since nothing is planned: %s", error)
             return False
-        word = "whole weights" if needed + RESERVED_GIB <= gib else "layer by layer"
-        log.info("generation: %s, %.1f GiB with whole ones of %.1f", word, needed, gib)
-        return word == "whole weights"
+        fits = needed + RESERVED_GIB <= gib
+        word = "with whole weights" if fits else "gathered layer by layer"
+        say("sampling", f"{word}: whole ones make it {needed:.1f} of {gib:.1f} GiB on each rank")
+        return fits
 
     return on_rank_zero(fits)
 
@@ -240,13 +243,16 @@ def choose_layout(
             'next: use "padded"'
         )
     if wanted != "auto":
+        say("layout", f"{wanted}: training.sequence_layout says so")
         return wanted
     attention = {role: m.model.config._attn_implementation for role, m in models.items()}
     is_varlen = all(name.startswith("flash") for name in attention.values())
     layout: SequenceLayout = "packed" if is_varlen and not mixing else "padded"
-    named = " and ".join(f"{role} attends by {name}" for role, name in attention.items())
-    why = f"the {' and the '.join(mixing)} would mix sequences" if mixing else f"the {named}"
-    log.info("training.sequence_layout: auto is %s, for %s", layout, why)
+    if mixing:
+        why = f"the {' and the '.join(mixing)} would mix packed sequences"
+    else:
+        why = "all models have flash attention" if is_varlen else "packing takes flash attention"
+    say("layout", f"{layout}: {why}")
     return layout
 
 
@@ -257,17 +263,15 @@ def _reference_of(section: ModelSection, ds_config: dict[str, Any], *, role: str
     return on_rank_zero(lambda: reference_of(load_whole(section, ds_config, role=role), role=role))
 
 
-def _log_size(role: str, model: PreTrainedModel) -> None:
+def _say_size(role: str, model: PreTrainedModel, why: str) -> None:
     """What was measured on all ranks, after a first forward pass."""
     parameters = list(model.parameters())
     measured = gather_objects((num_shards(parameters), shard_bytes(parameters) / 2**20))
     shards, mebibytes = zip(*measured, strict=True)
-    log.info(
-        "%s: %.2f M parameters over %s of %d ranks, %.1f to %.1f MiB on each",
-        role,
-        num_parameters(parameters) / 1e6,
-        " or ".join(str(number) for number in sorted(set(shards))),
-        len(measured),
-        min(mebibytes),
-        max(mebibytes),
-    )
+    number = " or ".join(str(number) for number in sorted(set(shards)))
+    divided = "whole" if number == "1" else f"divided by {number}"
+    sizes = sorted({f"{size:,.1f}" for size in (min(mebibytes), max(mebibytes))}, key=len)
+    dtype = str(model.dtype).removeprefix("torch.")
+    what = f"{num_parameters(parameters) / 1e6:,.2f} M parameters in {dtype}"
+    ranks = f"{len(measured)} rank{'s' if len(measured) > 1 else ''}"
+    say(role, f"{what}, {divided} on {ranks} ({why}): {' to '.join(sizes)} MiB on each")

@@ -71,17 +71,12 @@ from kd.training.build import (
     gathers_whole,
 )
 from kd.training.decisions import Progress, run_steps
+from kd.training.first_lines import divergence_name, say, say_how, say_where
 from kd.training.meeting import load_data_by_node, meet
-from kd.training.metrics import (
-    MetricsLog,
-    StepLines,
-    WallTime,
-    peak_memory_gib,
-    send_text,
-    send_to_monitor,
-    whole_lines,
-)
+from kd.training.metrics import MetricsLog, StepLines, peak_memory_gib, whole_lines
+from kd.training.monitors import Monitors, open_monitors
 from kd.training.plan_report import PlanReport, plan_training
+from kd.training.progress_lines import ProgressLines, WallTime, step_of
 from kd.training.schedule import learning_rate
 from kd.training.selection import Selection
 from kd.training.step import StepResult, Validation, train_step, validate
@@ -105,6 +100,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         interruption.arm()
     with watching(peers):
         configure_logging(layout.rank)
+        say_where(recipe, layout)
         recipe = _without_autos(recipe, layout)
         ds_config = student_ds_config(recipe, layout.data_parallel_size, layout.device.type)
         check_ds_config(ds_config, recipe.deepspeed.student)
@@ -117,15 +113,17 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
         check_shared(f"run.output_dir = {recipe.run.output_dir!r}", recipe.run_dir, layout)
         checkpoint = _choose_checkpoint(recipe.run_dir, resume)
 
-        log.info("reading the data, and tokenising what is not in %s", recipe.data.cache_dir)
+        say("data", f"reading; tokenised rows are kept in {recipe.data.cache_dir}")
         tokenizer, data = _load_data(recipe, layout)
         on_rank_zero(lambda: check_data_ids(data, tokenizer, num_embedded))
         check_fills_a_batch(data.train, recipe.training.global_batch_size)
         on_rank_zero(lambda: record_data(recipe.run_dir, str(data.report), data_fingerprints(data)))
+        monitors = open_monitors(recipe, checkpoint)
         teacher = build_teacher(recipe, data, tokenizer, layout)
         student = build_student(recipe, ds_config, layout)
         shape = batch_shape(recipe, choose_layout(recipe, student, teacher))
         loader = Loader(data.train, shape, recipe.run.seed, tokenizer.pad_token_id)
+        say_how(recipe, layout, shape, student, teacher)
         set_generation_config(student.model, tokenizer)
         torch.manual_seed(recipe.run.seed + layout.rank)  # for dropout; a checkpoint restores it
         progress = Progress()
@@ -145,6 +143,7 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
             tokenizer,
             loader,
             data.validation,
+            monitors,
             interruption,
             progress,
         )
@@ -167,6 +166,7 @@ class TrainingRun:
         tokenizer: PreTrainedTokenizerFast,
         loader: Loader,
         validation: Examples | None,
+        monitors: Monitors | None,
         interruption: Interruption,
         start: Progress,
     ) -> None:
@@ -174,7 +174,7 @@ class TrainingRun:
         self.student, self.teacher, self.tokenizer = student, teacher, tokenizer
         self.rollouts, self.selection = rollouts, selection
         self.loader, self.validation = loader, validation
-        self.interruption = interruption
+        self.monitors, self.interruption = monitors, interruption
         self.watchdog = Watchdog(recipe.run.watchdog_minutes)
         training, folder = recipe.training, recipe.run_dir
         self.total_steps = training.max_steps or training.epochs * loader.steps_per_epoch
@@ -188,7 +188,15 @@ class TrainingRun:
         if layout.rank == 0:
             set_aside_after(self.checkpoints, start.step)
             self.metrics = MetricsLog(
-                folder / "metrics.jsonl", start_step=start.step, total_steps=self.total_steps
+                folder / "metrics.jsonl",
+                start_step=start.step,
+                total_steps=self.total_steps,
+                progress=ProgressLines(
+                    self.wall_time,
+                    total_steps=self.total_steps,
+                    every_seconds=recipe.run.log_seconds,
+                    divergence=divergence_name(recipe),
+                ),
             )
             if rollouts:
                 path = folder / "rollouts.jsonl"
@@ -201,18 +209,22 @@ class TrainingRun:
     def take_step(self, step: int) -> StepResult:
         """Optimizer step `step`, counted from 0; in files steps are counted from 1."""
         started = time.perf_counter()
-        rate = learning_rate(step, self.total_steps, self.recipe.training)
-        self._batches, figures = self.loader.micro_batches(step, self.layout), None
+        rate, figures = learning_rate(step, self.total_steps, self.recipe.training), None
+        with self.wall_time.spent_on("data"):
+            self._batches = self.loader.micro_batches(step, self.layout)
         if self.rollouts:
             sampled, figures = self.rollouts.of_step(step)
             self._batches += sampled
+            self.wall_time.add("sampling", figures.seconds)
         cached = self.teacher if isinstance(self.teacher, CachedTeacher) else None
         waited = cached.waited_seconds if cached else 0.0
         if cached and step + 1 < self.total_steps:  # while this step computes
-            cached.read_ahead(self.loader.micro_batches(step + 1, self.layout))
+            with self.wall_time.spent_on("data"):
+                cached.read_ahead(self.loader.micro_batches(step + 1, self.layout))
         result = train_step(self.student, self.teacher, self._batches, rate, self.layout)
         seconds = time.perf_counter() - started
         self.wall_time.add("steps", seconds)
+        self.wall_time.add("cache", cached.waited_seconds - waited if cached else 0.0)
         if not result.num_supervised_tokens:
             log.warning(
                 "step %d: nothing to learn from: no sampled response has a token in "
@@ -275,20 +287,23 @@ class TrainingRun:
             "mean_response_tokens": summary.mean_response_tokens,
         }
         log.info(
-            "step %d: accuracy %.3f (%.3f-%.3f) on %d problems, %.3f unclosed",
-            self._record["step"],
+            "%s  accuracy %.3f (95%% %.3f-%.3f) on %d problems, %.0f%% unclosed",
+            step_of(self._record["step"], self.total_steps),
             summary.accuracy,
             *summary.ci95,
             summary.num_problems,
-            summary.unclosed_fraction,
+            100 * summary.unclosed_fraction,
         )
         self.watchdog.pat()
         return summary.accuracy
 
     def record(self, validation: Validation | None) -> None:
         """Rank 0 writes the line of the step just taken, and sends it to the monitors."""
-        if self.metrics is None:
-            return
+        if self.metrics is not None:
+            with self.wall_time.spent_on("metrics"):
+                self._write(self.metrics, validation)
+
+    def _write(self, metrics: MetricsLog, validation: Validation | None) -> None:
         record = dict(self._record)
         if validation is not None:
             record |= {f"val_{name}": value for name, value in validation._asdict().items()}
@@ -301,13 +316,17 @@ class TrainingRun:
                 }
         if self.report:
             self.report.add(record)
-        self.metrics.write(record)
-        monitor = self.student.engine.monitor
-        send_to_monitor(monitor, record)
+        metrics.write(record)
+        if validation is not None:
+            metrics.progress.add_validation(record)
+        if self.monitors:
+            self.monitors.write(record)
         if self.rollouts and self.rollout_lines and validation is not None:
             sample = self.rollouts.first_sample(record["step"])
             self.rollout_lines.write(sample)
-            send_text(monitor, "rollouts", sample["prompt"] + sample["response"], sample["step"])
+            if self.monitors:
+                text = sample["prompt"] + sample["response"]
+                self.monitors.text("rollouts/sample", text, sample["step"])
 
     def stop(self, progress: Progress, result: StepResult) -> None:
         places = gather_objects([place for batch in self._batches for place in batch.places])
@@ -330,14 +349,18 @@ class TrainingRun:
             save_checkpoint(self.student.engine, self.checkpoints, progress.step, state)
         chosen_by = {"val_loss": progress.best_loss, "accuracy": progress.best_accuracy}
         name = self.recipe.training.select_best
-        best = (progress.best_step, name, chosen_by[name])
-        log.info("step %d saved; best: step %s, %s %s", progress.step, *best)
+        at, best = step_of(progress.step, self.total_steps), ""
+        if progress.best_step is not None:
+            best = f"; best is step {progress.best_step}, {name} {chosen_by[name] or 0.0:.4f}"
+        log.info("%s  saved%s", at, best)
         if self.layout.rank == 0:
             keep_last = self.recipe.training.keep_last
             prune(self.checkpoints, keep_last=keep_last, best_step=progress.best_step)
         self.watchdog.pat()
 
     def leave(self, progress: Progress) -> None:
+        if self.monitors:
+            self.monitors.close()
         if self.layout.rank == 0:
             write_json(self.recipe.run_dir / INTERRUPTED, progress._asdict())
             log.info("asked to stop: step %d is saved, continue with --resume auto", progress.step)
@@ -352,6 +375,8 @@ class TrainingRun:
             self.metrics.close()
         if self.rollout_lines:
             self.rollout_lines.close()
+        if self.monitors:
+            self.monitors.close()
         if isinstance(self.teacher, CachedTeacher):
             self.wall_time.say_waits(self.teacher.waited_seconds)
         log.info("wall time since this start: %s", self.wall_time)
@@ -385,7 +410,7 @@ def _load_data(recipe: Recipe, layout: Layout) -> tuple[PreTrainedTokenizerFast,
         if layout.rank == 0:  # a study's cell need not be tried again
             write_text(recipe.run_dir / NOTHING_TO_LEARN, f"{error}\n")
         raise
-    log.info("%s", data.report)
+    say("data", str(data.report))
     return tokenizer, data
 
 
@@ -398,13 +423,13 @@ def _without_autos(recipe: Recipe, layout: Layout) -> Recipe:
         return recipe
     begun = on_rank_zero(lambda: as_begun(recipe))
     if not begun.autos:
-        log.info("auto: as %s began", recipe.run_dir)
+        say("plan", f"auto: as {recipe.run_dir} began")
         return begun
     num_nodes, ranks_per_node = size_to_plan(layout.nodes)
     gib = memory_gib(layout.device, ranks_per_node)
     site = find_site(layout.device, layout.nodes)
     settled, why = on_rank_zero(lambda: settle(recipe, num_nodes, ranks_per_node, gib, site))
-    log.info("%s", why)
+    say("plan", why)
     return settled
 
 

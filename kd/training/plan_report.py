@@ -38,7 +38,9 @@ from kd.plan.lengths import DataTraces, Sampled, epoch_lengths, step_lengths
 from kd.plan.rank_memory import GIB
 from kd.plan.shapes import sampler_shapes
 from kd.recipe import Recipe
+from kd.training.first_lines import say
 from kd.training.metrics import peak_memory_gib
+from kd.training.progress_lines import duration
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class PlanReport:
         self._site = find_site(layout.device, layout.nodes)
         self._path = plan.memory.recipe.run_dir / "plan.json"
         self._records: list[dict[str, Any]] = []
+        say("plan", _describe_plan(_planned(plan, self._site)))
 
     def flops(self, step: int, sampled: Sampled | None) -> dict[str, float | None]:
         """Of the optimizer step that begins after `step` others, over all ranks, as metrics.jsonl
@@ -119,7 +122,7 @@ class PlanReport:
             self.write()
 
     def write(self, shares: Mapping[str, float] | None = None) -> None:
-        """The file, and a table in the log. Without a step there is nothing to write.
+        """The file, and a line in the log. Without a step there is nothing to write.
 
         shares: of wall time, once the run has ended.
         """
@@ -129,7 +132,7 @@ class PlanReport:
             "planned": _planned(self._plan, self._site),
             "measured": {**self._measured(), **dict.fromkeys(SHARES), **(shares or {})},
         }
-        log.info("%s", _describe(report))
+        say("measured", _describe(report, on_gpu=self._device.type == "cuda"))
         try:
             write_json(self._path, {"format_version": FORMAT_VERSION, **report})
         except OSError as error:
@@ -185,12 +188,32 @@ def _planned(plan: RunPlan, site: Site | None) -> dict[str, Any]:
     }
 
 
-def _describe(report: dict[str, dict[str, Any]]) -> str:
-    def text(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4g}"
+def _describe_plan(planned: dict[str, Any]) -> str:
+    steps, tokens = planned["num_steps"], planned["num_input_tokens_per_step"]
+    work = f"{steps} steps of {tokens:,.0f} tokens and {planned['flops_per_step']:.3g} FLOPs"
+    memory = f"{planned['peak_gib']:.2f} GiB at most on each rank"
+    if planned["seconds_per_step"] is None:
+        return f"{work}; {memory}; no times, which are planned for known GPUs only"
+    seconds = planned["seconds_per_step"] * steps / planned["steps_share"]
+    step = f"{planned['seconds_per_step']:.3f} s a step, {planned['mfu']:.0%} of the peak FLOPs"
+    return f"{work}; {memory}; {step}, {duration(seconds)} in all"
 
+
+def _describe(report: dict[str, dict[str, Any]], *, on_gpu: bool) -> str:
+    """What was measured, next to what was planned of the same: a process has more than tensors."""
     planned, measured = report["planned"], report["measured"]
-    width = max(map(len, planned))
-    rows = [("", "planned", "measured")]
-    rows += [(name, text(planned[name]), text(measured[name])) for name in planned]
-    return "\n".join(f"{name:{width}}  {one:>9}  {two:>9}" for name, one, two in rows)
+    planned = planned if on_gpu else planned | {"peak_gib": None}
+    units = {
+        "seconds_per_step": "s a step",
+        "peak_gib": "GiB at most on rank 0" if on_gpu else "GiB at most in rank 0's process",
+        "num_input_tokens_per_step": "tokens a step",
+        "flops_per_step": "FLOPs a step",
+        "mfu": "of the peak FLOPs",
+    }
+    parts = [
+        f"{measured[name]:.4g} {unit}"
+        + (f" (planned {planned[name]:.4g})" if planned[name] is not None else "")
+        for name, unit in units.items()
+        if measured[name] is not None
+    ]
+    return f"over {measured['num_steps']} steps: {', '.join(parts)}"

@@ -153,7 +153,7 @@ def across_nodes(recipe: Recipe, layout: Layout) -> str:
 
 def find_damage(recipe: Recipe, layout: Layout) -> str | None:
     """What building says when weights do not arrive on the node without rank 0."""
-    repartition, log_size = kd.training.build.repartition, kd.training.build._log_size
+    repartition, log_size = kd.training.build.repartition, kd.training.build._say_size
 
     def damage(model: Any, *arguments: Any) -> None:
         repartition(model, *arguments)
@@ -162,7 +162,7 @@ def find_damage(recipe: Recipe, layout: Layout) -> str | None:
                 parameter.ds_tensor.add_(1.0)
 
     # The latter waits for every rank
-    kd.training.build.repartition, kd.training.build._log_size = (
+    kd.training.build.repartition, kd.training.build._say_size = (
         damage,
         lambda *_: None,
     )
@@ -171,7 +171,7 @@ def find_damage(recipe: Recipe, layout: Layout) -> str | None:
     except UserError as error:
         return str(error)
     finally:
-        kd.training.build.repartition, kd.training.build._log_size = repartition, log_size
+        kd.training.build.repartition, kd.training.build._say_size = repartition, log_size
     return None
 
 

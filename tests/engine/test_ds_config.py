@@ -209,19 +209,9 @@ def test_the_teacher_has_no_optimizer() -> None:
     assert not config.keys() & {"optimizer", "scheduler", "gradient_clipping", "train_batch_size"}
 
 
-def test_monitors_are_those_of_the_recipe() -> None:
-    off = student_ds_config(recipe(), 2, "cpu")
-    assert not off.keys() & {"tensorboard", "csv_monitor", "wandb"}
+def test_deepspeed_has_no_monitor_of_its_own() -> None:
     monitor = {"tensorboard": True, "csv": True, "wandb_project": "kd"}
-    config = student_ds_config(recipe(monitor=monitor), 2, "cpu")
-    assert config["tensorboard"] == config["csv_monitor"]
-    assert config["tensorboard"] == {
-        "enabled": True,
-        "output_path": "elsewhere/trial/monitor",
-        "job_name": "trial",
-    }
-    assert config["wandb"] == {"enabled": True, "project": "kd", "group": "trial"}
-    assert get_monitor_config(config).enabled  # DeepSpeed refuses keys that it does not know
+    assert not get_monitor_config(student_ds_config(recipe(monitor=monitor), 2, "cpu")).enabled
 
 
 @pytest.mark.parametrize("name", SHIPPED)

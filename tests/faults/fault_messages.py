@@ -25,13 +25,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def message_of(stderr: str, pattern: str, folder: Path) -> str:
-    """The line of stderr that holds the pattern, without the paths and the host of the test."""
+    """The line of stderr that holds the pattern, without the time, the paths and the host of the
+    test.
+    """
     lines = [
         line for line in stderr.splitlines() if re.search(pattern, line) and not NOISE.search(line)
     ]
     assert lines, f"nothing says {pattern!r}:\n{stderr[-4000:]}"
     return (
-        lines[0]
+        re.sub(r"^\d\d:\d\d:\d\d ", "", lines[0])
         .replace(str(folder), "RUN")
         .replace(f" on {socket.gethostname()}", " on HOST")
         .strip()

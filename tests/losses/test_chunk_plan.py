@@ -72,8 +72,8 @@ def test_a_plan_is_logged_once_whatever_the_number_of_rows(make_problem, caplog)
                 p.student_hidden, p.student_head, p.teacher_hidden, p.teacher_head, p.labels
             )
     (record,) = caplog.records
-    assert "backend torch, logits in float64" in record.getMessage()
-    assert "of all rows at once" in record.getMessage()
+    assert "in float64 by backend torch" in record.getMessage()
+    assert "all rows at once" in record.getMessage()
 
 
 def test_a_plan_for_more_rows_than_a_chunk_says_how_many_there_are(make_problem, caplog):

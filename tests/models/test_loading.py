@@ -18,6 +18,7 @@ from kd.models.loading import (
     load_partitioned,
     load_whole,
     random_model,
+    why_attention,
 )
 from kd.recipe import ModelSection
 
@@ -139,6 +140,37 @@ def test_attention_that_is_not_to_be_had_is_refused_with_what_is(
     )
     with pytest.raises(UserError, match=expected):
         choose_attention(section("any", attention=attention), config, BF16, role="teacher")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "packages", "ds_config", "asked", "words"),
+    [
+        ("llama", ALL_FLASH, BF16, "auto", "the best that is installed"),
+        ("llama", ALL_FLASH, BF16, "sdpa", "student.attention says so"),
+        ("llama", ALL_FLASH, FP32, "auto", "flash attention needs bf16"),
+        ("llama", (), BF16, "auto", "no flash attention for this GPU is installed"),
+        ("mpt", ALL_FLASH, BF16, "auto", "mpt has no flash attention, and mpt has no sdpa"),
+    ],
+)
+def test_the_log_says_why_a_model_attends_as_it_does(
+    gpu: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    packages: tuple[str, ...],
+    ds_config: dict[str, object],
+    asked: str,
+    words: str,
+) -> None:
+    model, named = build(model_type, tied=True, seed=0), section("any", attention=asked)
+    gpu(9, *packages)
+    chosen = choose_attention(named, model.config, ds_config, role="student")
+    model.config._attn_implementation_internal = chosen
+    assert why_attention(named, model, ds_config, role="student") == words
+    monkeypatch.setattr(loading, "device_type", lambda: "cpu")
+    if asked == "auto" and chosen == "sdpa":
+        assert why_attention(named, model, ds_config, role="student") == (
+            "flash attention needs a GPU"
+        )
 
 
 @pytest.mark.parametrize("ds_config", [FP32, BF16], ids=["fp32", "bf16"])

@@ -499,8 +499,8 @@ def test_cells_wait_for_the_job_that_fills_their_cache_and_go_with_it(
     assert cache["num_rows"] == 80
     for log in (study / "slurm" / "2").glob("train-*.out"):
         text = log.read_text()
-        assert "the teacher: teacher.cache = " in text
-        assert "loading the teacher" not in text
+        assert "teacher   teacher.cache = " in text
+        assert "teacher   loading" not in text
     assert len(list(study.glob("keep*/SUCCESS"))) == 2
 
 

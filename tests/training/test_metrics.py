@@ -1,16 +1,21 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
-
 from kd.runs.records import read_metrics
-from kd.training.metrics import MetricsLog, StepLines, send_text, whole_lines
+from kd.training.metrics import MetricsLog, StepLines, whole_lines
+from kd.training.progress_lines import ProgressLines, WallTime
 
 COSTS = {"step_ms": 1.0, "peak_memory_gib": 1.0, "num_input_tokens": 2, "num_supervised_tokens": 1}
+
+
+def metrics_log(folder: Path, total_steps: int) -> MetricsLog:
+    progress = ProgressLines(
+        WallTime(), total_steps=total_steps, every_seconds=0.0, divergence=None
+    )
+    path = folder / "metrics.jsonl"
+    return MetricsLog(path, start_step=0, total_steps=total_steps, progress=progress)
 
 
 def refuse(constant: str) -> Any:
@@ -18,7 +23,7 @@ def refuse(constant: str) -> Any:
 
 
 def test_what_is_not_finite_is_null_at_any_depth(tmp_path: Path) -> None:
-    metrics = MetricsLog(tmp_path / "metrics.jsonl", start_step=0, total_steps=1)
+    metrics = metrics_log(tmp_path, total_steps=1)
     nested = {
         "forward_kl": math.inf,
         "by_section": {"cot": {"forward_kl": math.nan, "num_supervised_tokens": 3}},
@@ -56,7 +61,7 @@ def test_what_is_not_finite_is_null_at_any_depth(tmp_path: Path) -> None:
 
 
 def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, monkeypatch, caplog):
-    log = MetricsLog(tmp_path / "metrics.jsonl", start_step=0, total_steps=3)
+    log = metrics_log(tmp_path, total_steps=3)
     record = COSTS | {"loss": 1.0, "lr": 0.1, "tokens_per_second": 2.0}
     log.write(record | {"step": 1})
 
@@ -73,17 +78,6 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, monkey
     log.write(record | {"step": 3})
     log.close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-
-
-def test_a_text_is_one_of_tensorboards(tmp_path: Path) -> None:
-    writer = SummaryWriter(str(tmp_path))
-    places = {"tb_monitor": SimpleNamespace(summary_writer=writer), "wandb_monitor": None}
-    send_text(SimpleNamespace(enabled=True, **places), "rollouts", "1+1=<think>2", step=7)
-    writer.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    (event,) = events.Tensors("kd/rollouts/text_summary")
-    assert (event.step, event.tensor_proto.string_val) == (7, [b"1+1=<think>2"])
-    send_text(SimpleNamespace(enabled=False, **places), "rollouts", "none is sent", step=8)
 
 
 def test_lines_of_steps_that_are_repeated_stand_aside_and_a_torn_one_is_left_out(tmp_path: Path):

@@ -76,8 +76,14 @@ def test_flops_of_a_record_grow_with_its_tokens(run):
 
 
 @pytest.mark.dist
-def test_the_log_says_both_after_three_steps_and_at_the_end(run):
-    assert len(re.findall(r"^ +planned +measured\npeak_gib +[\d.]+ +[\d.]+\n", run[1], re.M)) == 2
+def test_the_log_says_what_is_planned_first_and_both_after_three_steps_and_at_the_end(run):
+    planned = re.search(rf"plan +{NUM_STEPS} steps of ([\d,]+) tokens .* GiB at most", run[1])
+    measured = r"measured +over (\d+) steps: .* ([\d.]+) tokens a step \(planned ([\d.]+)\)"
+    found = re.findall(measured, run[1])
+    assert [int(steps) for steps, *_ in found] == [2, NUM_STEPS - 1]
+    for _, tokens, of_plan in found:
+        assert float(of_plan) == pytest.approx(float(planned[1].replace(",", "")), abs=0.5)
+        assert float(tokens) == pytest.approx(float(of_plan), rel=0.2)
     assert max(map(len, run[1].splitlines())) < 400
 
 

@@ -2,8 +2,10 @@
 uninterrupted one.
 """
 
+import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,15 +15,18 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import ROOT, launcher_command, write_tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wandb_files import wandb_history
 
 from kd.runs.records import read_metrics
+from kd.training.monitors import scalars
 
 pytestmark = pytest.mark.dist
 SECRET_NAMES = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DB_PASSWORD")
 SECRETS = {name: f"secret-of-{name.lower()}" for name in SECRET_NAMES}
-MONITORS = ("--set", "monitor.csv=true", "--set", "monitor.tensorboard=true")
+MONITORS = ("monitor.csv=true", "monitor.tensorboard=true", "monitor.wandb_project=kd")
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +35,19 @@ def recipe(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_run(launch, recipe) -> Path:
-    """The run folder of 40 steps without interruption."""
-    arguments = ["--recipe", str(recipe), "--set", "run.name=whole", *MONITORS]
-    done = launch("launch/train.py", *arguments, **SECRETS)
+def whole(launch, recipe) -> subprocess.CompletedProcess[str]:
+    """40 steps without interruption, which say what they do in a file, and to all monitors."""
+    settings = ("run.name=whole", "run.log_seconds=0", *MONITORS)
+    words = [word for setting in settings for word in ("--set", setting)]
+    variables = SECRETS | {"WANDB_MODE": "offline", "WANDB_NOTES": str(recipe)}
+    done = launch("launch/train.py", "--recipe", str(recipe), *words, **variables)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole_run(whole, recipe) -> Path:
+    """Its folder."""
     return recipe.parent / "runs" / "whole"
 
 
@@ -125,14 +138,71 @@ def test_every_file_of_a_run_has_the_mode_of_the_umask(whole_run):
         assert path.stat().st_mode & bits == bits & ~mask, path
 
 
-def test_deepspeeds_monitor_writes_what_the_recipe_switches_on(whole_run):
-    files = [path.name for path in (whole_run / "monitor").rglob("*") if path.is_file()]
-    assert any(name.startswith("events.out.tfevents") for name in files)
-    (losses,) = (whole_run / "monitor").rglob("*kd_loss.csv")
+def test_tensorboard_csv_and_wandb_have_the_same_scalars_of_every_step(whole_run):
+    expected = {r["step"]: scalars(r) for r in read_metrics(whole_run / "metrics.jsonl")}
+    assert len(expected) == 40
+    names = set().union(*expected.values())
+    groups = {name.partition("/")[0] for name in names}
+    divergences = {"divergence", "divergence_by_section", "divergence_by_position"}
+    assert groups == {"loss", "speed", "training", *divergences}
+    assert {"loss/val_total", "divergence_by_position/val_reverse_kl_eighth_4"} <= names
+
+    events = EventAccumulator(str(whole_run / "monitor")).Reload()
+    assert set(events.Tags()["scalars"]) == names
+    of_csv = {step: {} for step in expected}
+    with (whole_run / "monitor" / "scalars.csv").open() as file:
+        for row in csv.DictReader(file):
+            of_csv[int(row["step"])][row["name"]] = float(row["value"])
+    of_wandb = wandb_history(whole_run / "monitor")
+    for step, values in expected.items():
+        assert of_csv[step] == values
+        assert {name: of_wandb[step][name] for name in values} == pytest.approx(values)
+    for name in names:
+        written = {event.step: event.value for event in events.Scalars(name)}
+        of_name = {step: values[name] for step, values in expected.items() if name in values}
+        assert written == pytest.approx(of_name, rel=1e-6), name
+
+
+def test_no_process_of_wandb_outlives_the_run(whole, recipe):
+    left = [process for process in psutil.process_iter() if "wandb" in process.name()]
+    assert not [one for one in left if one.environ().get("WANDB_NOTES") == str(recipe)]
+
+
+def test_the_log_says_what_runs_where_and_then_one_line_a_step(whole, whole_run):
+    lines = whole.stderr.splitlines()
+    stamped = re.compile(r"\d\d:\d\d:\d\d (?! )| {19}\S")
+    assert not [line for line in lines if not stamped.match(line)]
+    facts, first_step = {}, next(i for i, line in enumerate(lines) if " step  1/40 " in line)
+    for line in lines[:first_step]:
+        label, text = line[9:19].strip(), line[19:]
+        facts.setdefault(label, []).append(text)
+    assert list(facts) == [
+        *("run", "ranks", "data", "", "wandb", "teacher", "student", "layout", "attention"),
+        *("batch", "loss", "plan", "logits"),
+    ]
+    assert f"whole, in {whole_run}, on " in facts["run"][0]
+    assert facts["ranks"][0].startswith("2 on 1 node (rank 0 on ")
+    assert "divided by 2 on 2 ranks (teacher.shard = world): " in facts["teacher"][-1]
+    assert "divided by 2 on 2 ranks (ZeRO-3, zero3_cpu.json): " in facts["student"][-1]
+    assert facts["layout"] == ["padded: packing takes flash attention"]
+    assert "teacher sdpa (flash attention needs a GPU)" in facts["attention"][0]
+    assert facts["batch"] == [
+        "8 sequences a step: on each rank 2 micro-batches of at most 2, padded"
+    ]
+    assert facts["loss"] == ["0.5 forward_kl + 0.5 cross-entropy, over prompt+cot+answer"]
+
     records = read_metrics(whole_run / "metrics.jsonl")
-    written = [float(line.split(",")[1]) for line in losses.read_text().splitlines()[1:]]
-    assert written == pytest.approx([record["loss"] for record in records])
-    assert any((whole_run / "monitor").rglob("*kd_diagnostics_by_section_cot_reverse_kl.csv"))
+    line = r"step +(\d+)/40  loss (\S+)  KL (\S+)  CE (\S+)  [\d,]+ tokens/s  (.+ left  )?waiting "
+    steps = [found for line_ in lines if (found := re.search(line, line_))]
+    assert [int(found[1]) for found in steps] == list(range(1, 41))
+    for found, record in zip(steps, records, strict=True):
+        assert [float(found[i]) for i in (2, 3, 4)] == pytest.approx(
+            [record["loss"], record["kd"], record["ce"]], abs=1e-4
+        )
+        assert (found[5] is None) == (record["step"] in (1, 40))
+    validated = [r["step"] for r in records if "val_loss" in r]
+    found = re.findall(r"step +(\d+)/40  validation  loss ", whole.stderr)
+    assert [int(step) for step in found] == validated
 
 
 def test_best_checkpoint_is_kept_beside_the_newest(whole_run):

@@ -81,6 +81,8 @@ def test_the_loss_goes_on_within_rounding(
     assert whole.returncode == 0, whole.stderr[-4000:]
     if student == "auto":
         assert "auto is teacher.shard = gpu, deepspeed.student = zero1_bf16.json, " in whole.stderr
+        assert "whole on 2 ranks (ZeRO-1, zero1_bf16.json)" in whole.stderr
+        assert whole.stdout == "", "DeepSpeed prints its memory"
     folder = copy_until_step_10(recipe.parent / "runs" / name, f"{name}_on_{num_ranks}")
     done = launch(*arguments(recipe, folder.name, student, teacher, *more), num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr[-4000:]
