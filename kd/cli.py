@@ -43,21 +43,21 @@ def generation_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: vLLM where it is installed and sees a GPU, else transformers",
     )
     parser.add_argument(
-        "--server", metavar="URL", help="of a vLLM server that has the model: http://HOST:8000"
+        "--server", metavar="URL", help="a vLLM server that has loaded the model: http://HOST:8000"
     )
     parser.add_argument(
         "--tensor-parallel",
         type=int,
         default=1,
         metavar="N",
-        help="GPUs among which vLLM shares the model",
+        help="GPUs over which vLLM divides the model",
     )
 
 
 def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the axes of a study, for kd.study.cells.parse_axes."""
     axes = parser.add_argument_group(
-        "axes of a study", "one is varied at a time around the recipe's own values"
+        "axes of a study", "one axis varies at a time; the others keep the recipe's values"
     )
     axes.add_argument(
         "--keep", metavar="F,F", help="values of truncation.keep_fraction: 0.25,0.5,0.75,1.0"
@@ -71,17 +71,19 @@ def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     axes.add_argument(
         "--rollout-tokens",
         metavar="N,N",
-        help="values of rollout.max_new_tokens, of a recipe with [rollout]: 16,32,64",
+        help="values of rollout.max_new_tokens, for a recipe with [rollout]: 16,32,64",
     )
     axes.add_argument(
         "--seeds",
         type=int,
         default=1,
         metavar="N",
-        help="the recipe's run.seed, and the N - 1 after it",
+        help="train with N seeds, from the recipe's run.seed upwards",
     )
     axes.add_argument(
-        "--cross", action="store_true", help="every combination instead of one axis at a time"
+        "--cross",
+        action="store_true",
+        help="train every combination, instead of varying one axis at a time",
     )
     return parser
 
@@ -158,7 +160,7 @@ def _problem_of_output(last_words: str = "") -> OSError | None:
 
 def _leave_without_output(problem: OSError, *, is_done: bool) -> NoReturn:
     if not isinstance(problem, BrokenPipeError):
-        _leave(1, f"error: the output cannot be written: {problem.strerror}\n")
+        _leave(1, f"error: cannot write the output: {problem.strerror}\n")
     _leave(0 if is_done else EXIT_NO_READER)
 
 

@@ -35,7 +35,8 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
         num_bytes = len(content)
     if num_bytes > max_bytes:
         raise UserError(
-            f"{path}: {num_bytes} bytes, and at most {max_bytes} are read: is it the right file?"
+            f"{path}: it has {num_bytes} bytes, but at most {max_bytes} are read: check that it "
+            "is the right file"
         )
     try:
         return content.decode("utf-8-sig")
@@ -103,7 +104,7 @@ def _size_of(path: Path) -> int:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: not a regular file: name one that holds text")
+        raise UserError(f"{path}: not a regular file: name a file that holds text")
     return status.st_size
 
 
@@ -138,13 +139,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {key!r} appears twice")
         found[key] = value
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_depth(value: Any, where: str) -> None:

@@ -259,7 +259,7 @@ def test_what_differs_is_an_error_that_names_both(launch, recipe, caches, tmp_pa
 
 def test_a_window_that_a_cache_cannot_serve_is_refused_with_the_reason():
     settings = ["truncation.window=tail", "teacher.cache=/nowhere"]
-    with pytest.raises(UserError, match="reads from within a trace"):
+    with pytest.raises(UserError, match='truncation.window = "tail" with window_context = "drop"'):
         load_recipe("tiny_trunc50", settings)
     load_recipe("tiny_trunc50", [*settings, "truncation.window_context=keep"])
 

@@ -153,10 +153,13 @@ def test_each_of_several_problems_has_its_line():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"bf16": {"enabled": true}, "bf16": {}}', "the key 'bf16' is there twice"),
-        ('{"zero_optimization": {"stage": 3, "stage": 2}}', "the key 'stage' is there twice"),
-        ('{"gradient_predivide_factor": NaN}', "NaN is not a number"),
-        ('{"zero_optimization": {"reduce_bucket_size": Infinity}}', "Infinity is not a number"),
+        ('{"bf16": {"enabled": true}, "bf16": {}}', "the key 'bf16' appears twice"),
+        ('{"zero_optimization": {"stage": 3, "stage": 2}}', "the key 'stage' appears twice"),
+        ('{"gradient_predivide_factor": NaN}', "NaN is not a JSON number"),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": Infinity}}',
+            "Infinity is not a JSON number",
+        ),
         ('{"a": ' + "[" * 100_000, "nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
     ],

@@ -275,7 +275,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_files_of_an_uninterrupted_one
         (("--harness", "lm-eval"), "--harness lm-eval needs --tasks"),
         (
             ("--harness", "lm-eval", "--tasks", "x", "--num-samples", "1"),
-            "--num-samples = 1: the harness's tasks say",
+            "--num-samples = 1: tasks of a harness",
         ),
         (("--", "--limit", "5"), "unknown arguments --limit 5"),
     ],

@@ -205,8 +205,8 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch):
         ("--network-gbps=nan", "--network-gbps nan: write a rate above 0"),
         ("--disk-gb-s=inf", "--disk-gb-s inf: write a rate above 0"),
         ("--set=teacher.shard=auto", 'teacher.shard = "auto" depends on the GPU: add --gpu KIND'),
-        ("--nodes=0", "--nodes 0: at least 1 is needed"),
-        ("--rows=0", "--rows 0: at least 1 is needed"),
+        ("--nodes=0", "--nodes 0: write at least 1"),
+        ("--rows=0", "--rows 0: write at least 1"),
         (
             "--mean-tokens=9000",
             "--mean-tokens 9000 is more than the longest sequence, 8192 (truncation.max_",

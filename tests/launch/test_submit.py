@@ -111,8 +111,14 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus-per-node=0",), "say how many ranks with --tasks-per-node"),
-        (("--gpus-per-node=2", "--tasks-per-node=2"), "say how many ranks with --tasks-per-node"),
+        (
+            ("--gpus-per-node=0",),
+            "--gpus-per-node 0: a node has a rank per GPU; give --tasks-per-node",
+        ),
+        (
+            ("--gpus-per-node=2", "--tasks-per-node=2"),
+            "--gpus-per-node 2: a node has a rank per GPU",
+        ),
         ((*ON_CPUS, "--nodes=0"), "--nodes 0: at least 1 is needed"),
         (
             (*ON_CPUS, "--time=11"),
@@ -128,7 +134,7 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         ((*ON_CPUS, "--keep=2"), "--keep 2: write a fraction above 0 and at most 1"),
         (
             (*ON_CPUS, "--keep=0.5", "--array-over=seed=1,2"),
-            "the axes of a study make an array of their own",
+            "--array-over seed=1,2 with axes of a study",
         ),
         (
             (*ON_CPUS, "--array-over=keep_fraction"),
@@ -156,17 +162,17 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         ((*ON_CPUS, "--", "--comment=a\nb"), "an option of sbatch is one line"),
         (
             (*ON_CPUS, "--cache"),
-            "--cache hidden: a study has one for all of its cells: add an axis",
+            "--cache hidden needs a study: add an axis",
         ),
         (
             (*ON_CPUS, "--fill-cache=c", "--keep=0.5"),
-            "--fill-cache c: a study fills one in its own",
+            "--fill-cache c with axes of a study",
         ),
         ((*ON_CPUS, "--fill-cache=c", "--evaluate"), "--fill-cache c with --evaluate: "),
         ((*ON_CPUS, "--keep=0.5", "--cache", "--preflight"), "--cache hidden with --preflight, "),
         (
             (*ON_CPUS, "--dtype=fp32"),
-            "--cache-dtype fp32 is of a teacher's cache: add --fill-cache",
+            "--cache-dtype fp32 needs a teacher's cache: add --fill-cache",
         ),
         ((*ON_CPUS, "--fill-cache=a:b"), "the cache's folder 'a:b' has ':' in it"),
         (
@@ -296,7 +302,7 @@ ENDS = {
     "of TERM": ("kill -TERM $PPID; sleep 1; more; exit 85", "told to end by TERM", False),
     "failed": ("more; exit 1", "requeued, since it left a new shard: restart 1 of at most 3", True),
     "failed, and no further": ("exit 1", "no filled.json; 1 shards are whole", False),
-    "refused": ("more; exit 2", "srun's status is 2 and there is no filled.json", False),
+    "refused": ("more; exit 2", "srun returned status 2, and there is no filled.json", False),
 }
 
 
@@ -478,7 +484,7 @@ def test_a_job_begins_with_its_own_code_recipe_and_environment(tmp_path, commit)
     ("nodes_env", "setup", "message"),
     [
         ("A=1\nexport B=2\n", "true\n", "failed: launch/nodes.env: export B=2: write KEY=VALUE"),
-        ("A=1\n", "module load cuda/13\n", "or its last command, has status 127"),
+        ("A=1\n", "module load cuda/13\n", "or its last command, returned status 127"),
     ],
 )
 def test_a_job_that_cannot_begin_says_why(tmp_path, nodes_env, setup, message):

@@ -174,7 +174,7 @@ def test_a_bad_folder_is_one_message_that_names_the_field(
 
 @pytest.mark.parametrize("where", ["student.model", "teacher.model"])
 def test_a_file_in_the_place_of_a_model_is_refused(recipe: Recipe, where: str) -> None:
-    with pytest.raises(UserError, match=rf"{where} = .*: a file; name the folder"):
+    with pytest.raises(UserError, match=rf"{where} = .*: it is a file; name the folder"):
         check_models(recipe.with_values({where: str(recipe.data.path)}))
 
 
