@@ -46,18 +46,18 @@ class JobRequest:
         }
         for flag, (number, least) in numbers.items():
             if number < least:
-                raise UserError(f"--{flag} {number}: at least {least} is needed")
+                raise UserError(f"--{flag} {number}: write at least {least}")
         if self.time is not None and seconds_of(self.time) <= self.signal_seconds + EARLY_SECONDS:
             raise UserError(
-                f"--time {self.time} is over when the signal comes, {self.signal_seconds} s "
-                f"(--signal-seconds) and at times {EARLY_SECONDS} s more ahead of it: ask for more "
-                "time, or for a later signal"
+                f"--time {self.time} ends before the signal to save, which comes "
+                f"{self.signal_seconds} s (--signal-seconds) or up to {EARLY_SECONDS} s more "
+                "before the limit: ask for more time, or lower --signal-seconds"
             )
         for option in self.more_options:
             if not option.startswith("--"):
                 raise UserError(
-                    f"{option!r}, after --, is no option of sbatch: write --name=value, as in "
-                    "--mem=0"
+                    f"{option!r}, after --, is not an option of sbatch: write --name=value, such "
+                    "as --mem=0"
                 )
 
     @property
@@ -107,7 +107,7 @@ def seconds_of(time: str) -> int:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         raise UserError(
-            f"--time {time}: write minutes, hours:minutes:seconds or days-hours, as in 90 or "
+            f"--time {time}: write minutes, hours:minutes:seconds or days-hours, such as 90 or "
             "24:00:00"
         )
     days, *parts = (None if part is None else int(part) for part in match.groups())
@@ -162,7 +162,7 @@ def _option(name: str, value: object) -> str:
     r"""sbatch reads "..." with \ as its escape, and expands nothing."""
     text = str(value)
     if "\n" in name + text:
-        raise UserError(f"--{name}={text!r}: an option of sbatch is one line")
+        raise UserError(f"--{name}={text!r}: an option of sbatch must be one line")
     quoted = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'#SBATCH --{name}="{quoted}"' if text else f"#SBATCH --{name}"
 
@@ -176,8 +176,7 @@ def _variables(job: Job, request: JobRequest) -> list[str]:
             request.container
         ]
     return [
-        f"work_dir={_quote(Path.cwd())} # relative paths of the recipe mean here what they meant "
-        "there",
+        f"work_dir={_quote(Path.cwd())} # the recipe's relative paths start here",
         f"code={_quote(job.folder / 'code')}",
         f"commit={_quote(job.commit)}",
         f"python_dir={_quote(Path(sys.executable).parent)}",

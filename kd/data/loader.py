@@ -20,8 +20,9 @@ def check_fills_a_batch(examples: Examples, global_batch_size: int) -> None:
     """Raise UserError unless there are examples for one optimizer step."""
     if len(examples) < global_batch_size:
         raise UserError(
-            f"training.global_batch_size = {global_batch_size} needs as many training examples, "
-            f"and there are {len(examples)}: lower it, or widen data and truncation"
+            f"training.global_batch_size = {global_batch_size} needs at least as many training "
+            f"examples, but there are {len(examples)}: lower it, add rows, or keep more tokens "
+            "with [truncation]"
         )
 
 

@@ -157,7 +157,7 @@ def _check_printed(
 
 
 def _not_printed(what: str) -> str:
-    return f"the chat template does not print {what}: name one that does in data.chat_template"
+    return f"the chat template does not print {what}: set data.chat_template to one that does"
 
 
 def _check_one_thought(behind: str, data: DataSection) -> None:
@@ -172,9 +172,9 @@ def _check_one_thought(behind: str, data: DataSection) -> None:
         last = "an empty thought"
     if last != opening:
         raise BadRow(
-            f"the chat template ends the prompt with {last}, and the thought that is to follow "
-            f"would be a second one: set data.template_kwargs, as enable_thinking = true, or, if "
-            f"it opens the thought, data.think_open (now {data.think_open!r})"
+            f"the chat template ends the prompt with {last}, so the trace's own thought would be "
+            "a second one: set data.template_kwargs, such as enable_thinking = true, or, if this "
+            f"text opens the thought, set data.think_open to it (now {data.think_open!r})"
         )
 
 

@@ -62,7 +62,7 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, str, str]) ->
     try:
         encoding = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
     except Exception as error:  # the class that tokenizers raises for a character without a token
-        raise BadRow(f"the tokenizer cannot read it ({error})") from None
+        raise BadRow(f"the tokenizer cannot encode it ({error})") from None
     starts = np.array([start for start, _ in encoding["offset_mapping"]])
     borders = np.cumsum([len(text) for text in texts])
     num_prompt, num_until_answer, num_all = (int((starts < border).sum()) for border in borders)

@@ -54,9 +54,10 @@ class Watchdog:
                 return
         rank = os.environ.get("RANK", "0")
         message = (
-            f"\nrank {rank} on {socket.gethostname()}: no step within run.watchdog_minutes = "
-            f"{self._minutes:g}. Every rank prints its stack and ends; one that waits in no "
-            "collective is the cause, and if all do, a rank or its network is lost. Continue with "
+            "\n"
+            f"rank {rank} on {socket.gethostname()}: no step within run.watchdog_minutes = "
+            f"{self._minutes:g}. Every rank prints its stack and ends. The cause is the rank that "
+            "waits in no collective; if all wait, a rank or its network is lost. Continue with "
             "--resume auto\n"
         )
         # One write, so that ranks do not mix their lines.

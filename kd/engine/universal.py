@@ -72,5 +72,5 @@ def _convert(path: Path, output: Path) -> None:
         )
         raise UserError(
             f"{path} could not be converted for {dist.get_world_size()} ranks: {killed}{last} "
-            f"({free:.2f} GiB free). Make room, or resume with as many ranks as wrote it"
+            f"({free:.2f} GiB free). Free some space, or resume with as many ranks as wrote it"
         )

@@ -31,8 +31,8 @@ def weights_folder(section: ModelSection, *, role: str) -> Path:
             )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(
-            f"{field} = {section.model!r}: no weights in {folder}: run launch/prepare.py with this "
-            "recipe"
+            f"{field} = {section.model!r}: no weights in {folder}: run launch/prepare.py with "
+            "this recipe"
         )
     return folder
 

@@ -29,8 +29,8 @@ def check_recipe(recipe: Recipe, *, awaits_cache: bool = False) -> None:
         cache = recipe.teacher.cache
         if not os.path.isfile(os.path.join(cache, "manifest.json")):
             raise UserError(
-                f"teacher.cache = {cache!r}: no such cache: fill it with launch/cache.py, or leave "
-                "it out"
+                f"teacher.cache = {cache!r}: no such cache; fill it with launch/cache.py, or "
+                "remove the key"
             )
     models = {"student.model": recipe.student, "teacher.model": recipe.teacher}
     if any(section and find_model(field, section) for field, section in models.items()):

@@ -36,12 +36,12 @@ def hold(folder: Path, name: str = ".lock", patience_seconds: float = PATIENCE_S
         holder = _holder(file)
         if time.monotonic() >= deadline:
             raise UserError(
-                f"{folder} is in use by {holder}: wait until that ends, or end it; if its node is "
+                f"{folder} is in use by {holder}: wait until it ends, or end it; if its node is "
                 f"lost, remove {path}"
             )
         if not is_told:
             log.warning(
-                "%s is in use by %s: waiting for its end, at most %g s",
+                "%s is in use by %s: waiting up to %g s for it to end",
                 folder,
                 holder,
                 patience_seconds,
@@ -80,7 +80,7 @@ def _try(file: IO[str]) -> bool:
         return False
     except OSError as error:
         log.warning(
-            "%s: this file system has no locks (%s): start no second run in this folder",
+            "%s: this file system has no locks (%s): do not start a second run in this folder",
             file.name,
             error,
         )

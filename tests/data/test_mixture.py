@@ -168,7 +168,7 @@ BAD: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
     ([{"num": 3, "columns": {"question": "q"}}], {}, r"columns\.question"),
     ([{"num": 3}], {"path": "rows.jsonl"}, r"replaces data\.path"),
     ([{"num": 3}], {"columns": {"prompt": "p"}}, r"replaces .* data\.columns"),
-    ([{"num": 3, "weight": 1.0}, {"num": 3, "weight": 1e-9}], {}, "less than a row"),
+    ([{"num": 3, "weight": 1.0}, {"num": 3, "weight": 1e-9}], {}, "less than one row"),
 ]
 
 

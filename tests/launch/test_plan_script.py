@@ -157,7 +157,7 @@ def test_what_cannot_be_known_is_not_guessed(monkeypatch, recipe: str, capsys):
 
 
 def test_rows_that_a_truncation_leaves_without_a_label_are_not_counted(monkeypatch, recipe: str):
-    with pytest.raises(UserError, match="as many training examples, and there are 0"):
+    with pytest.raises(UserError, match="as many training examples, but there are 0"):
         report_of(monkeypatch, recipe, "--keep=0.1", '--set=data.loss_sections=["cot"]')
 
 

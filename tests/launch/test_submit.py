@@ -119,10 +119,10 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
             ("--gpus-per-node=2", "--tasks-per-node=2"),
             "--gpus-per-node 2: a node has a rank per GPU",
         ),
-        ((*ON_CPUS, "--nodes=0"), "--nodes 0: at least 1 is needed"),
+        ((*ON_CPUS, "--nodes=0"), "--nodes 0: write at least 1"),
         (
             (*ON_CPUS, "--time=11"),
-            "--time 11 is over when the signal comes, 600 s (--signal-seconds)",
+            "--time 11 ends before the signal to save, which comes 600 s (--signal-seconds)",
         ),
         (
             (*ON_CPUS, "--time=soon"),
@@ -138,7 +138,7 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         ),
         (
             (*ON_CPUS, "--array-over=keep_fraction"),
-            "write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5",
+            "write FIELD=VALUE,VALUE, such as keep_fraction=0.25,0.5",
         ),
         (
             (*ON_CPUS, "--array-over=keep=0.5"),
@@ -157,9 +157,9 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         ((*ON_CPUS, "--set=run.name=a:b"), "a:b' has ':' in it"),
         (
             (*ON_CPUS, "--", "--mem", "0"),
-            "'0', after --, is no option of sbatch: write --name=value",
+            "'0', after --, is not an option of sbatch: write --name=value",
         ),
-        ((*ON_CPUS, "--", "--comment=a\nb"), "an option of sbatch is one line"),
+        ((*ON_CPUS, "--", "--comment=a\nb"), "an option of sbatch must be one line"),
         (
             (*ON_CPUS, "--cache"),
             "--cache hidden needs a study: add an axis",
@@ -201,8 +201,7 @@ def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments
 def test_an_input_that_only_the_repository_has_does_not_reach_a_copy_of_it(recipe, tmp_path):
     assert_refused(
         submit(recipe, *ON_CPUS, "--set=evaluation.path=README.md", cwd=tmp_path),
-        f"evaluation.path = 'README.md' is in {ROOT}, and jobs run from a copy of its code: submit "
-        f"from there",
+        f"evaluation.path = 'README.md' is in {ROOT}, but jobs run from a copy",
     )
     assert submit(recipe, *ON_CPUS, "--set=evaluation.path=README.md", "--dry-run").returncode == 0
     # Which are copied
@@ -225,7 +224,7 @@ def test_a_run_that_is_finished_or_of_another_recipe_is_refused(recipe, tmp_path
     other = submit(recipe, *ON_CPUS, *settings, "--set=loss.temperature=2.0")
     assert_refused(other, "loss.temperature: 1.0 there, 2.0 here")
     (run / "SUCCESS").write_text("{}")
-    assert_refused(submit(recipe, *ON_CPUS, *settings), "is finished, with a SUCCESS")
+    assert_refused(submit(recipe, *ON_CPUS, *settings), "is finished (SUCCESS")
 
 
 def test_the_cells_of_a_study_that_are_not_trained_yet_are_tasks_of_an_array(recipe, tmp_path):
@@ -392,7 +391,7 @@ def test_what_does_not_fit_is_refused_with_what_would(recipe, tmp_path):
     assert submit(*large, "--gpu=a100-40gb", f"--fill-cache={tmp_path}/c").returncode == 0
     budget = "--set=training.max_tokens_per_micro_batch=200000"
     done = submit(*large, "--gpu=a100-40gb", f"--fill-cache={tmp_path}/c", budget)
-    assert_refused(done, "--gpu a100-40gb: to fill the cache takes 56.9 GiB per GPU")
+    assert_refused(done, "--gpu a100-40gb: filling the cache takes 56.9 GiB per GPU")
     assert_refused(
         submit(recipe, "--gpus-per-node=1", "--gpu=abacus", "--dry-run"),
         "--gpu abacus: choose from a100",
@@ -406,7 +405,8 @@ def test_without_slurm_nothing_is_left_behind(recipe, tmp_path):
         command, env={"PATH": ""}, capture_output=True, text=True, timeout=60, check=False
     )
     assert_refused(
-        done, "sbatch is not here: submit where SLURM is, or look at the script with --dry-run"
+        done,
+        "sbatch is not installed here: submit on a machine with SLURM",
     )
     assert not (tmp_path / "runs" / "tiny_test").exists()
 
@@ -554,5 +554,5 @@ def test_a_frozen_recipe_is_the_resolved_one(recipe, tmp_path):
 
 
 def test_a_time_limit_that_is_not_one_says_how_to_write_it():
-    with pytest.raises(UserError, match="as in 90 or 24:00:00"):
+    with pytest.raises(UserError, match="such as 90 or 24:00:00"):
         seconds_of("1h")

@@ -310,7 +310,7 @@ def test_a_submission_of_a_finished_run_is_refused(cluster: Cluster, folder: Pat
         cwd=folder,
     )
     assert done.returncode == 2
-    assert "is finished, with a SUCCESS" in done.stderr
+    assert "is finished (SUCCESS" in done.stderr
 
 
 class Failed(NamedTuple):
@@ -456,7 +456,10 @@ def test_a_partition_whose_limit_comes_before_the_signal_is_refused(cluster: Clu
     arguments = ("--set=run.output_dir=runs", "--set=run.name=short", "--partition=short")
     done = cluster.submit("tiny_test.toml", *arguments, cwd=folder)
     assert done.returncode == 2
-    assert "partition short ends a job after 00:05:00, and it is told to save 600 s" in done.stderr
+    assert (
+        "partition short ends a job after 00:05:00, but the signal to save comes 600 s"
+        in done.stderr
+    )
     shorter = cluster.submit(
         "tiny_test.toml", *arguments, "--signal-seconds=60", "--dry-run", cwd=folder
     )
