@@ -76,7 +76,7 @@ def settle(
     seconds, total_gib, settled, choice = min(fitting, key=lambda found: found[0])
     words = ", ".join(f"{key} = {_text(value)}" for key, value in choice.items())
     reason = f"{total_gib:.1f} of {gib:.1f} GiB on each rank" + (
-        f", {seconds:.3f} s a step planned, the fastest that fits"
+        f", {seconds:.3f} s per step planned, the fastest that fits"
         if site
         else ", the least divided"
     )

@@ -63,8 +63,8 @@ def read_finished(folder: Path) -> FinishedRun:
     run = found.runs[0]
     if not run.is_finished:
         raise UserError(
-            f"RUN = {str(folder)!r}: {run.state}: only a finished run is exported; finish it with "
-            "launch/train.py --resume auto"
+            f"RUN = {str(folder)!r}: {run.state}: only a finished run can be exported; finish it "
+            "with launch/train.py --resume auto"
         )
     recipe = read_record(run.folder / "recipe.json", RecordedRecipe, REMEDY)
     environment = read_record(run.folder / "environment.json", EnvironmentRecord, REMEDY)

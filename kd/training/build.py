@@ -211,10 +211,13 @@ def gathers_whole(recipe: Recipe, layout: Layout) -> bool:
         try:
             needed = memory_plan(whole, num_nodes, ranks_per_node).total_gib
         except UserError as error:
-            log.warning("generation gathers layer by layer, since nothing is planned: %s", error)
+            log.warning(
+                "generation gathers layer by layer, since its memory could not be planned: %s",
+                error,
+            )
             return False
         word = "whole weights" if needed + RESERVED_GIB <= gib else "layer by layer"
-        log.info("generation: %s, %.1f GiB with whole ones of %.1f", word, needed, gib)
+        log.info("generation: %s (whole weights need %.1f of %.1f GiB)", word, needed, gib)
         return word == "whole weights"
 
     return on_rank_zero(fits)
@@ -234,9 +237,9 @@ def choose_layout(
     mixing = [role for role, model in models.items() if not model.keeps_packed_apart]
     wanted = recipe.training.sequence_layout
     if wanted == "packed" and mixing:
-        kinds = " and ".join(f"{role}, {type(models[role].model).__name__}" for role in mixing)
+        kinds = " and ".join(f"the {role} ({type(models[role].model).__name__})" for role in mixing)
         raise UserError(
-            f'training.sequence_layout = "packed": the {kinds}, carries one sequence into the '
+            f'training.sequence_layout = "packed": {kinds} would carry one sequence into the '
             'next: use "padded"'
         )
     if wanted != "auto":
@@ -244,9 +247,9 @@ def choose_layout(
     attention = {role: m.model.config._attn_implementation for role, m in models.items()}
     is_varlen = all(name.startswith("flash") for name in attention.values())
     layout: SequenceLayout = "packed" if is_varlen and not mixing else "padded"
-    named = " and ".join(f"{role} attends by {name}" for role, name in attention.items())
+    named = " and the ".join(f"{role} uses {name}" for role, name in attention.items())
     why = f"the {' and the '.join(mixing)} would mix sequences" if mixing else f"the {named}"
-    log.info("training.sequence_layout: auto is %s, for %s", layout, why)
+    log.info("training.sequence_layout: auto chose %s, since %s", layout, why)
     return layout
 
 
@@ -263,7 +266,7 @@ def _log_size(role: str, model: PreTrainedModel) -> None:
     measured = gather_objects((num_shards(parameters), shard_bytes(parameters) / 2**20))
     shards, mebibytes = zip(*measured, strict=True)
     log.info(
-        "%s: %.2f M parameters over %s of %d ranks, %.1f to %.1f MiB on each",
+        "%s: %.2f M parameters divided over %s of %d ranks, %.1f to %.1f MiB per rank",
         role,
         num_parameters(parameters) / 1e6,
         " or ".join(str(number) for number in sorted(set(shards))),

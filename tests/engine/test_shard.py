@@ -116,7 +116,7 @@ def test_a_teacher_is_divided_over_all_ranks_or_within_a_node(
 def test_the_log_says_what_each_rank_holds_of_the_teacher(log: str, teacher_bytes: int) -> None:
     for parts in (4, 2):
         held = f"{teacher_bytes / 2**20 / parts:.1f}"
-        assert f"M parameters over {parts} of 4 ranks, {held} to {held} MiB on each" in log
+        assert f"M parameters divided over {parts} of 4 ranks, {held} to {held} MiB per rank" in log
 
 
 @ALL_RANKS

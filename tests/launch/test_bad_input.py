@@ -61,7 +61,7 @@ def test_a_loss_that_cannot_run_here_is_named_before_a_model_is_loaded(recipe):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = train(recipe, "run.name=backend", "loss.backend=triton", env=environment)
     assert_one_block(
-        done, "loss.backend = 'triton': backend='triton' runs on CUDA and the tensors are on cpu"
+        done, "loss.backend = 'triton': backend='triton' runs on CUDA, but the tensors are on cpu"
     )
     assert not (recipe.parent / "runs" / "backend").exists()
 

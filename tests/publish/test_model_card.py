@@ -130,7 +130,9 @@ def test_a_licence_that_is_not_stated_is_asked_for(tmp_path: Path, content: str 
 
 def test_a_hub_that_does_not_know_the_base_model_is_no_licence(hub: Hub):
     assert find_licence(None, STUDENT, None) == MIT
-    with pytest.raises(UserError, match="--license is required: no licence is known .*'no/model'"):
+    with pytest.raises(
+        UserError, match="--license is required: the licence of .*'no/model' cannot be read"
+    ):
         find_licence(None, "no/model", None)
 
 
