@@ -1,6 +1,6 @@
 """What a student learns from whose responses, for as many FLOPs.
 
-    python benchmarks/rollouts.py [--recipe tiny] [--seeds 3] [--budget-steps 75] [--output DIR]
+    python benchmarks/rollouts.py [--recipe tiny] [--seeds 3] [--budget-steps 75] [--arm NAME]
 
 Each arm trains until it has spent what --budget-steps steps on whole traces of the data cost: in
 training alone, and, for arms that sample, with sampling too. FLOPs of a step are those of a pilot
@@ -64,11 +64,13 @@ class Spent(NamedTuple):
 
 def main() -> None:
     arguments = parse_arguments()
+    arms = arguments.arm or list(ARMS)
+    piloted = list(dict.fromkeys(("data, whole", *arms)))
     with ThreadPoolExecutor(2) as two:
-        pilots = two.map(lambda arm: train(arguments, arm, 0, PILOT_STEPS), ARMS)
-        spent = {arm: spent_in(folder) for arm, folder in zip(ARMS, pilots, strict=True)}
+        pilots = two.map(lambda arm: train(arguments, arm, 0, PILOT_STEPS), piloted)
+        spent = {arm: spent_in(folder) for arm, folder in zip(piloted, pilots, strict=True)}
         budget = spent["data, whole"].training * arguments.budget_steps
-        wanted = [(arm, counted) for arm in ARMS for counted in countings(spent[arm])]
+        wanted = [(arm, counted) for arm in arms for counted in countings(spent[arm])]
         rows = list(two.map(lambda w: row_of(arguments, *w, spent[w[0]], budget), wanted))
     facts = {
         "command": f"python benchmarks/rollouts.py {shlex.join(sys.argv[1:])}".strip(),
@@ -86,6 +88,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare whose responses a student learns from.")
     parser.add_argument("--recipe", default="tiny")
+    parser.add_argument(
+        "--arm", action="append", choices=list(ARMS), help="all when absent; may be repeated"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget-steps", type=int, default=75, help="on whole traces of the data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "rollouts")

@@ -1,6 +1,7 @@
 """What every command in launch/ shares: recipe arguments, and errors printed once, in one block."""
 
 import argparse
+import atexit
 import contextlib
 import errno
 import os
@@ -115,6 +116,8 @@ def run(main: Callable[[], None]) -> None:
         main()
         if problem := _problem_of_output():
             _leave_without_output(problem, is_done=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave_as_rank()
     except Interrupted:
         _leave(EXIT_INTERRUPTED)
     except UserError as error:
@@ -162,6 +165,14 @@ def _leave_without_output(problem: OSError, *, is_done: bool) -> NoReturn:
     if not isinstance(problem, BrokenPipeError):
         _leave(1, f"error: cannot write the output: {problem.strerror}\n")
     _leave(0 if is_done else EXIT_NO_READER)
+
+
+def _leave_as_rank() -> NoReturn:
+    """After Python's exit handlers, W&B's among them, and before torch's destructors: those of a
+    process group whose other ranks have gone abort at times, and a finished run would seem failed.
+    """
+    atexit._run_exitfuncs()
+    _leave(0)
 
 
 def _leave(status: int, message: str = "") -> NoReturn:

@@ -4,13 +4,14 @@ or with a harness.
     python launch/evaluate.py --recipe NAME --model PATH [--model PATH ...] [--output DIR]
     python launch/evaluate.py --recipe NAME --model PATH --tasks aime24,math500 [--num-samples K]
     python launch/evaluate.py ... --backend vllm --tensor-parallel 4
-    python launch/evaluate.py ... --server http://HOST:8000      # vllm serve PATH, there
+    deepspeed --num_gpus 8 launch/evaluate.py ...   # or torchrun, or srun: a share each
+    python launch/evaluate.py ... --server http://HOST:8000   # where `vllm serve PATH` runs
     python launch/evaluate.py ... --tasks gsm8k --harness lm-eval [-- LM_EVAL_ARGUMENTS]
 
 Prints a table, and writes LABEL.json and LABEL.responses.jsonl of each model to the folder
 evaluation/ of the recipe's run, for a task to TASK/ below it, and for a harness to lm-eval/TASK/.
-It may be killed at any time: the same command continues after the last finished batch, and gives
-the same responses.
+It may be killed at any time: the same command, on as many ranks, continues after the last finished
+batch, and gives the same responses.
 """
 
 import argparse
@@ -21,8 +22,16 @@ from typing import Any
 
 from kd.cli import generation_arguments, recipe_parser, run
 from kd.data.tokenizers import load_tokenizers
+from kd.distributed.device import keep_gpus_of_rank
+from kd.distributed.process_group import find_rank
 from kd.errors import UserError
-from kd.evaluate.evaluation import ProblemSet, evaluate, local_problems, task_problems
+from kd.evaluate.evaluation import (
+    ProblemSet,
+    check_ranks,
+    evaluate,
+    local_problems,
+    task_problems,
+)
 from kd.evaluate.harness import evaluate_with_harness
 from kd.evaluate.results import table
 from kd.evaluate.tasks import check_evaluation
@@ -36,26 +45,40 @@ from kd.recipe import ModelSection, Recipe, load_recipe
 
 def main() -> None:
     args = parse_args()
-    configure_logging(rank=0)
+    rank, num_ranks, local_rank = find_rank()
+    if num_ranks > 1:
+        keep_gpus_of_rank(local_rank, args.tensor_parallel)
+    configure_logging(rank)
     recipe = load_recipe(args.recipe, args.overrides)
-    check_arguments(args, recipe)
+    check_arguments(args, recipe, num_ranks)
     for model in args.model:
         resolve("--model", model)  # before the first one is loaded
     labels = check_labels(args.model, args.label)
     output = args.output or recipe.run_dir / "evaluation"
     sets = [] if args.harness else problem_sets(recipe, args)
     backend = choose_backend(args.backend, args.server, args.tensor_parallel)
-    rows: list[dict[str, Any]] = []
-    for model, label in zip(args.model, labels, strict=True):
-        subject = subject_of(recipe, model, label, backend, args.seed)
-        if args.harness:
-            limit = ["--limit", str(args.limit)] if args.limit else []
-            rows += evaluate_with_harness(
-                recipe, subject, args.tasks, [*limit, *args.harness_args], output
-            )
-        else:
-            rows += [evaluate(recipe, subject, problems, output) for problems in sets]
-    print(f"\n{table(rows)}\n\n{output}")
+    check_ranks(recipe, backend, sets, num_ranks)
+
+    def rows_of_all() -> list[dict[str, Any] | None]:
+        rows: list[dict[str, Any] | None] = []
+        for model, label in zip(args.model, labels, strict=True):
+            subject = subject_of(recipe, model, label, backend, args.seed)
+            if args.harness:
+                limit = ["--limit", str(args.limit)] if args.limit else []
+                further = [*limit, *args.harness_args]
+                rows += evaluate_with_harness(recipe, subject, args.tasks, further, output)
+            else:
+                rows += [evaluate(recipe, subject, s, output, rank, num_ranks) for s in sets]
+        return rows
+
+    rows = rows_of_all()
+    if None in rows:  # others had shares to finish; the last rank to get here finds all results
+        rows = rows_of_all()
+    finished = [row for row in rows if row is not None]
+    if len(finished) < len(rows):
+        print(f"rank {rank}: its share is done; the last rank to finish prints the table")
+        return
+    print(f"\n{table(finished)}\n\n{output}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,12 +112,17 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled responses")
     parser.add_argument(
+        "--local_rank",
+        type=int,
+        help="set by some launchers and ignored; LOCAL_RANK is read instead",
+    )
+    parser.add_argument(
         "harness_args", nargs="*", metavar="-- ARGUMENTS", help="further arguments for the harness"
     )
     return parser.parse_args()
 
 
-def check_arguments(args: argparse.Namespace, recipe: Recipe) -> None:
+def check_arguments(args: argparse.Namespace, recipe: Recipe, num_ranks: int) -> None:
     """Raises UserError for arguments that exclude each other."""
     num_samples = args.num_samples
     if num_samples is not None:
@@ -110,6 +138,11 @@ def check_arguments(args: argparse.Namespace, recipe: Recipe) -> None:
         raise UserError(
             f"--server {args.server}: the harness loads the model itself; leave out --server or "
             "--harness"
+        )
+    if args.harness and num_ranks > 1:
+        raise UserError(
+            f"--harness {args.harness} with WORLD_SIZE = {num_ranks}: the harness runs in one "
+            "process: start it without a launcher"
         )
     if args.harness_args and not args.harness:
         raise UserError(

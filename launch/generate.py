@@ -28,9 +28,10 @@ from kd.generation.backends import Subject, batch_size_of, choose_backend, make_
 from kd.generation.generator import weights_sha256
 from kd.generation.journal import TraceFile, split_response
 from kd.generation.sampling import Response, check_num_samples, sampling_of
-from kd.generation.shares import join_shares, open_share
+from kd.generation.shares import check_num_batches, join_shares, open_share, share_name
 from kd.logs import configure_logging
 from kd.recipe import Recipe, load_recipe
+from kd.runs.lock import hold, holding
 
 
 def main() -> None:
@@ -55,29 +56,25 @@ def main() -> None:
     backend = choose_backend(args.backend, args.server, args.tensor_parallel)
     batch_size = args.batch_size or batch_size_of(backend, recipe.evaluation)
     num_batches = -(-len(problems) * args.num_samples // batch_size)
-    if num_ranks > num_batches:
-        raise UserError(
-            f"WORLD_SIZE = {num_ranks}, but there are only {num_batches} batches of {batch_size} "
-            "responses: start fewer ranks, or set a lower --batch-size"
-        )
+    check_num_batches(num_ranks, num_batches, batch_size, "set a lower --batch-size")
     tokenizer = load_tokenizers(recipe)
     subject = make_subject(
         "teacher", recipe.teacher, tokenizer, sampling, backend, field="teacher.model"
     )
     described = settings(recipe, subject, problems, args.num_samples, batch_size, args.keep)
+    folder, name = args.output.parent, args.output.name
+    hold(folder, f".{share_name(name, rank, num_ranks)}.lock")
     traces = open_share(args.output, described, rank, num_ranks)
     if not traces.complete:
         write_traces(recipe, subject, problems, args, batch_size, traces, rank, num_ranks)
-    if num_ranks > 1:
+    with holding(folder, f".{name}.lock"):
         whole = join_shares(args.output, described, num_ranks)
-        if whole is None:
-            print(
-                f"rank {rank}: its share is done; the rank that ends last joins all shares",
-                flush=True,
-            )
-            return
-        traces = whole
-    fates = ", ".join(f"{count} {fate}" for fate, count in sorted(traces.counts.items()))
+    if whole is None:
+        print(
+            f"rank {rank}: its share is done; the last rank to finish joins all shares", flush=True
+        )
+        return
+    fates = ", ".join(f"{count} {fate}" for fate, count in sorted(whole.counts.items()))
     print(f"{args.output}: {fates}")
 
 

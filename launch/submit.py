@@ -5,7 +5,8 @@ python launch/submit.py RECIPE --nodes 2 --gpus-per-node 8 [-- SBATCH_OPTIONS]
 Checks recipe and run, copies the code, the resolved recipe and the script into the run's folder,
 and submits. A job near its time limit saves a checkpoint, is requeued and continues by itself.
 --fill-cache FOLDER runs launch/cache.py instead of training. --cache with an axis of a study does
-so for STUDY/cache first, and the cells train from it.
+so for STUDY/cache first, and the cells train from it. --generate FILE runs launch/generate.py, a
+share on each rank.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from kd.cluster.submit import (
     left_to_do,
     prepare,
     prepare_filler,
+    prepare_generation,
     read_recipes,
     submit,
     why_pending,
@@ -38,6 +40,7 @@ def main() -> None:
     arguments = parse_args(sys.argv[1:])
     # DeepSpeed says on stdout that a login node has no GPU.
     with contextlib.redirect_stdout(sys.stderr):
+        check_generation(arguments)
         request = request_of(arguments)
         cache = cache_of(arguments)
         study = study_of(arguments, cache)
@@ -69,6 +72,11 @@ def make_submissions(
     """The jobs to submit: one that fills the cache, one that trains, and one that evaluates runs
     that are trained already. With --preflight: one that checks what the first of them would get.
     """
+    if arguments.generate is not None:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        output, problems = arguments.generate, arguments.problems
+        options = tuple(arguments.generate_options)
+        return [prepare_generation(output, problems, recipe, request, options)]
     if cache is not None and study is None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         return [prepare_filler(arguments.fill_cache, recipe, request, cache, recipe.run.name)]
@@ -120,6 +128,40 @@ def cache_of(arguments: argparse.Namespace) -> CacheRequest | None:
                 "with an axis of a study"
             )
     return None
+
+
+def check_generation(arguments: argparse.Namespace) -> None:
+    """Raises UserError for what does not go with --generate, and for its words without it."""
+    if arguments.generate is None:
+        for flag, value in {
+            "--problems": arguments.problems,
+            "--generate-arg": arguments.generate_options,
+        }.items():
+            if value:
+                raise UserError(f"{flag} {value} is of launch/generate.py: add --generate FILE")
+        return
+    others = {
+        "--fill-cache": arguments.fill_cache,
+        "--cache": arguments.cache,
+        "--evaluate": arguments.evaluate,
+        "--array-over": arguments.array_over,
+        "--preflight": arguments.preflight,
+        "an axis of a study": axes_of(arguments) != Axes(),
+    }
+    for flag, value in others.items():
+        if value:
+            raise UserError(
+                f"--generate {arguments.generate} with {flag}: that job trains nothing: leave one "
+                "out"
+            )
+    if arguments.problems is None:
+        raise UserError(f"--generate {arguments.generate} needs --problems FILE")
+    for option in arguments.generate_options:
+        if not option.startswith("--"):
+            raise UserError(
+                f"--generate-arg {option}: write a flag of launch/generate.py, as in "
+                "--generate-arg=--num-samples=4"
+            )
 
 
 def study_of(arguments: argparse.Namespace, cache: CacheRequest | None) -> Study | None:
@@ -261,6 +303,26 @@ def parse_args(words: list[str]) -> argparse.Namespace:
         metavar="K",
         help="tokens per position of top_k (128) or sampled (12)",
     )
+    texts = parser.add_argument_group("responses of the teacher, by launch/generate.py")
+    texts.add_argument(
+        "--generate", type=Path, metavar="FILE", help="write this file in the place of the run"
+    )
+    texts.add_argument("--problems", type=Path, metavar="FILE", help="what the teacher answers")
+    texts.add_argument(
+        "--generate-arg",
+        dest="generate_options",
+        action="append",
+        default=[],
+        metavar="--FLAG=VALUE",
+        help="a flag of launch/generate.py, as in --generate-arg=--num-samples=4; may be repeated",
+    )
+    parser.add_argument(
+        "--evaluate-ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of each job of --evaluate, on one node, with a GPU each; default 1",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the scripts, and submit nothing"
     )
@@ -304,6 +366,7 @@ def request_of(arguments: argparse.Namespace) -> JobRequest:
         more_options=tuple(arguments.sbatch_options),
         srun_options=srun_options_of(arguments),
         restarts=arguments.restarts,
+        evaluate_ranks=arguments.evaluate_ranks,
         cpus_per_task=cpus_of(arguments),
         setup=setup and setup.absolute(),
         container=container,
@@ -330,7 +393,7 @@ def how_to_follow(submission: Submission, ids: list[str], after: str | None) -> 
     job, folder = submission.job, submission.job.folder
     lines, runs = list(submission.plans), ", ".join(map(str, job.runs))
     kind = submission.kind
-    does = {"train": "trains", "evaluate": "evaluates", "cache": "fills"}
+    does = {"train": "trains", "evaluate": "evaluates", "cache": "fills", "generate": "writes for"}
     lines += [f"job {ids[0]} {does.get(kind, 'checks before')} {runs}"]
     lines += (
         [f"  it starts when job {after} has succeeded, and is cancelled otherwise"] if after else []

@@ -200,3 +200,28 @@ def test_check_finds_a_missing_file_without_torch(field: str) -> None:
         "torch",
         "transformers",
     }
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("world_size", "status"), [("1", -signal.SIGABRT), ("2", 0)])
+def test_a_rank_that_is_done_ends_before_destructors_abort_and_after_exit_handlers(
+    world_size: str, status: int
+) -> None:
+    """libc's exit handlers, as torch's destructors are, abort; Python's are those of W&B."""
+    script = (
+        "import atexit, ctypes\n"
+        "from kd.cli import run\n"
+        "def main():\n"
+        "    libc = ctypes.CDLL(None)\n"
+        "    atexit.register(print, 'told')\n"
+        "    libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)\n"
+        "run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "WORLD_SIZE": world_size, "RANK": world_size, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, "told\n"), done.stderr

@@ -32,6 +32,7 @@ class JobRequest:
     more_options: tuple[str, ...] = ()
     srun_options: tuple[str, ...] = ()
     restarts: int = 3  # after a failure that left a new checkpoint
+    evaluate_ranks: int = 1  # on one node
     cpus_per_task: int | None = None
     setup: Path | None = None
     container: str | None = None
@@ -43,10 +44,16 @@ class JobRequest:
             "signal-seconds": (self.signal_seconds, 1),
             "cpus-per-task": (1 if self.cpus_per_task is None else self.cpus_per_task, 1),
             "restarts": (self.restarts, 0),
+            "evaluate-ranks": (self.evaluate_ranks, 1),
         }
         for flag, (number, least) in numbers.items():
             if number < least:
                 raise UserError(f"--{flag} {number}: write at least {least}")
+        if self.evaluate_ranks > self.tasks_per_node:
+            raise UserError(
+                f"--evaluate-ranks {self.evaluate_ranks}: an evaluation runs on one node, which "
+                f"has {self.tasks_per_node} ranks: lower it"
+            )
         if self.time is not None and seconds_of(self.time) <= self.signal_seconds + EARLY_SECONDS:
             raise UserError(
                 f"--time {self.time} ends before the signal to save, which comes "
@@ -68,7 +75,8 @@ class JobRequest:
 @dataclass(frozen=True)
 class Job:
     """What the scripts of launch/slurm are told: absolute paths, and a run and its recipe per task
-    of an array. Of what fills a cache the run is the cache.
+    of an array. The run of a job that fills a cache is the cache, and OUTPUT.jobs is that of one
+    that generates.
     """
 
     name: str
@@ -76,7 +84,7 @@ class Job:
     runs: tuple[Path, ...]
     recipes: tuple[Path, ...]
     commit: str
-    cache_options: tuple[str, ...] = ()  # of launch/cache.py
+    script_options: tuple[str, ...] = ()  # of launch/cache.py or launch/generate.py
 
 
 def train_script(job: Job, request: JobRequest) -> str:
@@ -87,6 +95,12 @@ def cache_script(job: Job, request: JobRequest) -> str:
     return _script("cache", job, request, _of_all_ranks(request) | _signal(request))
 
 
+def generate_script(job: Job, request: JobRequest) -> str:
+    # SLURM may send the signal early; what it interrupts is one batch
+    signal = {"signal": f"B:USR1@{EARLY_SECONDS}"}
+    return _script("generate", job, request, _of_all_ranks(request) | signal)
+
+
 def preflight_script(job: Job, request: JobRequest) -> str:
     return _script("preflight", job, request, _of_all_ranks(request))
 
@@ -94,8 +108,8 @@ def preflight_script(job: Job, request: JobRequest) -> str:
 def evaluate_script(job: Job, request: JobRequest) -> str:
     options: dict[str, object] = {
         "nodes": 1,
-        "ntasks": 1,
-        "gpus-per-node": min(request.gpus_per_node, 1) or None,
+        "ntasks": request.evaluate_ranks,
+        "gpus-per-node": request.evaluate_ranks if request.gpus_per_node else None,
         "cpus-per-task": request.cpus_per_task,
         "signal": f"B:USR1@{EARLY_SECONDS}",
     }
@@ -187,7 +201,7 @@ def _variables(job: Job, request: JobRequest) -> list[str]:
         f"srun_options={_array(request.srun_options)}",
         f"runs={_array(job.runs)}",
         f"recipes={_array(job.recipes)}",
-        *([f"cache_options={_array(job.cache_options)}"] if job.cache_options else []),
+        *([f"script_options={_array(job.script_options)}"] if job.script_options else []),
     ]
 
 

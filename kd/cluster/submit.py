@@ -1,10 +1,10 @@
 """A recipe as a SLURM job: what it trains, whether it can, its files frozen, and the queue.
 
 RUN/slurm/1/            one submission; RUN is the recipe's run, a study, an array's name without
-                        a suffix, or a teacher's cache
+                        a suffix, a teacher's cache, or OUTPUT.jobs of what a teacher writes
   code/                 a copy of what the job runs: edits made while it waits change nothing
   recipe.json           resolved; recipe_0.json and so on for an array
-  KIND.sbatch           train, evaluate, preflight or cache, and their logs
+  KIND.sbatch           train, evaluate, preflight, cache or generate, and their logs
 RUN/slurm.json          of each run: its jobs, and where their submission is
 """
 
@@ -27,6 +27,7 @@ from kd.cluster.sbatch import (
     JobRequest,
     cache_script,
     evaluate_script,
+    generate_script,
     preflight_script,
     seconds_of,
     train_script,
@@ -49,7 +50,7 @@ class Submission:
     job: Job
     recipes: tuple[Recipe, ...]
     plans: tuple[str, ...]  # a line for each recipe
-    kind: Literal["train", "evaluate", "preflight", "cache"]
+    kind: Literal["train", "evaluate", "preflight", "cache", "generate"]
     script: str  # of that kind
     evaluate: str | None  # after training
 
@@ -170,6 +171,25 @@ def prepare_filler(
     return Submission(job, (recipe,), (plan,), "cache", cache_script(job, request), None)
 
 
+def prepare_generation(
+    output: Path, problems: Path, recipe: Recipe, request: JobRequest, options: tuple[str, ...]
+) -> Submission:
+    """As prepare(), a job of launch/generate.py, which writes output; options: further ones."""
+    _check_jobs_can_run(request)
+    if recipe.teacher is None:
+        raise UserError(f"--generate {output}: the recipe has no [teacher] to generate with")
+    if output.exists():
+        raise UserError(f"--generate {output}: it exists already: name another file, or remove it")
+    load_problems("--problems", str(problems), need_answers="--keep=correct" in options)
+    check_can_write(output.parent, f"the folder of --generate {str(output)!r}")
+    _check_path(output, "--generate", "name another file")
+    _check_inputs_reach_the_job(recipe)
+    jobs = output.with_name(output.name + ".jobs")
+    words = ("--problems", str(problems.absolute()), *options)
+    job = _make_job(output.name, jobs, (jobs,), words)
+    return Submission(job, (recipe,), (), "generate", generate_script(job, request), None)
+
+
 def submit(submission: Submission, after: str | None = None) -> list[str]:
     """Freeze the files and submit the jobs: ids of training and, if any, of evaluation. after: the
     id of a job that must succeed first; where it fails these are cancelled.
@@ -220,7 +240,7 @@ def _check_jobs_can_run(request: JobRequest) -> None:
 
 
 def _make_job(
-    name: str, folder: Path, runs: tuple[Path, ...], cache_options: tuple[str, ...] = ()
+    name: str, folder: Path, runs: tuple[Path, ...], script_options: tuple[str, ...] = ()
 ) -> Job:
     """The next submission in the folder: a task for each of the runs."""
     from kd.runs.environment import environment  # after the checks, which import no torch
@@ -233,7 +253,7 @@ def _make_job(
         runs=tuple(run.absolute() for run in runs),
         recipes=tuple(submission / f"recipe{number}.json" for number in numbers),
         commit=environment()["commit"] or "",
-        cache_options=cache_options,
+        script_options=script_options,
     )
 
 

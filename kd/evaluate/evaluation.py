@@ -8,6 +8,7 @@ from typing import Any
 
 from kd.evaluate.problems import Problem, load_problems, make_requests
 from kd.evaluate.results import (
+    read_content,
     read_responses,
     read_results,
     response_rows,
@@ -16,12 +17,16 @@ from kd.evaluate.results import (
 )
 from kd.evaluate.score import score
 from kd.evaluate.tasks import TASKS, load_task, parse_tasks
-from kd.generation.backends import Request, Subject, batch_size_of
+from kd.generation.backends import Backend, Request, Subject, batch_size_of
 from kd.generation.generator import weights_sha256
-from kd.generation.responses import fingerprint, open_progress, respond
+from kd.generation.responses import fingerprint, in_order, open_progress, respond
 from kd.generation.sampling import sampling_of
+from kd.generation.shares import check_num_batches, join_shares, remove_shares, share_name
 from kd.recipe import EvaluationSection, Recipe
-from kd.runs.lock import hold
+from kd.runs.lock import hold, holding
+
+# How long a rank waits for another one that judges, which may take math-verify's patience
+JUDGING_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -82,39 +87,75 @@ def is_scored(recipe: Recipe, files: Sequence[Path]) -> bool:
     return True
 
 
+def check_ranks(
+    recipe: Recipe, backend: Backend, sets: Iterable[ProblemSet], num_ranks: int
+) -> None:
+    """Raises UserError where a rank would have no batch of one of the sets."""
+    for found in sets:
+        num_requests = len(found.problems) * found.num_samples
+        size = _batch_size(backend, recipe.evaluation, num_requests, num_ranks)
+        num_batches = -(-num_requests // size)
+        check_num_batches(num_ranks, num_batches, size, "set a lower evaluation.batch_size")
+
+
 def evaluate(
-    recipe: Recipe, subject: Subject, problem_set: ProblemSet, output: Path
-) -> dict[str, Any]:
+    recipe: Recipe,
+    subject: Subject,
+    problem_set: ProblemSet,
+    output: Path,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> dict[str, Any] | None:
     """Generate what is missing, judge, write LABEL.json and its responses; returns results.
 
-    They are written to output, and those of a task to output/TASK.
+    They are written to output, and those of a task to output/TASK. Of several ranks, which never
+    meet, each generates a share of the batches, and the last to finish judges and writes; None on
+    the others. Called again, it returns the results once they are there.
     """
     problems, folder = problem_set.problems, output / (problem_set.task or "")
     requests = make_requests(subject.tokenizer, problems, problem_set.num_samples, recipe.data)
-    batch_size = batch_size_of(subject.backend, recipe.evaluation)
+    batch_size = _batch_size(subject.backend, recipe.evaluation, len(requests), num_ranks)
     settings = settings_of(subject, requests, batch_size)
-    hold(folder, f".{subject.label}.lock")
-    responses = read_responses(folder, subject.label, fingerprint(settings))
-    progress = None
-    if responses is None:
-        progress = open_progress(folder, subject.label, settings)
-        responses = respond(requests, batch_size, subject.load, progress)
-    answers = [problem.answer for problem in problems]
-    verdicts, summary = score(responses, answers, recipe.evaluation, recipe.data.think_close)
-    content = results(
-        recipe,
-        subject,
-        summary,
-        task=problem_set.task,
-        problems=problem_set.source,
-        judge=recipe.evaluation.judge,
-        backend=settings["backend"],
-        fingerprint=fingerprint(settings),
-    )
-    write_evaluation(folder, content, response_rows(problems, responses, verdicts))
-    if progress is not None:
-        progress.discard()
+    label, key, judge = subject.label, fingerprint(settings), recipe.evaluation.judge
+    shares = folder / f"{label}.{key}"
+    hold(folder, f".{share_name(label, rank, num_ranks)}.lock")
+    if read_responses(folder, label, key) is None:
+        share = open_progress(shares, settings, rank, num_ranks)
+        respond(requests, batch_size, subject.load, share, rank, num_ranks)
+
+    with holding(folder, f".{label}.lock", JUDGING_SECONDS):
+        done = read_content(folder, label, key, judge) if num_ranks > 1 else None
+        if done is not None:
+            return done
+        responses = read_responses(folder, label, key)
+        if responses is None:
+            whole = join_shares(shares, settings, num_ranks)
+            if whole is None:
+                return None
+            responses = in_order(whole)
+        answers = [problem.answer for problem in problems]
+        verdicts, summary = score(responses, answers, recipe.evaluation, recipe.data.think_close)
+        content = results(
+            recipe,
+            subject,
+            summary,
+            task=problem_set.task,
+            problems=problem_set.source,
+            judge=judge,
+            backend=settings["backend"],
+            fingerprint=key,
+        )
+        write_evaluation(folder, content, response_rows(problems, responses, verdicts))
+        remove_shares(shares)
     return content
+
+
+def _batch_size(
+    backend: Backend, evaluation: EvaluationSection, num_requests: int, num_ranks: int
+) -> int:
+    """vLLM batches by itself, so that each rank may have as many requests as another."""
+    size = batch_size_of(backend, evaluation)
+    return size if backend.name == "transformers" else min(size, -(-num_requests // num_ranks))
 
 
 def settings_of(subject: Subject, requests: Sequence[Request], batch_size: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kd.evaluate.problems import Problem
 from kd.evaluate.score import Summary, Verdict
-from kd.files import read_json_lines, write_json, write_jsonl
+from kd.files import read_json, read_json_lines, write_json, write_jsonl
 from kd.generation.backends import Subject
 from kd.generation.sampling import Response
 from kd.recipe import Recipe
@@ -97,6 +97,16 @@ def read_responses(folder: Path, label: str, fingerprint: str) -> list[Response]
             ]
             return [Response(row.response, row.num_tokens, row.ended) for row in rows]
     return None
+
+
+def read_content(folder: Path, label: str, fingerprint: str, judge: str) -> dict[str, Any] | None:
+    """What results() returned when it was written, of these responses and this judge; or None."""
+    path = folder / f"{label}.json"
+    found = read_results(path)
+    if found is None or (found.fingerprint, found.judge) != (fingerprint, judge):
+        return None
+    content: dict[str, Any] = read_json(path)
+    return content
 
 
 def read_results(path: Path) -> EvaluationRecord | None:

@@ -81,13 +81,8 @@ class TraceFile:
         self.complete = True
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the finished batches of a file that is not complete yet."""
-        return [row for _, row in read_json_lines(self.partial)]
-
-    def discard(self) -> None:
-        """Remove the rows and the journal: all that they hold stands elsewhere."""
-        self.partial.unlink()
-        self.journal.unlink()
+        """The rows of the finished batches."""
+        return [row for _, row in read_json_lines(self.output if self.complete else self.partial)]
 
     def _read_journal(self) -> list[Any]:
         """The whole lines of the journal; a torn last line is cut from the file."""

@@ -1,5 +1,5 @@
-"""One file of traces from several ranks: each writes its share of the batches, and the last to end
-joins them.
+"""One file of responses from several ranks: each writes its share of the batches, and the last to
+finish joins them.
 
 Batch b is rank b modulo N's, so that the file and its journal are, byte for byte, those of one rank
 that generates the same responses. Rank R of N appends to OUTPUT.R-of-N.partial and keeps a journal
@@ -14,7 +14,6 @@ from typing import Any
 
 from kd.errors import UserError
 from kd.generation.journal import TraceFile, write_lines
-from kd.runs.lock import hold
 
 
 def open_share(output: Path, settings: dict[str, Any], rank: int, num_ranks: int) -> TraceFile:
@@ -30,24 +29,31 @@ def open_share(output: Path, settings: dict[str, Any], rank: int, num_ranks: int
     if begun - {num_ranks}:
         (other,) = sorted(begun - {num_ranks})[:1]
         raise UserError(
-            f"--output {output} was begun with {other} ranks, and there are {num_ranks} now: start "
-            f"it with {other} again, or remove {output}.* to begin anew"
+            f"{output} was begun with {other} ranks, and there are {num_ranks} now: start it with "
+            f"{other} again, or remove {output}.* to begin anew"
         )
-    return TraceFile(output if num_ranks == 1 else _share(output, rank, num_ranks), settings)
+    return TraceFile(_share(output, rank, num_ranks), settings)
 
 
 def join_shares(output: Path, settings: dict[str, Any], num_ranks: int) -> TraceFile | None:
-    """The whole file, once all shares are finished; None before. One rank alone joins them."""
+    """The whole file, once all shares are finished; None before.
+
+    The caller holds a lock, so that only one rank at a time joins them.
+    """
     shares = [_share(output, rank, num_ranks) for rank in range(num_ranks)]
     if not output.exists():
         if not all(share.exists() for share in shares):
             return None
-        hold(output.parent, f".{output.name}.lock")
-    if not output.exists():
         _join(output, settings, [TraceFile(share, settings) for share in shares])
-    for path in (*shares, *_journals(output, str(num_ranks))):
+    for path in {*shares, *_journals(output, str(num_ranks))} - {output}:
         path.unlink(missing_ok=True)
     return TraceFile(output, settings)
+
+
+def remove_shares(output: Path) -> None:
+    """Remove the whole file, all shares and journals: another file has what they hold."""
+    for path in output.parent.glob(f"{glob.escape(output.name)}*"):
+        path.unlink()
 
 
 def _join(output: Path, settings: dict[str, Any], shares: list[TraceFile]) -> None:
@@ -69,8 +75,22 @@ def _join(output: Path, settings: dict[str, Any], shares: list[TraceFile]) -> No
     os.replace(partial, output)
 
 
+def share_name(name: str, rank: int, num_ranks: int) -> str:
+    """Of what one rank of several writes: NAME.R-of-N; NAME itself where there is one rank."""
+    return name if num_ranks == 1 else f"{name}.{rank}-of-{num_ranks}"
+
+
+def check_num_batches(num_ranks: int, num_batches: int, batch_size: int, remedy: str) -> None:
+    """Raises UserError for ranks that would have nothing to generate."""
+    if num_ranks > num_batches:
+        raise UserError(
+            f"WORLD_SIZE = {num_ranks}, and there are {num_batches} batches of {batch_size} "
+            f"responses: start fewer ranks, or {remedy}"
+        )
+
+
 def _share(output: Path, rank: int, num_ranks: int) -> Path:
-    return output.with_name(f"{output.name}.{rank}-of-{num_ranks}")
+    return output.with_name(share_name(output.name, rank, num_ranks))
 
 
 def _journals(output: Path, num_ranks: str) -> list[Path]:

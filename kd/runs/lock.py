@@ -2,11 +2,13 @@
 ends.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -52,6 +54,22 @@ def hold(folder: Path, name: str = ".lock", patience_seconds: float = PATIENCE_S
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _held[path] = file
+
+
+@contextlib.contextmanager
+def holding(folder: Path, name: str, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """hold(), for as long as the context is open. A lock that this process already holds is kept.
+
+    Raises UserError as hold() does.
+    """
+    path = folder.resolve() / name
+    is_new = path not in _held
+    hold(folder, name, patience_seconds)
+    try:
+        yield
+    finally:
+        if is_new:
+            _held.pop(path).close()
 
 
 def is_free(folder: Path) -> bool:

@@ -63,8 +63,8 @@ meeting_point() {
 # Sets status, told where a signal came, and told_to_end where that was TERM.
 on_all_ranks() {
   meeting_point
-  # The first rank that fails ends the others, which would wait for it.
-  srun --export=ALL --kill-on-bad-exit=1 "${srun_options[@]}" "${task[@]}" "$code/launch/$1" --recipe "$recipe" "${@:2}" &
+  # The first rank that fails ends the others where they would wait for it.
+  srun --export=ALL --kill-on-bad-exit="${kill_on_bad_exit:-1}" "${srun_options[@]}" "${task[@]}" "$code/launch/$1" --recipe "$recipe" "${@:2}" &
   srun=$! told='' told_to_end=''
   trap 'tell USR1' USR1                  # ahead of the time limit: --signal
   trap 'told_to_end=yes; tell TERM' TERM # of scancel, of preemption, or of a node that fails

@@ -263,6 +263,45 @@ def test_a_killed_evaluation_goes_on_and_gives_the_files_of_an_uninterrupted_one
     )
 
 
+@pytest.mark.process
+def test_ranks_that_never_meet_leave_the_results_of_one(
+    recipe_path: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two models; the second rank starts after the first has ended."""
+    models = ["--label", "a", "--model", str(model_dir), "--label", "b"]
+    sampled = ["--set", "evaluation.temperature=3.0", "--num-samples", "2", "--limit", "20"]
+
+    def run_rank(folder: str, rank: int, num_ranks: int) -> None:
+        for name, value in {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        script = runpy.run_path(str(ROOT / "launch" / "evaluate.py"))
+        arguments = ["--recipe", recipe_path, "--model", model_dir, *models, *sampled]
+        arguments += ["--output", tmp_path / folder]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        script["main"]()
+
+    run_rank("one", 0, 1)
+    run_rank("two", 1, 2)
+    assert not list((tmp_path / "two").glob("*.json*"))
+    begun = json.loads(next((tmp_path / "two").glob("a.*.1-of-2.progress")).open().readline())
+    with pytest.raises(UserError, match="was begun with 2 ranks, and there are 1 now"):
+        run_rank("two", 0, 1)
+    run_rank("two", 0, 2)
+    for label in ("a", "b"):
+        one, two = (tmp_path / folder / f"{label}.responses.jsonl" for folder in ("one", "two"))
+        assert two.read_bytes() == one.read_bytes() != b""
+        results = [json.loads(path.with_name(f"{label}.json").read_text()) for path in (one, two)]
+        assert results[1] == {**results[0], "command": results[1]["command"]}
+    assert begun["num_requests"] == 40
+    assert {path.name for path in (tmp_path / "two").iterdir() if path.name[0] != "."} == {
+        f"{label}{end}" for label in ("a", "b") for end in (".json", ".responses.jsonl")
+    }
+    # The rank that ended first asks again: nothing is generated or judged anew
+    before = (tmp_path / "two" / "a.json").stat().st_mtime_ns
+    run_rank("two", 1, 2)
+    assert (tmp_path / "two" / "a.json").stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

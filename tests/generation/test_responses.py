@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from kd.generation.backends import Request
-from kd.generation.responses import fingerprint, open_progress, respond
+from kd.generation.responses import fingerprint, in_order, open_progress, respond
 from kd.generation.sampling import Response
+from kd.generation.shares import join_shares, remove_shares
 
 SETTINGS = {"model": "a", "seed": 0}
 REQUESTS = [Request(f"{index}/0", "x" * (index % 5)) for index in range(11)]
@@ -37,7 +38,10 @@ class Generator:
 def run(
     folder: Path, generator: Generator, settings: dict[str, object] = SETTINGS
 ) -> list[Response]:
-    return respond(REQUESTS, 3, lambda: generator, open_progress(folder, "label", settings))
+    output = folder / f"label.{fingerprint(settings)}"
+    progress = open_progress(output, settings)
+    respond(REQUESTS, 3, lambda: generator, progress)
+    return in_order(progress)
 
 
 def test_responses_are_in_the_order_of_the_requests_and_batches_hold_similar_lengths(
@@ -66,10 +70,27 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_responses_of_an_uninter
 
 def test_a_model_whose_responses_are_all_there_is_not_loaded(tmp_path: Path) -> None:
     whole = run(tmp_path, Generator())
-    progress = open_progress(tmp_path, "label", SETTINGS)
-    assert respond(REQUESTS, 3, lambda: pytest.fail("loaded"), progress) == whole
-    progress.discard()
-    assert list(tmp_path.iterdir()) == []
+    output = tmp_path / f"label.{fingerprint(SETTINGS)}"
+    progress = open_progress(output, SETTINGS)
+    respond(REQUESTS, 3, lambda: pytest.fail("loaded"), progress)
+    assert in_order(progress) == whole
+    (tmp_path / f"label.{'0' * 12}.progress").touch()
+    remove_shares(output)
+    assert [path.name for path in tmp_path.iterdir()] == [f"label.{'0' * 12}.progress"]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_shares_of_several_ranks_hold_the_responses_of_one(num_ranks: int, tmp_path: Path) -> None:
+    whole = run(tmp_path / "one", Generator())
+    output = tmp_path / f"label.{fingerprint(SETTINGS)}"
+    for rank in reversed(range(num_ranks)):
+        assert join_shares(output, SETTINGS, num_ranks) is None
+        generator, share = Generator(), open_progress(output, SETTINGS, rank, num_ranks)
+        respond(REQUESTS, 3, lambda generator=generator: generator, share, rank, num_ranks)
+        assert generator.batches == list(range(4))[rank::num_ranks]
+    joined = join_shares(output, SETTINGS, num_ranks)
+    assert joined is not None
+    assert in_order(joined) == whole
 
 
 def test_responses_of_other_settings_are_neither_mixed_in_nor_lost(

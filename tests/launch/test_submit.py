@@ -191,6 +191,16 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
             (*ON_CPUS, "--keep=0.5", "--kind=vector"),
             "cache is of kind vector, made with the student's head, but this recipe trains",
         ),
+        ((*ON_CPUS, "--generate=t"), "--generate t needs --problems FILE"),
+        ((*ON_CPUS, "--problems=p"), "--problems p is of launch/generate.py: add --generate FILE"),
+        ((*ON_CPUS, "--generate=t", "--problems=/nowhere"), "--problems = '/nowhere'"),
+        ((*ON_CPUS, "--generate=t", "--problems=p", "--evaluate"), "--generate t with --evaluate"),
+        ((*ON_CPUS, "--generate=t", "--problems=p", "--seeds=2"), "t with an axis of a study"),
+        (
+            (*ON_CPUS, "--generate=t", "--problems=p", "--generate-arg=4"),
+            "--generate-arg 4: write a flag",
+        ),
+        ((*ON_CPUS, "--evaluate", "--evaluate-ranks=3"), "--evaluate-ranks 3: a node has"),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments, message):
@@ -255,9 +265,25 @@ def test_a_job_fills_a_cache_in_the_words_of_launch_cache_in_the_place_of_traini
         assert f"#SBATCH {line}\n" in done.stdout
     assert f'--output="{tmp_path}/a cache/slurm/1/cache-%j.out"' in done.stdout
     assert shell_values(done.stdout, "runs") == [f"{tmp_path}/a cache"]
-    assert shell_values(done.stdout, "cache_options") == [
+    assert shell_values(done.stdout, "script_options") == [
         *("--kind", "top_k", "--dtype", "bf16"),
         *("--num-tokens", "7"),
+    ]
+
+
+def test_a_job_generates_with_the_flags_that_it_is_given(recipe, tmp_path):
+    problems = tmp_path / "my problems.jsonl"
+    problems.write_text('{"prompt": "1+1", "answer": "2"}\n')
+    words = ("--generate=my traces", f"--problems={problems.name}", "--dry-run")
+    flags = ("--generate-arg=--num-samples=4", "--generate-arg=--keep=correct")
+    done = submit(recipe, *ON_CPUS, *words, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [problems.name]
+    assert '#SBATCH --job-name="my-traces-generate"\n' in done.stdout
+    assert shell_values(done.stdout, "runs") == [f"{tmp_path}/my traces.jobs"]
+    assert shell_values(done.stdout, "script_options") == [
+        *("--problems", str(problems)),
+        *("--num-samples=4", "--keep=correct"),
     ]
 
 
@@ -272,7 +298,7 @@ def test_the_cells_of_a_study_have_a_job_before_them_until_their_cache_is_filled
         str(cache),
         str(cache.parent / "keep0.5_prompt+cot+answer_head_seed0"),
     ]
-    assert shell_values(scripts[0], "cache_options") == ["--kind", "hidden", "--dtype", "fp32"]
+    assert shell_values(scripts[0], "script_options") == ["--kind", "hidden", "--dtype", "fp32"]
     assert list(tmp_path.iterdir()) == []
     cache.mkdir(parents=True)
     teacher = CachedModel(model="a", weights_sha256="b", hidden_size=1, vocab_size=1)

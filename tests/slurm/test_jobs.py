@@ -505,3 +505,34 @@ def test_cells_wait_for_the_job_that_fills_their_cache_and_go_with_it(
         assert "the teacher: teacher.cache = " in text
         assert "loading the teacher" not in text
     assert len(list(study.glob("keep*/SUCCESS"))) == 2
+
+
+def test_a_job_on_two_nodes_writes_the_file_of_one_process(cluster: Cluster, folder: Path):
+    problems = [{"id": str(n), "prompt": f"{n}+2-3", "answer": "0"} for n in range(4)]
+    path = folder / "to answer.jsonl"
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    words = ["--num-samples=2", "--temperature=3.0", "--max-new-tokens=12", "--batch-size=2"]
+    words += ["--keep=closed", "--set=data.think_open=''"]
+    common = ["tiny_test.toml", "--generate=written.jsonl", f"--problems={path.name}"]
+    done = cluster.submit(*common, *(f"--generate-arg={word}" for word in words), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (job,) = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("job ")]
+    cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED")
+    log = folder / "written.jsonl.jobs" / "slurm" / "1" / f"generate-{job}.out"
+    assert cluster.job(job)["JobState"] == "COMPLETED", log.read_text()
+    assert f"written: {folder / 'written.jsonl'}" in log.read_text()
+
+    arguments = [str(ROOT / "launch" / "generate.py"), "--recipe=tiny_test.toml", *words]
+    arguments += [f"--problems={path}", "--output=alone.jsonl"]
+    alone = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert alone.returncode == 0, alone.stderr
+    both = [folder / f"{name}.jsonl.progress" for name in ("written", "alone")]
+    batches = [path.read_text().splitlines()[1:] for path in both]
+    assert batches[0] == batches[1]
+    assert len(batches[0]) == 4
+    assert (folder / "written.jsonl").read_bytes() == (folder / "alone.jsonl").read_bytes()
+    again = cluster.submit(*common, cwd=folder)
+    assert again.returncode == 2
+    assert "--generate written.jsonl: it exists already" in again.stderr
