@@ -141,8 +141,8 @@ def check_arguments(args: argparse.Namespace, recipe: Recipe, num_ranks: int) ->
         )
     if args.harness and num_ranks > 1:
         raise UserError(
-            f"--harness {args.harness} with WORLD_SIZE = {num_ranks}: the harness runs in one "
-            "process: start it without a launcher"
+            f"--harness {args.harness} with WORLD_SIZE = {num_ranks}: the harness runs in a "
+            "single process; start it without a launcher"
         )
     if args.harness_args and not args.harness:
         raise UserError(

@@ -138,7 +138,7 @@ def check_generation(arguments: argparse.Namespace) -> None:
             "--generate-arg": arguments.generate_options,
         }.items():
             if value:
-                raise UserError(f"{flag} {value} is of launch/generate.py: add --generate FILE")
+                raise UserError(f"{flag} {value} needs launch/generate.py: add --generate FILE")
         return
     others = {
         "--fill-cache": arguments.fill_cache,
@@ -151,15 +151,15 @@ def check_generation(arguments: argparse.Namespace) -> None:
     for flag, value in others.items():
         if value:
             raise UserError(
-                f"--generate {arguments.generate} with {flag}: that job trains nothing: leave one "
+                f"--generate {arguments.generate} with {flag}: that job trains nothing; leave one "
                 "out"
             )
     if arguments.problems is None:
-        raise UserError(f"--generate {arguments.generate} needs --problems FILE")
+        raise UserError(f"--generate {arguments.generate} needs the problems: add --problems FILE")
     for option in arguments.generate_options:
         if not option.startswith("--"):
             raise UserError(
-                f"--generate-arg {option}: write a flag of launch/generate.py, as in "
+                f"--generate-arg {option}: write an option of launch/generate.py, such as "
                 "--generate-arg=--num-samples=4"
             )
 
@@ -303,25 +303,34 @@ def parse_args(words: list[str]) -> argparse.Namespace:
         metavar="K",
         help="tokens per position of top_k (128) or sampled (12)",
     )
-    texts = parser.add_argument_group("responses of the teacher, by launch/generate.py")
+    texts = parser.add_argument_group("responses of the teacher, with launch/generate.py")
     texts.add_argument(
-        "--generate", type=Path, metavar="FILE", help="write this file in the place of the run"
+        "--generate",
+        type=Path,
+        metavar="FILE",
+        help="write this file of responses instead of training",
     )
-    texts.add_argument("--problems", type=Path, metavar="FILE", help="what the teacher answers")
+    texts.add_argument(
+        "--problems",
+        type=Path,
+        metavar="FILE",
+        help="JSONL of the problems that the teacher answers",
+    )
     texts.add_argument(
         "--generate-arg",
         dest="generate_options",
         action="append",
         default=[],
         metavar="--FLAG=VALUE",
-        help="a flag of launch/generate.py, as in --generate-arg=--num-samples=4; may be repeated",
+        help="an option for launch/generate.py, such as --generate-arg=--num-samples=4; may be "
+        "repeated",
     )
     parser.add_argument(
         "--evaluate-ranks",
         type=int,
         default=1,
         metavar="N",
-        help="ranks of each job of --evaluate, on one node, with a GPU each; default 1",
+        help="ranks of each job of --evaluate, on one node, one GPU per rank (%(default)s)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the scripts, and submit nothing"

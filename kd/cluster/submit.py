@@ -177,7 +177,9 @@ def prepare_generation(
     """As prepare(), a job of launch/generate.py, which writes output; options: further ones."""
     _check_jobs_can_run(request)
     if recipe.teacher is None:
-        raise UserError(f"--generate {output}: the recipe has no [teacher] to generate with")
+        raise UserError(
+            f"--generate {output}: the recipe has no [teacher] to generate with; add one"
+        )
     if output.exists():
         raise UserError(f"--generate {output}: it exists already: name another file, or remove it")
     load_problems("--problems", str(problems), need_answers="--keep=correct" in options)

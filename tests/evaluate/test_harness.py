@@ -224,6 +224,6 @@ def test_the_real_harness_fails_on_an_unknown_task(
     recipe: Recipe, model_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        UserError, match="--harness lm-eval: it failed, for the reason above: .* -m lm_eval run"
+        UserError, match="--harness lm-eval: it failed; see the reason above: .* -m lm_eval run"
     ):
         evaluate_with_harness(recipe, subject(model_dir), "no_such_task", [], tmp_path)
