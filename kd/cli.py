@@ -36,7 +36,7 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
 
 
 def generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what generates, for kd.generation.backends.choose_backend."""
+    """Add the arguments of kd.generation.backends.choose_backend."""
     parser.add_argument(
         "--backend",
         choices=["auto", "transformers", "vllm"],
@@ -90,7 +90,7 @@ def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 class CacheRequest(NamedTuple):
-    """What is asked of launch/cache.py."""
+    """The arguments of launch/cache.py that say what to store."""
 
     kind: str
     dtype: str = "bf16"
@@ -107,10 +107,10 @@ def run(main: Callable[[], None]) -> None:
     """Call main(), and end the process as main ended: an error is one block on stderr, and a status
     from kd.constants.
 
-    Most UserErrors are the same on every rank, and rank 0 speaks for all: it exits at once, upon
-    which the launcher ends the others. A rank that is still alive after three seconds met an error
-    of its own, and speaks for itself. So does one that lost a peer: by then the peer has told the
-    first cause. Whoever reads the output may stop, as head does: that is not an error.
+    Most UserErrors are the same on every rank, so rank 0 prints them and exits at once, and the
+    launcher ends the others. A rank that is still alive after three seconds has an error of its
+    own and prints that. So does a rank that lost a peer, by then after the peer's own message. It
+    is no error when the reader of the output stops reading, as `head` does.
     """
     try:
         main()

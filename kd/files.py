@@ -1,6 +1,6 @@
-"""Text, JSON and TOML, read one way: whole, bounded, and with the file and the line in every error.
+"""Reading and writing text, JSON and TOML, with a size limit, and the file and line in each error.
 
-Files are written whole or not at all: aside, synced to the disk, then renamed.
+Files are written whole or not at all: to a temporary name, synced to the disk, then renamed.
 """
 
 import errno

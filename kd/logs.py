@@ -1,4 +1,4 @@
-"""Rank 0 speaks for the run; libraries are heard when something is wrong."""
+"""Logging: rank 0 logs for the run, and libraries log only warnings and errors."""
 
 import logging
 import sys
@@ -21,7 +21,7 @@ class _AboveTheBar(logging.StreamHandler[TextIO]):
 
 
 def configure_logging(rank: int) -> None:
-    """Rank 0's own lines on stderr; every rank's warnings; progress bars of rank 0 only."""
+    """On stderr: all lines of rank 0 and the warnings of every rank; progress bars on rank 0."""
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", handlers=[_AboveTheBar()])
     if rank:  # every rank reads the same tokenizer and template, and would say the same of them

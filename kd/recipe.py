@@ -127,14 +127,14 @@ SOURCE_FIELDS: dict[SourceName, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class KeyFacts:
-    """What else must be known of a key of the recipe; each stands in the key's annotation.
+    """Facts about a recipe key, given in the key's annotation.
 
-    in_token_key: it changes the tokens of a row, and is part of the token cache's key. What files
-        and tokenizers bring is hashed there itself.
-    may_change: between a run and its continuation: it changes no weight of a step that is taken.
+    in_token_key: it changes the tokens of a row, so it is part of the token cache's key. The
+        contents of files and tokenizers are hashed there separately.
+    may_change: it may differ between a run and its continuation, since it changes no weight.
     is_compared: runs that differ in it are not comparable, and a report lists the difference.
-    is_axis: results are drawn over it: a report takes no difference in it for one between runs,
-        and what a study varies is such a key.
+    is_axis: a study may vary it and a report plots results over it; a difference in it does not
+        make runs incomparable.
     """
 
     in_token_key: bool = False
@@ -151,7 +151,7 @@ AXIS = KeyFacts(is_axis=True)
 
 
 class RecipeSection(BaseModel):
-    """Strict: no text or bool is taken for a number, and no float for an integer."""
+    """Strict: a text or a bool is not accepted as a number, nor a float as an integer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
@@ -224,7 +224,7 @@ class TeacherSection(ModelSection):
 
 
 class LoraSection(RecipeSection):
-    """Trained beside each matrix W of target_modules, which is frozen: W + alpha / rank * B A
+    """Adapters A and B for each frozen matrix W of target_modules: W + alpha / rank * B A
     (arXiv 2106.09685).
     """
 
@@ -287,8 +287,8 @@ class StudentSection(ModelSection):
 
 
 class SourceTable(RecipeSection):
-    """One of [[data.sources]]: the keys of [data] that may differ from source to source, and how
-    much of it is taken.
+    """One table of [[data.sources]]: the keys of [data] that may differ between sources, and how
+    many rows to draw.
     """
 
     path: PathText | None = Field(None, description="as data.path")
@@ -653,10 +653,10 @@ class Recipe(RecipeSection):
         return self
 
     def with_values(self, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe with other values, {"section.key": value}, or "section.table.key": the one way
-        to change one in code.
+        """The recipe with other values: {"section.key": value}, or "section.table.key". Code
+        changes a recipe in no other way.
 
-        Raises UserError for a key that there is not, and for a value that is not valid.
+        Raises UserError for an unknown key and for a value that is not valid.
         """
         sections = self.model_dump()
         for name, value in values.items():
@@ -677,7 +677,7 @@ class Recipe(RecipeSection):
 
     @property
     def autos(self) -> tuple[str, ...]:
-        """ "section.key" of what the plan is to choose: kd.plan.placement."""
+        """ "section.key" of each value that the plan is to choose (kd.plan.placement)."""
         found = {
             "teacher.shard": self.teacher and self.teacher.shard,
             "deepspeed.student": self.deepspeed.student,
@@ -698,8 +698,8 @@ class Recipe(RecipeSection):
 
     @property
     def rollout_loss(self) -> LossSection:
-        """The objective over sampled responses. The student's own are no text to imitate: they have
-        no cross-entropy.
+        """The loss over sampled responses. Those of the student get no cross-entropy, since they
+        are not text to imitate.
         """
         assert self.rollout is not None
         of_student = self.rollout.source == "student"
@@ -709,8 +709,9 @@ class Recipe(RecipeSection):
         return self.loss.model_copy(update=changes)
 
     def max_micro_batches(self, world_size: int) -> int:
-        """Of a rank in one optimizer step, for DeepSpeed's gradient_accumulation_steps. With a
-        budget of tokens steps differ, and this says whether there may be more than one: 2, or 1.
+        """The most micro-batches of a rank in an optimizer step, for DeepSpeed's
+        gradient_accumulation_steps. With a budget of tokens, where steps differ, 2 means "more
+        than one" and 1 means "one".
         """
         training, num_rollouts = self.training, self.num_rollouts
         parts = [n for n in (training.global_batch_size - num_rollouts, num_rollouts) if n]
@@ -781,7 +782,7 @@ def _check_reads_prefixes(truncation: TruncationSection) -> None:
 
 
 def key_facts() -> dict[str, KeyFacts]:
-    """{"section.key": its facts}, of every key. Raises TypeError for a key that states none."""
+    """{"section.key": its facts} for every key. Raises TypeError for a key without facts."""
     found = {}
     for section in Recipe.model_fields:
         for key, field in _section_model(section).model_fields.items():
@@ -794,8 +795,8 @@ def key_facts() -> dict[str, KeyFacts]:
 
 @functools.cache
 def facts_of(name: str) -> KeyFacts:
-    """Of "section.key", which another version may have written: one that is not known today is as
-    its section, where all keys of that are alike, and else FIXED.
+    """The facts of "section.key", which another version may have written. An unknown key has the
+    facts of its section if all keys of that section share them, and is FIXED otherwise.
     """
     known, (section, _, _) = key_facts(), name.partition(".")
     siblings = {facts for key, facts in known.items() if key.startswith(f"{section}.")}
@@ -817,7 +818,7 @@ def default_of(name: str) -> Any:
 
 
 def check_format_version(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise UserError for a file that a later version wrote; one that states none is version 1."""
+    """Raise UserError for a file that a later version wrote. A file without a version is 1."""
     version = content.get("format_version", 1)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a cache holds of each token, and how it becomes targets again.
+"""What a cache stores for each token, and how to make targets of it.
 
 Shapes: T tokens of a trace, C rows of a chunk, H hidden size (Hs the student's), G groups of
 channels, K tokens of the teacher, V shared vocabulary.

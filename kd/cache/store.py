@@ -238,7 +238,7 @@ def set_filled(folder: Path, flops: float | None) -> FilledRecord:
 
 
 def damage_of(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(shard, what is wrong with it) of each that is not what was written: all of it is read."""
+    """(shard, what is wrong with it) for each damaged shard. Reads every byte."""
     for path in sorted((folder / "shards").glob("*.json")):
         shard = path.with_suffix(".safetensors")
         if not shard.is_file():

@@ -1,4 +1,4 @@
-"""The hosts of a hostfile, checked before anything reaches for one.
+"""Read and check the hosts of a hostfile, before anything connects to them.
 
 `python -m kd.cluster.hostfile FILE [--master-addr NAME]` prints their names, a line each, for
 launch/hosts.sh.
@@ -21,8 +21,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 def read_hostfile(path: Path) -> list[str]:
     """The names of its hosts, rank 0's first.
 
-    Raises UserError that names the file and the line: for one that is not `NAME slots=N`, for a
-    name with a user, and for a host that is there twice, also under another name of its address.
+    Raises UserError that names the file and the line: for a line that is not `NAME slots=N`, a
+    name with a user, and a host that is listed twice, by the same name or the same address.
     """
     if not path.is_file():
         raise UserError(f"--hostfile {path}: no such file; see launch/hostfile.example")

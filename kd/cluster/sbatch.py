@@ -15,9 +15,9 @@ EARLY_SECONDS = 60  # SLURM may send a signal up to so much too soon
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What is asked of the scheduler; None leaves it to the cluster.
+    """The resources and options of a job; None leaves a value to the cluster.
 
-    Raises UserError for numbers and options that no cluster could serve.
+    Raises UserError for numbers and options that no cluster accepts.
     """
 
     num_nodes: int

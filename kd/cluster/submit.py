@@ -1,4 +1,4 @@
-"""A recipe as a SLURM job: what it trains, whether it can, its files frozen, and the queue.
+"""Submit a recipe to SLURM: choose what to train, check it, copy its files and queue the jobs.
 
 RUN/slurm/1/            one submission; RUN is the recipe's run, a study, an array's name without
                         a suffix, a teacher's cache, or OUTPUT.jobs of what a teacher writes
@@ -88,7 +88,7 @@ def read_recipes(
 def left_to_do(
     recipes: tuple[Recipe, ...], evaluate: bool
 ) -> tuple[tuple[Recipe, ...], tuple[Recipe, ...]]:
-    """Those that are to be trained, and those that are trained and only to be evaluated. Raises
+    """The recipes to train, and those that are trained and only need to be evaluated. Raises
     UserError when nothing is left.
     """
     from kd.evaluate.evaluation import is_scored, result_files  # import torch
@@ -375,7 +375,7 @@ def _check_limit(request: JobRequest) -> None:
 
 
 def why_pending(job: str) -> str:
-    """SLURM's reason for a job that waits; empty where it only waits for its turn."""
+    """SLURM's reason why a job cannot start; empty if it only waits for its turn."""
     reason = _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%r").partition("\n")[0]
     waits = ("None", "Priority", "Resources", "BeginTime", "Dependency", "JobHeldUser", "")
     return "" if reason in waits else reason

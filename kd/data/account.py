@@ -1,4 +1,4 @@
-"""What became of every row: str() of a DataReport is the text to log."""
+"""How many rows were kept and dropped, and why: str() of a DataReport is the text to log."""
 
 from dataclasses import dataclass, field
 

@@ -1,8 +1,8 @@
-"""A chat template, run: a program that others wrote, so in a sandbox, within bounds of steps, time
-and size, and with the recipe's date as today's.
+"""Run a chat template, which is a program that others wrote: in a sandbox, with limits on steps,
+time and size, and with the recipe's date as today's.
 
-Prompts are those of tokenizer.apply_chat_template, which inference engines call; that has no bounds
-and no way to give it a date.
+The result is that of tokenizer.apply_chat_template, which inference engines call, but which has no
+limits and cannot be given a date.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A recipe's training and validation examples, truncated when read, and an account of every row.
+"""A recipe's training and validation examples, truncated when read, and a report on every row.
 
-The split is drawn over the rows that pass max_full_tokens, before truncation has a say: recipes
-that differ in truncation alone train and validate on the same rows.
+The split is drawn over the rows that pass max_full_tokens, before truncation, so recipes that
+differ only in truncation train and validate on the same rows.
 
 Shapes: N examples, 3 sections (prompt, chain of thought, answer), W tokens read of a sequence.
 """

@@ -1,5 +1,5 @@
-"""The batches of optimizer step s as a pure function of (seed, s): nothing to save, nothing to
-restore on resume.
+"""The batches of optimizer step s as a pure function of (seed, s), so that a checkpoint need not
+store any state of the data.
 
 An epoch is a permutation drawn from (seed, epoch); its last, partial global batch is dropped. A
 global batch is the same set of examples for every number of ranks and every micro-batch size.

@@ -1,7 +1,7 @@
-"""Messages -> the prompt's text, through the chat template: whole, and ready for one thought.
+"""Messages -> the text of the prompt, through the chat template.
 
-What a template does not print would be lost without a word, and where it closes an empty thought
-the model would learn to think twice: both are looked for in each prompt.
+Each prompt is checked for two faults of templates: text that is not printed would be lost
+silently, and after an empty thought the model would learn to think twice.
 """
 
 import json
@@ -31,7 +31,7 @@ def render_prompt(
 ) -> str:
     """The prompt of training, generation and evaluation; needs add_special_tokens=False.
 
-    data.system_prompt stands for any system message; none is sent when it is None. Raises UserError
+    data.system_prompt replaces any system message; none is sent when it is None. Raises UserError
     without a chat template, BadRow when the template refuses these messages, does not print all of
     them, or leaves no place for a thought.
     """

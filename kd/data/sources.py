@@ -1,8 +1,7 @@
 """One dataset row -> one Trace: messages before the last assistant turn, reasoning, answer.
 
-Rows are written by others: what a row says wrongly is a BadRow, to be counted; a column that is not
-there at all is the user's error. The system message of a row is not read: data.system_prompt
-replaces it (see sections.py).
+A row with unusable content is a BadRow, which is counted; a missing column is the user's error. The
+system message of a row is not read: data.system_prompt replaces it (see sections.py).
 """
 
 from collections.abc import Callable, Mapping

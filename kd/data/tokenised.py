@@ -1,5 +1,5 @@
-"""Rows tokenised once for all truncation lengths, and kept on disk under a key of all that changes
-a token.
+"""Rows are tokenised once for all truncation lengths, and cached on disk under a key that covers
+everything that changes a token.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""Every rank has the same software, environment and recipe, or the run ends before it begins.
+"""Check that every rank has the same software, environment and recipe before the run starts.
 
-A variable that did not reach one host, or a package of another version there, changes results
-without a word. A host that has lost its GPUs is worse: its ranks ask for another backend, and all
-wait for each other. So the facts travel by the key-value store that torch's rendezvous opens before
-there is a process group.
+A variable that did not reach one host, or another version of a package there, changes results
+silently. A host that has lost its GPUs is worse: its ranks ask for another backend, and all ranks
+wait for each other. So the facts are exchanged through the key-value store that torch's rendezvous
+opens before there is a process group.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""DeepSpeed JSON from ds_configs/, and what the recipe decides: one home for each knob."""
+"""The configuration of each engine: ZeRO from a JSON in ds_configs/, the rest from the recipe."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal

@@ -1,8 +1,8 @@
-"""The keys that a DeepSpeed JSON may hold here, with their types: nothing is coerced or ignored.
+"""The keys that a DeepSpeed JSON may hold here, with their types. Nothing is coerced or ignored.
 
-DeepSpeed's own models accept unknown sections, "true" for true and 3.0 for 3; they run second,
-where DeepSpeed is imported (kd.engine.engine). A key of DeepSpeed that is missing here is decided
-elsewhere, does nothing in this loop, or would change the loss or what a checkpoint restores.
+DeepSpeed's own models accept unknown sections, "true" for true and 3.0 for 3; they run afterwards,
+where DeepSpeed is imported (kd.engine.engine). A DeepSpeed key that is missing here is set by the
+recipe, has no effect in this loop, or would change the loss or what a checkpoint restores.
 """
 
 import difflib

@@ -18,8 +18,8 @@ from kd.errors import UserError
 
 @contextlib.contextmanager
 def universal_checkpoint(path: Path) -> Iterator[Path]:
-    """Inside, the folder of the checkpoint in universal form, fp32 weights and optimizer state
-    apart.
+    """A context that gives the folder of the checkpoint in universal form, with fp32 weights and
+    optimizer state in separate files.
 
     Collective: every rank must call this.
     Rank 0 converts, on its CPU, in the checkpoints' folder, and needs there about twice the room of

@@ -1,6 +1,4 @@
-"""Teacher and student from a recipe: attention chosen and named, weights partitioned while they are
-read.
-"""
+"""Load teacher and student: choose and log their attention, and partition weights while reading."""
 
 import logging
 from collections.abc import Callable

@@ -1,8 +1,7 @@
-"""A model looked at before anything is loaded: its files, their headers, its tokenizer; no weight
-is read.
+"""Check a model before it is loaded: its files, their headers and its tokenizer. No weight is read.
 
-transformers itself says what it would load, on the meta device: so names that it converts on the
-way (experts, say) are compared as they will be.
+transformers itself says what it would load, on the meta device, so names that it converts while
+loading (of experts, for example) are compared in their final form.
 """
 
 import contextlib
@@ -63,8 +62,8 @@ def check_models(recipe: Recipe) -> int:
 
 
 def needs_weights(teacher: TeacherSection) -> bool:
-    """Whether of a teacher: a cache of its tokens or vectors stands for all of it, and one of its
-    hidden states for all but its head.
+    """Whether the teacher's weights are read. A cache of tokens or vectors replaces all of them,
+    and a cache of hidden states all but the head.
     """
     if teacher.cache is None:
         return True

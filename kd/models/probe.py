@@ -1,9 +1,9 @@
-"""Proof, before a GPU hour is spent, that weights arrived and that the model's head is one we can
-fuse.
+"""Check, before a GPU hour is spent, that the weights were loaded and that the loss knows the
+model's head.
 
-transformers 5 under ZeRO-3 has left weights at their random start without a word; and an
+transformers 5 under ZeRO-3 has silently left weights at their random initial values; and an
 architecture that does something unknown between lm_head and softmax would be trained on wrong
-logits. Both show on a few tokens.
+logits. A few tokens show both.
 """
 
 import contextlib

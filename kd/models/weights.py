@@ -18,7 +18,7 @@ from kd.recipe import ModelSection
 
 
 def weights_folder(section: ModelSection, *, role: str) -> Path:
-    """Where a model's weights lie on this host: its folder, or its place in the hub's cache.
+    """Where a model's weights are on this host: its folder, or its place in the hub's cache.
 
     Raises UserError where there are none.
     """

@@ -1,4 +1,4 @@
-"""What a teacher's cache takes, and what it spares."""
+"""What a teacher's cache costs and saves."""
 
 from kd.cache.kinds import HiddenKind, Kind, kind_of
 from kd.cache.store import read_manifest

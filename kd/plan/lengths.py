@@ -1,4 +1,4 @@
-"""Lengths of the sequences that a run reads: of its data where they are here, else as stated.
+"""Lengths of the sequences that a run reads: from its data if these are here, else as stated.
 
 Shapes: N sequences, R of them sampled.
 """

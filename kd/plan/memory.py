@@ -62,7 +62,7 @@ class MemoryPlan:
         return self.gib_per_rank.total
 
     def verdict(self, gpu_gib: float) -> str | None:
-        """None where the run fits on GPUs of gpu_gib, else what would make it fit."""
+        """None if the run fits on GPUs of gpu_gib, else what would make it fit."""
         if self._fits(gpu_gib):
             return None
         needs = (

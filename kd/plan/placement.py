@@ -1,7 +1,7 @@
-"""Where both models may live, and the fastest of these places that fits: what "auto" in a recipe
-becomes, and what a plan compares.
+"""How both models may be divided over ranks, and the fastest placement that fits: the value of
+"auto" in a recipe, and what a plan compares.
 
-None of it changes what is learned, beyond the order in which gradients are added up.
+A placement changes nothing about what is learned, except the order in which gradients are added.
 """
 
 import itertools

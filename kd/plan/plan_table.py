@@ -76,7 +76,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def idle_ranks(report: dict[str, Any]) -> list[str]:
-    """What ranks lose to one another, where that is more than a tenth."""
+    """A line for each plan in which ranks wait for others more than a tenth of the time."""
     return [
         f"keep {plan['keep_fraction']}: ranks wait {plan['idle_share']:.0%} of the time for the "
         "busiest one; to balance them, use fewer GPUs, a larger training.global_batch_size, or "
@@ -87,7 +87,7 @@ def idle_ranks(report: dict[str, Any]) -> list[str]:
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """The lengths at which time falls less than the FLOPs do, beside the longest that is planned,
+    """A line for each length whose time falls less than its FLOPs, relative to the longest plan,
     and what would help.
     """
     whole = max(report["plans"], key=lambda plan: plan["keep_fraction"])

@@ -1,4 +1,4 @@
-"""The licence that a card states: a trained model has that of its base model, unless told."""
+"""The licence that a card states: that of the base model, unless another one is given."""
 
 from pathlib import Path
 

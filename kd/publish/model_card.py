@@ -1,5 +1,5 @@
-"""The model card of a finished run: what was trained from what, what it scores, what it cost, and
-how to train it again. All of it is read from the run's folder, apart from the licence.
+"""The model card of a finished run: its models and data, scores, cost, and how to train it again.
+Everything except the licence is read from the run's folder.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Files to a model repository of the Hugging Face hub, in one commit: it has all of them or none.
+"""Push files to a model repository of the Hugging Face hub in one commit: all of them or none.
 
 Run against a server in a test, which speaks the part of the hub's API that huggingface_hub uses
 here with LFS uploads (tests/publish/hub_server.py). It was not run against the hub itself, nor with

@@ -1,4 +1,4 @@
-"""A run's folder: whose run it is, whether it may be continued, and where everything lands.
+"""A run's folder: which run it holds, whether that may be continued, and where files go.
 
 recipe.json        the resolved recipe
 ds_config.json     the JSON of both engines
@@ -129,7 +129,7 @@ def record_data(folder: Path, report: str, fingerprints: Mapping[int, str]) -> N
 
 
 def as_begun(recipe: Recipe) -> Recipe:
-    """The recipe with what its run began with in the place of each "auto"; unchanged where no run
+    """The recipe with the value that its run began with instead of each "auto"; unchanged if no run
     has begun.
     """
     if not recipe.autos or not _has_begun(recipe.run_dir):

@@ -1,6 +1,4 @@
-"""One process at a time in a folder: a lock that goes with the process that holds it, however that
-ends.
-"""
+"""A lock that keeps other processes out of a folder, and is released however its process ends."""
 
 import contextlib
 import fcntl

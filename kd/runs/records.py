@@ -1,7 +1,7 @@
-"""What a run or a study left behind, read back as typed values: a damaged file is one error that
-names the file, the field and the value.
+"""Typed records of the files of a run or a study. A damaged file is one error that names the file,
+the field and the value.
 
-Keys that are not known here are kept: a later version may have written them.
+Unknown keys are kept, since a later version may have written them.
 """
 
 import os

@@ -82,7 +82,7 @@ def test_a_cache_whose_disk_is_full_says_so_on_all_ranks_and_is_filled_with_room
         assert "Traceback" not in done.stderr
         assert (
             done.stderr.count(
-                "free some space and run the same command again: what is written is kept"
+                "free some space and run the same command again; what is written is kept"
             )
             == 1
         )

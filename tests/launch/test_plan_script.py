@@ -53,7 +53,7 @@ def test_a_shipped_recipe_is_planned_in_a_table_and_as_json_without_gpu_data_or_
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert [plan["keep_fraction"] for plan in report["plans"]] == [0.25, 0.5, 0.75, 1.0]
-    assert report["lengths"].startswith("assumed: 8000 training rows, all as long as the longest")
+    assert report["lengths"].startswith("assumed: 8000 training rows, all of the longest length")
     for text in (
         "truncation.max_full_tokens",
         "the data could not be read: ",

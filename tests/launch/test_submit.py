@@ -200,7 +200,10 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
             (*ON_CPUS, "--generate=t", "--problems=p", "--generate-arg=4"),
             "--generate-arg 4: write an option",
         ),
-        ((*ON_CPUS, "--evaluate", "--evaluate-ranks=3"), "--evaluate-ranks 3: a node has"),
+        (
+            (*ON_CPUS, "--evaluate", "--evaluate-ranks=3"),
+            "--evaluate-ranks 3: an evaluation runs on one node, which has 2 ranks",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments, message):
