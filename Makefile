@@ -1,5 +1,5 @@
 # make demo and make test do all of their own set-up in .venv; the stamp makes the second call quick.
-.PHONY: demo demo-short quick test real vllm fault bench lint assets
+.PHONY: demo demo-short quick test real vllm fault bench docs lint assets
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -73,6 +73,11 @@ bench: $(STAMP)
 	$(BIN)/pip install -c .venv/constraints.txt -e '.[test,bench]'
 	$(BIN)/python -m pytest -m benchmark $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/loss.py --device cpu --divergences forward_kl --measure-seconds 1 --output build/bench
+
+# The pages of docs/ as a site in build/docs. A link or an anchor that leads nowhere is an error.
+docs: $(STAMP)
+	$(BIN)/pip install -c .venv/constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

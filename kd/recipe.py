@@ -184,8 +184,12 @@ class RunSection(RecipeSection):
     name: Annotated[FolderName, PLACE] = Field(
         "", description="folder of the run inside output_dir; default: the recipe's name"
     )
-    output_dir: Annotated[PathText, PLACE] = "runs"
-    seed: Annotated[Seed, AXIS] = 0
+    output_dir: Annotated[PathText, PLACE] = Field(
+        "runs", description="folder that holds the folders of runs"
+    )
+    seed: Annotated[Seed, AXIS] = Field(
+        0, description="of the order of rows, dropout, random weights and sampled responses"
+    )
     watchdog_minutes: Annotated[Minutes, PLACE] = Field(
         30.0,
         description="when no step ends for this long, every rank prints its stack and the run ends",
@@ -202,11 +206,15 @@ class RunSection(RecipeSection):
 
 class ModelSection(RecipeSection):
     model: Annotated[PathText, FIXED] = Field(description="a local folder or a hub id")
-    revision: Annotated[Filled | None, FIXED] = None
+    revision: Annotated[Filled | None, FIXED] = Field(
+        None, description="branch, tag or commit on the hub; the main branch when absent"
+    )
     attention: Annotated[Attention, FIXED] = Field(
         "auto", description="auto: the best one that transformers reports as available"
     )
-    trust_remote_code: Annotated[bool, FIXED] = False
+    trust_remote_code: Annotated[bool, FIXED] = Field(
+        False, description="run Python code that comes with the model"
+    )
 
 
 class TeacherSection(ModelSection):
@@ -228,8 +236,10 @@ class LoraSection(RecipeSection):
     (arXiv 2106.09685).
     """
 
-    rank: Positive = 16
-    alpha: Magnitude = 32.0
+    rank: Positive = Field(16, description="inner dimension of the two matrices of an adapter")
+    alpha: Magnitude = Field(
+        32.0, description="the product of the two matrices is scaled by alpha / rank"
+    )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="dropout on the input of each adapter"
     )
@@ -255,7 +265,10 @@ class StudentSection(ModelSection):
     freeze_head: Annotated[bool, FIXED] = Field(
         False, description="do not train the lm_head, nor the embeddings if they are tied to it"
     )
-    freeze_embeddings: Annotated[bool, FIXED] = False
+    freeze_embeddings: Annotated[bool, FIXED] = Field(
+        False,
+        description="the input embeddings are not trained; nor is the lm_head where they are tied",
+    )
 
     @model_validator(mode="after")
     def _adapts_what_is_stored(self) -> "StudentSection":
@@ -293,7 +306,7 @@ class SourceTable(RecipeSection):
 
     path: PathText | None = Field(None, description="as data.path")
     source: SourceName = Field("local", description="as data.source")
-    revision: Filled | None = None
+    revision: Filled | None = Field(None, description="as data.revision")
     columns: dict[str, str] = Field({}, description="as data.columns")
     weight: Magnitude | None = Field(
         None,
@@ -328,13 +341,18 @@ def _check_source(source: SourceName, path: str | None, columns: dict[str, str])
 
 
 class DataSection(RecipeSection):
-    source: Annotated[SourceName, TOKENS] = "local"
+    source: Annotated[SourceName, TOKENS] = Field(
+        "local",
+        description="local: your own columns; the others: rows as a published data set has them",
+    )
     path: Annotated[PathText | None, FIXED] = Field(
         None,
         description="local rows (a file, a folder or a glob; JSONL, also compressed, or Parquet) "
         "or a hub id; default: the hub id of the source",
     )
-    revision: Annotated[Filled | None, FIXED] = None
+    revision: Annotated[Filled | None, FIXED] = Field(
+        None, description="branch, tag or commit of a data set on the hub"
+    )
     columns: Annotated[dict[str, str], TOKENS] = Field(
         {}, description='for each field of the source, the column that holds it: prompt = "problem"'
     )
@@ -351,8 +369,12 @@ class DataSection(RecipeSection):
     num_train: Annotated[Positive | None, FIXED] = Field(
         None, description="training rows after filters; default: all"
     )
-    num_validation: Annotated[Whole, FIXED] = 0
-    split_seed: Annotated[Seed, FIXED] = 42
+    num_validation: Annotated[Whole, FIXED] = Field(
+        0, description="rows for validation; 0: none, unless validation_path is set"
+    )
+    split_seed: Annotated[Seed, FIXED] = Field(
+        42, description="of the split into training and validation rows"
+    )
     exclude_validation_prompts: Annotated[bool, FIXED] = Field(
         False, description="drop training rows that share their prompt with a validation row"
     )
@@ -370,8 +392,12 @@ class DataSection(RecipeSection):
         description="the date that a chat template prints as today's; it is fixed so that the "
         "tokens do not change from day to day",
     )
-    think_open: Annotated[str, TOKENS] = "<think>\n"
-    think_close: Annotated[Token, TOKENS] = "\n</think>\n\n"
+    think_open: Annotated[str, TOKENS] = Field(
+        "<think>\n", description="text before the chain of thought"
+    )
+    think_close: Annotated[Token, TOKENS] = Field(
+        "\n</think>\n\n", description="text after the chain of thought"
+    )
     answer_open: Annotated[str, TOKENS] = Field(
         "",
         description="text between think_close and the answer, if the teacher was trained with one",
@@ -382,17 +408,19 @@ class DataSection(RecipeSection):
     end_token: Annotated[Token | None, FIXED] = Field(
         None, description="token that ends the answer; default: eos of the student's tokenizer"
     )
-    loss_sections: Annotated[tuple[SectionName, ...], Field(min_length=1), AXIS] = (
-        "prompt",
-        "cot",
-        "answer",
+    loss_sections: Annotated[tuple[SectionName, ...], Field(min_length=1), AXIS] = Field(
+        ("prompt", "cot", "answer"), description="sections whose tokens are supervised"
     )
-    random_mask_fraction: Annotated[float, Field(ge=0.0, lt=1.0), FIXED] = 0.0
+    random_mask_fraction: Annotated[float, Field(ge=0.0, lt=1.0), FIXED] = Field(
+        0.0, description="share of the supervised tokens that lose their label, drawn at random"
+    )
     on_bad_row: Annotated[Literal["drop", "error"], FIXED] = Field(
         "drop", description="what to do with a row that has no markers, two thoughts or no answer"
     )
-    num_proc: Annotated[NumProcesses, PLACE] = 1
-    cache_dir: Annotated[PathText, PLACE] = "build/tokenized"
+    num_proc: Annotated[NumProcesses, PLACE] = Field(1, description="processes that tokenise")
+    cache_dir: Annotated[PathText, PLACE] = Field(
+        "build/tokenized", description="folder of the tokenised data"
+    )
 
     @property
     def tables(self) -> tuple[SourceTable, ...]:
@@ -444,32 +472,60 @@ class TruncationSection(RecipeSection):
     max_tokens: Annotated[Positive | None, AXIS] = Field(
         None, description="keep at most this many tokens, after keep_fraction"
     )
-    window: Annotated[Literal["head", "middle", "tail"], AXIS] = "head"
+    window: Annotated[Literal["head", "middle", "tail"], AXIS] = Field(
+        "head", description="which part of the trace is kept"
+    )
     window_context: Annotated[Literal["drop", "keep"], AXIS] = Field(
         "drop", description="keep: tokens before the window are read but not supervised"
     )
-    cut_after_think: Annotated[bool, FIXED] = False
+    cut_after_think: Annotated[bool, FIXED] = Field(
+        False, description="the trace ends with its chain of thought, before keep_fraction is taken"
+    )
     max_full_tokens: Annotated[Positive | None, FIXED] = Field(
         None, description="drop examples that have more tokens than this before truncation"
     )
 
 
 class LossSection(RecipeSection):
-    divergence: Annotated[Divergence, FIXED] = "forward_kl"
-    beta: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = 0.5
-    alpha: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = 0.1
-    mix_weight: Annotated[Fraction, FIXED] = 0.5
-    temperature: Annotated[Temperature, FIXED] = 1.0
-    kd_weight: Annotated[Weight, FIXED] = 0.5
-    ce_weight: Annotated[Weight, FIXED] = 0.5
-    chunk_size: Annotated[Positive | None, FIXED] = None
+    divergence: Annotated[Divergence, FIXED] = Field(
+        "forward_kl",
+        description="between the distributions of teacher and student over the next token",
+    )
+    beta: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = Field(
+        0.5, description="of jsd: the teacher's share of the mixture"
+    )
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = Field(
+        0.1,
+        description="of skew_kl and skew_reverse_kl: the first distribution's share of the mixture",
+    )
+    mix_weight: Annotated[Fraction, FIXED] = Field(
+        0.5, description="of mixed_kl: share of forward_kl; the rest is reverse_kl"
+    )
+    temperature: Annotated[Temperature, FIXED] = Field(
+        1.0,
+        description="divides the logits of both models in the divergence, not in cross-entropy",
+    )
+    kd_weight: Annotated[Weight, FIXED] = Field(0.5, description="factor of the divergence")
+    ce_weight: Annotated[Weight, FIXED] = Field(
+        0.5, description="factor of cross-entropy with the data's own tokens"
+    )
+    chunk_size: Annotated[Positive | None, FIXED] = Field(
+        None,
+        description="tokens whose student logits exist at a time; as logits_gib says when absent",
+    )
     logits_gib: Annotated[float, Field(gt=0.0, le=1024.0), FREE] = Field(
         LOGITS_GIB,
         description="memory for the logits of both models at a time, unless chunk_size is set; "
         "with more, the loss reads and writes the gradient of the head less often",
     )
-    logits_dtype: Annotated[Literal["float32", "bfloat16"] | None, FIXED] = None
-    backend: Annotated[Literal["auto", "triton", "torch", "reference"], FIXED] = "auto"
+    logits_dtype: Annotated[Literal["float32", "bfloat16"] | None, FIXED] = Field(
+        None,
+        description="of logits and their gradient; float32 when absent; bfloat16 is less exact",
+    )
+    backend: Annotated[Literal["auto", "triton", "torch", "reference"], FIXED] = Field(
+        "auto",
+        description="auto: triton on CUDA, torch elsewhere; reference: full logits, for comparison",
+    )
 
     @model_validator(mode="after")
     def _some_weight(self) -> "LossSection":
@@ -497,9 +553,15 @@ class RolloutSection(RecipeSection):
     max_new_tokens: Annotated[Positive, AXIS] = Field(
         512, description="tokens to sample of each response; only these are learned from"
     )
-    temperature: Annotated[Temperature, FIXED] = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0), FIXED] = 1.0
-    samples_per_prompt: Annotated[Positive, FIXED] = 1
+    temperature: Annotated[Temperature, FIXED] = Field(
+        1.0, description="at which responses are sampled"
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0), FIXED] = Field(
+        1.0, description="sample from the likeliest tokens that have this probability together"
+    )
+    samples_per_prompt: Annotated[Positive, FIXED] = Field(
+        1, description="responses to each prompt of a global batch"
+    )
     divergence: Annotated[Divergence | None, FIXED] = Field(
         None,
         description="divergence over sampled responses; default: reverse_kl if the student "
@@ -516,7 +578,7 @@ class RolloutSection(RecipeSection):
 
 
 class TrainingSection(RecipeSection):
-    epochs: Annotated[Positive, FIXED] = 1
+    epochs: Annotated[Positive, FIXED] = Field(1, description="passes over the training rows")
     max_steps: Annotated[Positive | None, FIXED] = Field(
         None, description="optimizer steps; replaces epochs when set"
     )
@@ -536,13 +598,22 @@ class TrainingSection(RecipeSection):
         description="packed: sequences follow each other without padding, and attention does not "
         "cross from one to the next; auto: packed if attention is flash attention",
     )
-    learning_rate: Annotated[Magnitude, FIXED] = 1e-5
-    schedule: Annotated[Literal["one_cycle", "cosine", "constant"], FIXED] = "cosine"
-    warmup_fraction: Annotated[Fraction, FIXED] = 0.1
-    weight_decay: Annotated[Weight, FIXED] = 0.0
-    adam_betas: Annotated[tuple[Beta, Beta], FIXED] = (0.9, 0.999)
-    adam_eps: Annotated[Magnitude, FIXED] = 1e-8
-    max_grad_norm: Annotated[Magnitude, FIXED] = 1.0
+    learning_rate: Annotated[Magnitude, FIXED] = Field(
+        1e-5, description="the highest of the schedule"
+    )
+    schedule: Annotated[Literal["one_cycle", "cosine", "constant"], FIXED] = Field(
+        "cosine",
+        description="after warm-up: cosine falls to 0, constant stays; one_cycle is OneCycleLR",
+    )
+    warmup_fraction: Annotated[Fraction, FIXED] = Field(
+        0.1, description="share of all steps in which the learning rate rises"
+    )
+    weight_decay: Annotated[Weight, FIXED] = Field(0.0, description="of AdamW")
+    adam_betas: Annotated[tuple[Beta, Beta], FIXED] = Field((0.9, 0.999), description="of AdamW")
+    adam_eps: Annotated[Magnitude, FIXED] = Field(1e-8, description="of AdamW")
+    max_grad_norm: Annotated[Magnitude, FIXED] = Field(
+        1.0, description="gradients with a larger norm are scaled down to it"
+    )
     skip_nonfinite: Annotated[Whole, FREE] = Field(
         0,
         description="how many steps with a loss or gradient that is not finite to skip before the "
@@ -595,17 +666,31 @@ class EvaluationSection(RecipeSection):
     tasks: Annotated[tuple[str, ...], PLACE] = Field(
         (), description="names of public benchmarks in kd/evaluate/tasks.py"
     )
-    judge: Annotated[Literal["math", "exact"], PLACE] = "math"
-    max_new_tokens: Annotated[Positive, PLACE] = 32768
+    judge: Annotated[Literal["math", "exact"], PLACE] = Field(
+        "math", description="how answers are compared: as mathematics, or as text"
+    )
+    max_new_tokens: Annotated[Positive, PLACE] = Field(
+        32768, description="most tokens of a response"
+    )
     temperature: Annotated[SamplingTemperature, PLACE] = Field(0.6, description="0: greedy")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0), PLACE] = 0.95
-    batch_size: Annotated[BatchSize, PLACE] = 16
+    top_p: Annotated[float, Field(gt=0.0, le=1.0), PLACE] = Field(
+        0.95, description="sample from the likeliest tokens that have this probability together"
+    )
+    batch_size: Annotated[BatchSize, PLACE] = Field(
+        16, description="responses that are generated at a time"
+    )
 
 
 class MonitorSection(RecipeSection):
-    tensorboard: Annotated[bool, PLACE] = False
-    csv: Annotated[bool, PLACE] = False
-    wandb_project: Annotated[Filled | None, PLACE] = None
+    tensorboard: Annotated[bool, PLACE] = Field(
+        False, description="write the metrics to monitor/ for TensorBoard"
+    )
+    csv: Annotated[bool, PLACE] = Field(
+        False, description="write the metrics to monitor/ as CSV files"
+    )
+    wandb_project: Annotated[Filled | None, PLACE] = Field(
+        None, description="send the metrics to this project of Weights & Biases"
+    )
 
 
 class DeepSpeedSection(RecipeSection):
@@ -614,7 +699,10 @@ class DeepSpeedSection(RecipeSection):
         description="a file in ds_configs/, or a path; auto: the fastest of zero1_bf16, "
         "zero2_bf16, zero3_bf16 and zero3_bf16_offload.json that fits, by the plan",
     )
-    teacher: Annotated[PathText, FIXED] = "zero3_teacher.json"
+    teacher: Annotated[PathText, FIXED] = Field(
+        "zero3_teacher.json",
+        description="a file of ds_configs/, or a path",
+    )
 
 
 class Recipe(RecipeSection):

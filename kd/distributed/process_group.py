@@ -46,6 +46,7 @@ def find_ranks() -> None:
     """
     if not is_rank():
         find_rank()
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return
     find_rank()
@@ -58,8 +59,8 @@ def find_ranks() -> None:
 
 
 def find_rank() -> tuple[int, int, int]:
-    """(rank, world size, local rank), which ranks need that never meet; set in the environment
-    where the launcher has not.
+    """(rank, world size, local rank), which ranks need that never meet; under srun they are set in
+    the environment.
 
     Raises UserError when several processes were started without RANK.
     """
@@ -76,7 +77,6 @@ def find_rank() -> tuple[int, int, int]:
                 "with deepspeed or torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
                 "MASTER_PORT for each"
             )
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     return 0, 1, 0
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -12,28 +12,61 @@ from kd.report.read_runs import Run
 
 
 class Link(NamedTuple):
-    """title: of the run; it is shown where the pointer rests on the link."""
+    """title: the run's name, which is shown where the pointer rests on the link."""
 
     label: str
     title: str
     path: Path
 
 
+class Sources(NamedTuple):
+    """Files that numbers came from. what: these numbers; "" where it is all of them. over: those of
+    the denominator, where they are ratios.
+    """
+
+    what: str
+    files: tuple[Link, ...]
+    over: tuple[Link, ...]
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A text and the files it came from; over: those of the denominator, where it holds a ratio."""
+    """A text and the files it came from, which are named one by one in details where they are of
+    several kinds; over: those of the denominator, where it holds a ratio.
+    """
 
     text: str
     sources: tuple[Link, ...] = ()
     over: tuple[Link, ...] = ()
+    details: tuple[Sources, ...] = ()
+    look: Literal["text", "answer", "note", "warning"] = "text"
     kind: ClassVar = "entry"
 
 
 @dataclass(frozen=True)
 class Table:
+    """An entry without a text shows its links; those of all other entries are the row's files."""
+
     header: list[str]
     rows: list[list[Entry]]
     kind: ClassVar = "table"
+
+    @property
+    def has_files(self) -> bool:
+        return any(self.files(row) for row in self.rows)
+
+    def files(self, row: list[Entry]) -> list[Sources]:
+        """Each set of files once, for the last column of the table."""
+        found: dict[tuple[Link, ...], Sources] = {}
+        for column, entry in zip(self.header, row, strict=True):
+            if entry.text and entry.sources:
+                over = entry.over if entry.over != entry.sources else ()
+                first = found.setdefault(entry.sources, Sources(column, entry.sources, over))
+                found[entry.sources] = first._replace(over=first.over or over)
+        # Those of whole sequences need no line of their own where a ratio names them.
+        denominators = {sources.over for sources in found.values()}
+        groups = [sources for files, sources in found.items() if files not in denominators]
+        return groups if len(groups) > 1 else [sources._replace(what="") for sources in groups]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Runs side by side: seeds pooled into cells, and the cheapest level with whole sequences."""
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,6 +92,15 @@ class Family:
             return None
         return _ratio(cell.scores[task].accuracy, full.scores[task].accuracy)
 
+    def kept_interval(self, cell: SeedGroup, task: str) -> tuple[float, float] | None:
+        """95 %, of kept(): it holds the uncertainty of both accuracies. None where kept() is None,
+        of whole sequences themselves, and where theirs may be 0.
+        """
+        full = self.full_of(cell)
+        if full is None or full is cell or self.kept(cell, task) is None:
+            return None
+        return _ratio_interval(cell.scores[task], full.scores[task])
+
     def relative_cost(self, cell: SeedGroup, cost: str) -> float | None:
         """A field of Costs, of the cell / of whole sequences; None where one is missing."""
         full = self.full_of(cell)
@@ -98,17 +108,37 @@ class Family:
             None if full is None else _ratio(getattr(cell.costs, cost), getattr(full.costs, cost))
         )
 
+    def measured_cost(self, cells: Iterable[SeedGroup]) -> str:
+        """The field of Costs that they are compared by: FLOPs where all have them, else tokens
+        read.
+        """
+        return "num_input_tokens" if any(cell.costs.flops is None for cell in cells) else "flops"
+
+    def differences_among(self, names: Collection[str]) -> list[Difference]:
+        """The differences that are left where only the runs of these names are compared."""
+        found = []
+        for name, values in self.differences:
+            shared = {
+                value: [m for m in members if m in names] for value, members in values.items()
+            }
+            shared = {value: members for value, members in shared.items() if members}
+            # A seed that is counted twice is one value with two runs.
+            is_repeated = len(values) == 1 and any(len(m) > 1 for m in shared.values())
+            if len(shared) > 1 or is_repeated:
+                found.append(Difference(name, shared))
+        return found
+
     def knee(self, variant: Variant, task: str) -> Knee | None:
         """The cheapest cell of a curve whose 95 % interval's upper bound is at least the lower
         bound of full's.
 
-        By FLOPs where all cells have them, else by tokens read. None without a score of full.
+        By measured_cost(). None without a score of full.
         """
         cells = [cell for cell in self.curve(variant) if task in cell.scores]
         full = next((cell for cell in cells if cell.keep_fraction == 1.0), None)
         if full is None:
             return None
-        cost = "num_input_tokens" if any(cell.costs.flops is None for cell in cells) else "flops"
+        cost = self.measured_cost(cells)
         lowest = full.scores[task].ci95[0]
         level = [cell for cell in cells if cell.scores[task].ci95[1] >= lowest]
         return Knee(min(level, key=lambda cell: getattr(cell.costs, cost)), cost)
@@ -145,7 +175,7 @@ def pool(evaluations: Sequence[Evaluation]) -> Score:
 
 
 def _effective_size(evaluation: Evaluation) -> float:
-    """As many independent responses as the evaluation's interval stands for.
+    """As many independent responses as the evaluation's interval is worth.
 
     Samples of one problem are alike, and the evaluation's interval knows how much. A bound b of
     Wilson's interval of share p solves (b - p)^2 = z^2 b (1 - b) / size (Wilson 1927, eq. 4).
@@ -250,3 +280,20 @@ def _repeated(runs: list[Run]) -> list[Difference]:
 
 def _ratio(value: float | None, full: float | None) -> float | None:
     return None if value is None or not full else value / full
+
+
+def _ratio_interval(score: Score, full: Score) -> tuple[float, float] | None:
+    """Of score.accuracy / full.accuracy, from the intervals of both (MOVER-R: Donner and Zou 2012,
+    section 3), which are taken as independent. None where full's lower bound is 0.
+    """
+    (p, (low, high)), (p_full, (low_full, high_full)) = (
+        (of.accuracy, of.ci95) for of in (score, full)
+    )
+    if low_full == 0:
+        return None
+    product = p * p_full
+    # Each bound is a root of a * r^2 - 2 * product * r + c = 0, written so that it exists for a = 0
+    a, c = high_full * (2 * p_full - high_full), low * (2 * p - low)
+    lower = c / (product + math.sqrt(max(product**2 - a * c, 0.0))) if p > 0 else 0.0
+    a, c = low_full * (2 * p_full - low_full), high * (2 * p - high)
+    return lower, (product + math.sqrt(max(product**2 - a * c, 0.0))) / a

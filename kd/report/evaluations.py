@@ -1,4 +1,4 @@
-"""Evaluations as the report reads them: the run's own student, or a reference beside it."""
+"""Evaluations as the report reads them: the run's own student, or a reference next to it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,8 +67,8 @@ def own_scores(
             taken = scores.setdefault(evaluation.task, evaluation)
             if taken is not evaluation and Path(taken.model).name == export:
                 notes.append(
-                    f"{evaluation.path.name} evaluates what {taken.path.name} does, which is what "
-                    "counts"
+                    f"{evaluation.path.name} and {taken.path.name} evaluate the same export; only "
+                    f"{taken.path.name} counts"
                 )
     return scores, notes
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.report.compare import Family, Score, SeedGroup
+from kd.report.headline import Headline, headlines
 from kd.report.read_runs import Costs, Damaged, Run, RunsRead
 
 
@@ -42,6 +43,7 @@ def _family(family: Family, output: Path) -> dict[str, Any]:
     ]
     return {
         **family.pair._asdict(),
+        "answers": [_answer(family, answer) for answer in headlines(family)],
         "references": {
             task: [{"role": role, **_score(score, output)} for role, score in scores]
             for task, scores in family.references.items()
@@ -61,9 +63,43 @@ def _family(family: Family, output: Path) -> dict[str, Any]:
     }
 
 
+def _answer(family: Family, answer: Headline) -> dict[str, Any]:
+    cell, knee, task = answer.cell, answer.knee, answer.task
+    content = {
+        "task": task,
+        "text": answer.text,
+        "notes": answer.notes,
+        "runs": [run.name for run in answer.runs],
+        "differences": [difference._asdict() for difference in answer.differences],
+    }
+    if cell is None or knee is None or task is None:
+        return content
+    return {
+        **content,
+        "keep_fraction": cell.keep_fraction,
+        **cell.variant._asdict(),
+        **_kept(family, cell, task),
+        "costs_relative_to_full": _relative_costs(family, cell),
+        "knee": {
+            "keep_fraction": knee.cell.keep_fraction,
+            **_kept(family, knee.cell, task),
+            "costs_relative_to_full": _relative_costs(family, knee.cell),
+            "cheapest_by": knee.cost,
+        },
+    }
+
+
+def _kept(family: Family, cell: SeedGroup, task: str) -> dict[str, Any]:
+    return {"kept": family.kept(cell, task), "kept_ci95": family.kept_interval(cell, task)}
+
+
+def _relative_costs(family: Family, cell: SeedGroup) -> dict[str, float | None]:
+    return {name: family.relative_cost(cell, name) for name in Costs._fields}
+
+
 def _cell(family: Family, cell: SeedGroup, output: Path) -> dict[str, Any]:
     scores = {
-        task: {**_score(score, output), "kept": family.kept(cell, task)}
+        task: {**_score(score, output), **_kept(family, cell, task)}
         for task, score in cell.scores.items()
     }
     return {
@@ -71,9 +107,7 @@ def _cell(family: Family, cell: SeedGroup, output: Path) -> dict[str, Any]:
         **cell.variant._asdict(),
         "runs": [run.name for run in cell.runs],
         "costs": cell.costs._asdict(),
-        "costs_relative_to_full": {
-            name: family.relative_cost(cell, name) for name in Costs._fields
-        },
+        "costs_relative_to_full": _relative_costs(family, cell),
         "scores": scores,
     }
 

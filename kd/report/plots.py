@@ -1,7 +1,7 @@
 """The report's figures: one line per variant against keep_fraction, or one panel per variant with a
 line per length.
 
-Told apart in print too: lines of variants by marker and dashes, lengths by lightness and dashes.
+They differ in print too: lines of variants by marker and dashes, lengths by lightness and dashes.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator, MultipleLocator
 
 from kd.report.compare import Family, SeedGroup
@@ -90,6 +91,38 @@ def accuracy(family: Family, variants: Sequence[Variant], task: str) -> Figure:
     return _with_legend(figure)
 
 
+def kept(family: Family, variants: Sequence[Variant], task: str) -> Figure:
+    """Accuracy against cost, both relative to whole sequences: the report's answer, readable on a
+    phone. Rings mark the knees.
+    """
+    margin = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches, for pages darker than it
+    figure = Figure(figsize=(4.8, 3.6), layout=margin)
+    axes = figure.add_subplot()
+    cost = family.measured_cost(
+        cell for variant in variants for cell in family.curve(variant) if task in cell.scores
+    )
+    axes.axhline(1.0, color="0.45", linewidth=0.8)
+    for variant, look in _looks(variants):
+        points = _kept_points(family, variant, cost, task)
+        x, y = [at for _, at, _ in points], [share for _, _, share in points]
+        # Whole sequences are 1 by definition
+        intervals = [
+            family.kept_interval(cell, task) or (share, share) for cell, _, share in points
+        ]
+        _line(axes, x, y, look, str(variant), intervals)
+        knee = family.knee(variant, task)
+        for cell, at, share in points:
+            if cell.keep_fraction < 1:
+                _name_length(axes, cell, at, share)
+                if knee and knee.cell is cell:
+                    _ring(axes, at, share, look)
+    axes.set_xlim(0, max(1.08, axes.get_xlim()[1]))
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    axes.set_xlabel(f"{COST_NAMES[cost]}, relative to whole sequences")
+    axes.set_ylabel("accuracy kept (95 % interval)")
+    return _with_legend(figure)
+
+
 def tradeoff(family: Family, variants: Sequence[Variant], task: str) -> Figure:
     """Accuracy against what training cost: FLOPs, or tokens read where FLOPs are not recorded.
     Rings mark the knees.
@@ -98,8 +131,8 @@ def tradeoff(family: Family, variants: Sequence[Variant], task: str) -> Figure:
     curves = [
         [cell for cell in family.curve(variant) if task in cell.scores] for variant in variants
     ]
-    has_flops = all(cell.costs.flops is not None for cells in curves for cell in cells)
-    cost = "flops" if has_flops else "num_input_tokens"
+    cost = family.measured_cost(cell for cells in curves for cell in cells)
+    has_flops = cost == "flops"
     for (variant, look), cells in zip(_looks(variants), curves, strict=True):
         x, y = (
             [getattr(cell.costs, cost) for cell in cells],
@@ -107,19 +140,11 @@ def tradeoff(family: Family, variants: Sequence[Variant], task: str) -> Figure:
         )
         _line(axes, x, y, look, str(variant), _intervals(cells, task))
         for cell, at, height in zip(cells, x, y, strict=True):
-            axes.annotate(
-                f"{cell.keep_fraction:g}",
-                (at, height),
-                (5, -11),
-                textcoords="offset points",
-                fontsize=7,
-            )
+            _name_length(axes, cell, at, height)
         knee = family.knee(variant, task)
         if knee:
             point = getattr(knee.cell.costs, cost), knee.cell.scores[task].accuracy
-            axes.plot(
-                *point, "o", markersize=13, markerfacecolor="none", markeredgecolor=look.color
-            )
+            _ring(axes, *point, look)
     _draw_references(axes, family, task)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -211,7 +236,7 @@ def kl_by_position(family: Family, variants: Sequence[Variant]) -> Figure:
 
 def _looks(names: Sequence[Any]) -> list[tuple[Any, Look]]:
     looks = zip(COLORS, MARKERS, DASHES, strict=True)
-    # The first line stands where it belongs
+    # The first line is where it belongs
     shifts = [SHIFT * step for step in (0, 1, -1, 2, -2, 3)]
     return [
         (name, Look(*look, shift)) for name, look, shift in zip(names, looks, shifts, strict=False)
@@ -257,7 +282,7 @@ def _by_length(
 
 
 def _panels(number: int) -> tuple[Figure, list[Axes]]:
-    """At most three in a row; one alone is wider."""
+    """At most three in a row; a single one is wider."""
     columns = min(number, 3)
     rows = -(-number // columns)
     figure = Figure(
@@ -296,6 +321,15 @@ def _line(
     )
 
 
+def _name_length(axes: Axes, cell: SeedGroup, x: float, y: float) -> None:
+    text = f"{cell.keep_fraction:g}"
+    axes.annotate(text, (x, y), (5, -11), textcoords="offset points", fontsize=8)
+
+
+def _ring(axes: Axes, x: float, y: float, look: Look) -> None:
+    axes.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=look.color)
+
+
 def _draw_references(axes: Axes, family: Family, task: str) -> None:
     for role, score in family.references.get(task, []):
         color, dashes = REFERENCE_LINES[role]
@@ -325,6 +359,18 @@ def _with_legend(figure: Figure) -> Figure:
 
 def _intervals(cells: Sequence[SeedGroup], task: str) -> list[tuple[float, float]]:
     return [cell.scores[task].ci95 for cell in cells]
+
+
+def _kept_points(
+    family: Family, variant: Variant, cost: str, task: str
+) -> list[tuple[SeedGroup, float, float]]:
+    """The cells of a curve of which both are known: relative cost, and accuracy kept."""
+    found = []
+    for cell in family.curve(variant):
+        x, y = family.relative_cost(cell, cost), family.kept(cell, task)
+        if x is not None and y is not None:
+            found.append((cell, x, y))
+    return found
 
 
 def _drawable(points: Sequence[tuple[float, float | None]]) -> tuple[list[float], list[float]]:

@@ -49,7 +49,7 @@ class ComparedPair(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Which tokens are supervised, apart from how many are kept, and what is trained on them.
+    """Which tokens are supervised, not counting how many are kept, and what is trained on them.
 
     lora: "LoRA of rank 16, alpha 32"; None: the student itself. rollouts: "0.5 sampled by student,
     16 tokens"; None: responses are the data's own.
@@ -172,7 +172,7 @@ def read_runs(roots: Sequence[Path]) -> RunsRead:
         except UserError as error:
             damaged.append(Damaged(name, folder / "recipe.json", str(error)))
     finished = {run.folder for run in runs if run.is_finished}
-    # A job of SLURM trains a cell, and tells its study nothing.
+    # A job of SLURM that trains a cell may leave it pending in study.json.
     left = [c for c in cells if c.status != "pending" or c.study / c.name not in finished]
     return RunsRead(runs, left, damaged)
 

@@ -1,4 +1,4 @@
-"""The report's folder: index.html in one file, report.md with its plots beside it, and report.json
+"""The report's folder: index.html in one file, report.md with its plots next to it, and report.json
 with all numbers.
 """
 
@@ -21,7 +21,7 @@ from kd.report import plots
 from kd.report.blocks import Plot
 from kd.report.compare import Family, compare
 from kd.report.numbers import numbers
-from kd.report.page import sections
+from kd.report.page import answer_sections, sections
 from kd.report.read_runs import RunsRead, read_runs
 
 TITLE = "Truncated traces: accuracy kept, cost saved"
@@ -34,7 +34,7 @@ def write_report(roots: Sequence[Path], output: Path) -> None:
     """Read all runs at or below the roots and write the report into the folder `output`.
 
     A run with a damaged file is named and left out. Raises UserError for a root without runs, and
-    an output that holds anything but a report.
+    for an output folder that holds anything but a report.
     """
     stale = _plots_of_earlier(output)
     found = read_runs(roots)
@@ -59,22 +59,27 @@ def _plots_of_earlier(output: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(
-        f"--output = {str(output)!r} is there and holds no earlier report, and nothing in it is "
+        f"--output = {str(output)!r} exists and holds no earlier report, so nothing in it was "
         "overwritten: name a new folder, or an empty one"
     )
 
 
 def _write(families: Sequence[Family], found: RunsRead, output: Path) -> None:
     with matplotlib.rc_context(plots.STYLE):
-        parts = sections(families, found)
-        drawn = [block for section in parts for block in section.blocks if isinstance(block, Plot)]
+        first, rest = answer_sections(families, found), sections(families, found)
+        drawn = [
+            block
+            for section in [*first, *rest]
+            for block in section.blocks
+            if isinstance(block, Plot)
+        ]
         names = {plot: f"{index:02}_{plot.name}" for index, plot in enumerate(drawn, start=1)}
         images = {plot: _image(plot.figure, "svg") for plot in drawn}
         files = {f"{names[plot]}.svg": image for plot, image in images.items()}
         files |= {f"{name}.png": _image(plot.figure, "png") for plot, name in names.items()}
     for name, image in files.items():
         (output / PLOTS / name).write_bytes(image)
-    # First of the three: it is what tells that the folder is a report's.
+    # First of the three: by it a later report knows that the folder is a report's.
     write_json(
         output / "report.json",
         {"kind": KIND, "plots": sorted(files), **numbers(families, found, output)},
@@ -98,7 +103,8 @@ def _write(families: Sequence[Family], found: RunsRead, output: Path) -> None:
     jinja.globals["references"] = references.items
     for name in ("report.md", "index.html"):
         write_text(
-            output / name, jinja.get_template(f"{name}.j2").render(title=TITLE, sections=parts)
+            output / name,
+            jinja.get_template(f"{name}.j2").render(title=TITLE, answers=first, sections=rest),
         )
 
 

@@ -12,6 +12,7 @@ from kd.report.read_runs import NOT_RECORDED, Costs, Damaged, Run, StudyCell, Va
 from kd.runs.records import FILLED, FilledRecord, read_record
 
 ABSENT = Entry("-")
+NO_WHOLE = "no whole sequences"
 AXES = ["loss sections", "window", "keep_fraction"]
 # field of Costs -> its column, and the format of its numbers
 COSTS = {
@@ -37,12 +38,12 @@ def knees(family: Family) -> Table | None:
                 continue
             full = family.full_of(knee.cell)
             assert full is not None
-            none_shorter = "; no shorter one is level" if knee.cell is full else ""
+            none_cheaper = "; no cheaper one is level" if knee.cell is full else ""
             rows.append(
                 [
                     Entry(str(variant)),
                     Entry(task),
-                    Entry(f"{knee.cell.keep_fraction:g}{none_shorter}", scores_of(knee.cell, task)),
+                    Entry(f"{knee.cell.keep_fraction:g}{none_cheaper}"),
                     _accuracy(knee.cell, task),
                     _accuracy(full, task),
                     _kept(family, knee.cell, task),
@@ -58,7 +59,7 @@ def knees(family: Family) -> Table | None:
         "of whole sequences",
         "kept",
         "cost",
-        "cost is",
+        "cost in",
     ]
     return Table(header, rows) if rows else None
 
@@ -85,14 +86,14 @@ def costs(family: Family) -> Table:
 
 
 def told_costs(costs: Iterable[Costs]) -> list[str]:
-    """The fields that are told: sampling only where something was sampled."""
+    """The fields that are shown: sampling only where something was sampled."""
     has_sampled = any(cost.flops_of_sampling is not None for cost in costs)
     return [name for name in COSTS if has_sampled or name != "flops_of_sampling"]
 
 
 def caches(family: Family) -> Table | None:
-    """A row for each teacher's cache that was filled and read: what its runs took, and what they
-    would have taken with a teacher in each. None without one.
+    """A row for each teacher's cache that was filled and read: what its runs cost, and what they
+    would have cost with a teacher in each. None without a cache.
     """
     groups = defaultdict(list)
     for run in family.runs:
@@ -119,7 +120,10 @@ def caches(family: Family) -> Table | None:
 
 
 def _cache_row(filled: FilledRecord, folder: Path, runs: Sequence[Run]) -> list[Entry]:
-    links = by_name(runs, "metrics.jsonl")
+    links = tuple(
+        link._replace(label=str(index))
+        for index, link in enumerate(by_name(runs, "metrics.jsonl"), start=1)
+    )
     own = [run.costs.flops for run in runs if run.costs.flops is not None]
     spared = [run.flops_spared for run in runs if run.flops_spared is not None]
     figures = [Entry(NOT_RECORDED)] * 4
@@ -139,14 +143,14 @@ def _cache_row(filled: FilledRecord, folder: Path, runs: Sequence[Run]) -> list[
         Entry(f"{filled.bytes / 2**30:.2f}"),
         Entry(f"{filled.rank_seconds / 60:.1f}"),
         Entry(NOT_RECORDED if filled.flops is None else f"{filled.flops:.3g}"),
-        Entry(str(len(runs)), by_name(runs)),
+        Entry(str(len(runs))),
         *figures,
     ]
 
 
 def by_sections(family: Family, task: str) -> list[tuple[str, Table]]:
-    """For each window under which several choices of loss sections were trained: its name, and them
-    side by side.
+    """For each window that was trained with several choices of loss sections: its name, and a table
+    of these choices.
     """
     groups = defaultdict(list)
     for variant in family.variants:
@@ -155,8 +159,8 @@ def by_sections(family: Family, task: str) -> list[tuple[str, Table]]:
 
 
 def by_window(family: Family, task: str) -> list[tuple[str, Table]]:
-    """For each choice of loss sections that was trained under several windows: its name, and them
-    side by side.
+    """For each choice of loss sections that was trained with several windows: its name, and a table
+    of these windows.
     """
     groups = defaultdict(list)
     for variant in family.variants:
@@ -247,7 +251,10 @@ def _side_by_side(
 
 
 def _reference_row(role: str, score: Score) -> list[Entry]:
-    links = tuple(Link(e.label, e.path.parent.parent.name, e.path) for e in score.evaluations)
+    links = tuple(
+        Link(str(index), f"{e.label} of {e.path.parent.parent.name}", e.path)
+        for index, e in enumerate(score.evaluations, start=1)
+    )
     return [Entry(role), ABSENT, ABSENT, *_score_entries(score, links, ABSENT, ABSENT)]
 
 
@@ -255,11 +262,10 @@ def _score_row(family: Family, cell: SeedGroup, task: str) -> list[Entry]:
     if task not in cell.scores:
         return [*_axes(cell), Entry("not evaluated"), *[ABSENT] * 5]
     links = scores_of(cell, task)
-    seeds = [f"{e.accuracy:.3f}" for e in cell.scores[task].evaluations]
-    each = tuple(link._replace(label=text) for link, text in zip(links, seeds, strict=True))
+    seeds = " ".join(f"{e.accuracy:.3f}" for e in cell.scores[task].evaluations)
     return [
         *_axes(cell),
-        *_score_entries(cell.scores[task], links, Entry("", each), _kept(family, cell, task)),
+        *_score_entries(cell.scores[task], links, Entry(seeds, links), _kept(family, cell, task)),
     ]
 
 
@@ -286,26 +292,29 @@ def _accuracy(cell: SeedGroup, task: str) -> Entry:
 def _kept(family: Family, cell: SeedGroup, task: str) -> Entry:
     full, kept = family.full_of(cell), family.kept(cell, task)
     if full is None:
-        return Entry("no full run")
-    return (
-        ABSENT
-        if kept is None
-        else Entry(f"{kept:.3f}", scores_of(cell, task), scores_of(full, task))
-    )
+        return Entry(NO_WHOLE)
+    if kept is None:
+        return ABSENT
+    interval = family.kept_interval(cell, task)
+    within = f" ({interval[0]:.3f}-{interval[1]:.3f})" if interval else ""
+    return Entry(f"{kept:.3f}{within}", scores_of(cell, task), scores_of(full, task))
 
 
 def _cost(family: Family, cell: SeedGroup, name: str) -> Entry:
     value = getattr(cell.costs, name)
     if value is None:
         return Entry(NOT_RECORDED)
-    relative = _relative_cost(family, cell, name)
-    return Entry(f"{value:{COSTS[name][1]}} ({relative.text})", metrics_of(cell), relative.over)
+    full, relative = family.full_of(cell), family.relative_cost(cell, name)
+    text = f"{value:{COSTS[name][1]}}"
+    if full is None or relative is None:
+        return Entry(text, metrics_of(cell))
+    return Entry(f"{text} ({relative:.3f})", metrics_of(cell), metrics_of(full))
 
 
 def _relative_cost(family: Family, cell: SeedGroup, name: str) -> Entry:
     full, relative = family.full_of(cell), family.relative_cost(cell, name)
     if full is None:
-        return Entry("no full run")
+        return Entry(NO_WHOLE)
     text = NOT_RECORDED if relative is None else f"{relative:.3f}"
     return Entry(text, metrics_of(cell), metrics_of(full))
 

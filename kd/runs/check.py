@@ -1,4 +1,4 @@
-"""Checks of a recipe that need no GPU, network or process group, for --check and for submissions."""
+"""Checks of a recipe that need no GPU, network or process group, for --check and submissions."""
 
 import os
 from pathlib import Path

@@ -262,7 +262,14 @@ def test_more_examples_than_a_batch_are_all_looked_at(
     assert find_in_traces(train, tokenizer) == expected
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "qwen3", "deepseek"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer",
+        pytest.param("qwen3", marks=pytest.mark.slow),
+        pytest.param("deepseek", marks=pytest.mark.slow),
+    ],
+)
 def test_what_ends_behind_the_thought_keeps_the_marker_that_closes_it(
     recipe: MakeRecipe, tmp_path: Path, request: pytest.FixtureRequest, name: str
 ) -> None:

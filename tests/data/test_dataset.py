@@ -325,6 +325,7 @@ def test_parquet_rows_serve_as_json_lines_do(
     assert all(np.array_equal(lines[i].input_ids, parquet[i].input_ids) for i in range(20))
 
 
+@pytest.mark.slow
 def test_conversations_give_the_same_tokens_from_parquet_which_fills_them_with_nulls(
     recipe: MakeRecipe, qwen3: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

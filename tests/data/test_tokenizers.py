@@ -211,6 +211,7 @@ def test_a_token_that_one_side_lacks_is_a_difference(tiny: PreTrainedTokenizerFa
     check_same_tokenizer(teacher=tiny, student=build_tokenizer())
 
 
+@pytest.mark.slow
 def test_one_vocabulary_that_is_read_in_two_ways_is_refused_with_the_place(
     qwen3: PreTrainedTokenizerFast,
 ) -> None:
@@ -232,6 +233,7 @@ def test_one_vocabulary_that_is_read_in_two_ways_is_refused_with_the_place(
     )
 
 
+@pytest.mark.slow
 def test_tokenizers_that_give_the_same_ids_pass_however_their_files_say_it(
     qwen3: PreTrainedTokenizerFast,
 ) -> None:

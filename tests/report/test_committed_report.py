@@ -42,7 +42,7 @@ def test_numbers_are_those_that_are_committed(rendered):
 def test_plots_are_those_that_are_committed(rendered):
     names = {path.name for path in (COMMITTED / "report" / "plots").iterdir()}
     assert {path.name for path in (rendered / "plots").iterdir()} == names
-    assert len(names) == 12
+    assert len(names) == 14
 
 
 def assert_close(actual, expected):

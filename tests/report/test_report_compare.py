@@ -240,3 +240,47 @@ def test_one_seed_in_two_folders_is_told(tmp_path):
     (difference,) = family_of(tmp_path).differences
     assert difference.name == "one seed is counted more than once"
     assert difference.values == {"prompt+cot+answer, head, keep_fraction 1, seed 0": ["a", "b"]}
+
+
+def test_the_interval_of_what_is_kept_meets_its_definition(tmp_path):
+    """MOVER: a bound r is where p - r * p_full is as far from 0 as the distances of both from their
+    own bounds, added in quadrature.
+    """
+    family = write_curve(tmp_path, {0.5: 60, 1.0: 80})
+    half, full = family.cells
+    interval = family.kept_interval(half, TASK)
+    assert interval is not None
+    (p, (low, high)), (p_full, (low_full, high_full)) = (
+        (cell.scores[TASK].accuracy, cell.scores[TASK].ci95) for cell in (half, full)
+    )
+    lower, upper = interval
+    assert lower < 0.75 < upper
+    for r, own, whole in (
+        (lower, p - low, high_full - p_full),
+        (upper, high - p, p_full - low_full),
+    ):
+        assert (p - r * p_full) ** 2 == pytest.approx(own**2 + (r * whole) ** 2)
+    assert family.kept_interval(full, TASK) is None
+
+
+@pytest.mark.parametrize(("half", "full"), [(0, 80), (100, 100), (3, 1), (80, 2)])
+def test_the_interval_of_what_is_kept_at_the_ends(tmp_path, half, full):
+    family = write_curve(tmp_path, {0.5: half, 1.0: full})
+    interval = family.kept_interval(family.cells[0], TASK)
+    assert interval is not None
+    assert 0 <= interval[0] <= half / full <= interval[1]
+    assert (interval[0] == 0) == (half == 0)
+
+
+def test_differences_among_some_runs_are_those_that_they_have(tmp_path):
+    write_run(tmp_path / "a", num_correct=50)
+    write_run(tmp_path / "b", seed=1, num_correct=50)
+    write_run(tmp_path / "c", seed=2, num_correct=50, training__learning_rate=1.0)
+    write_run(tmp_path / "d", seed=2, num_correct=50, training__learning_rate=1.0)
+    family = family_of(tmp_path)
+    found = {
+        names: [difference.name for difference in family.differences_among(set(names))]
+        for names in ("ab", "abc", "cd")
+    }
+    twice = "one seed is counted more than once"
+    assert found == {"ab": [], "abc": ["training.learning_rate"], "cd": [twice]}

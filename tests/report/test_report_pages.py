@@ -17,7 +17,9 @@ from kd.constants import EXIT_USER_ERROR
 from kd.errors import UserError
 from kd.files import write_json
 from kd.report import report_tables
+from kd.report.blocks import Table
 from kd.report.compare import compare
+from kd.report.page import sections
 from kd.report.read_runs import read_runs
 from kd.report.render import escape_markdown, write_report
 
@@ -77,7 +79,7 @@ def page(report) -> Page:
 def test_the_page_is_one_file_without_scripts_or_network(page):
     assert "script" not in page.tags
     assert all(image.startswith("data:image/svg+xml;base64,") for image in page.images)
-    assert len(page.images) == 6
+    assert len(page.images) == 7
     assert not [link for link in page.links if "//" in link]
 
 
@@ -101,23 +103,81 @@ def test_links_of_the_markdown_lead_to_files(report):
     defined = dict(re.findall(r'^\[(r\d+)\]: (\S+) ".*"$', text, re.MULTILINE))
     assert set(re.findall(r"\]\[(r\d+)\]", text)) == set(defined)
     plots = re.findall(r"\]\((plots/[^)]*)\)", text)
-    assert len(plots) == 2 * 6
+    assert len(plots) == 2 * 7
     links = [unquote(link) for link in [*defined.values(), *plots]]
     assert all((report / link).is_file() and not link.startswith("/") for link in links)
 
 
-def test_every_number_of_a_table_is_a_link_or_has_one_beside_it(report):
-    text = (report / "index.html").read_text()
-    cells = re.findall(r"<td>(.*?)</td>", text)
-    keep_fractions = {"0.25", "0.5", "0.75", "1"}
-    numbers = [cell for cell in cells if re.match(r"(<[^>]*>)*\d", cell)]
-    unlinked = {re.sub(r"<[^>]*>", "", cell) for cell in numbers if "<a " not in cell}
-    assert len(numbers) > 100
-    # Of the table of environments, which links its runs
-    assert unlinked - keep_fractions == {
-        "2",
-        "3.11.7",
-    }
+def test_the_row_of_every_number_links_to_all_files_that_it_came_from(study):
+    found = read_runs([study])
+    families = compare(found.runs)
+    blocks = [block for section in sections(families, found) for block in section.blocks]
+    tables = [block for block in blocks if isinstance(block, Table)]
+    num_linked = 0
+    for table in tables:
+        for row in table.rows:
+            groups = table.files(row)
+            named = {link.path for group in groups for link in (*group.files, *group.over)}
+            numbers = [entry for entry in row if re.match(r"[\d.,e+-]+( |$)", entry.text)]
+            for entry in numbers:
+                assert {link.path for link in (*entry.sources, *entry.over)} <= named
+                num_linked += bool(entry.sources)
+            # Axes have no files; a table of files shows them in a cell of its own.
+            assert not numbers or named or any(not entry.text for entry in row)
+    assert num_linked > 100
+
+
+def test_rows_of_the_page_and_the_markdown_hold_these_links(report):
+    axes = ["prompt+cot+answer", "head", "0.5"]
+    rows = re.findall(r"<tr>(<td.*?)</tr>", (report / "index.html").read_text())
+    rows = [row for row in rows if re.findall(r">([^<>]+)</td>", row)[:3] == axes]
+    lines = (report / "report.md").read_text().splitlines()
+    lines = [line for line in lines if line.startswith(f"| {' | '.join(axes)} |")]
+    assert len(rows) == len(lines) == 2  # accuracy, costs
+    labels = ["s0", "s1", "s2"] * 2  # the second three are whole sequences
+    for row, line in zip(rows, lines, strict=True):
+        assert re.findall(r"<a [^>]*>(\w+)</a>", row) == labels
+        assert re.findall(r"\[(\w+)\]\[r\d+\]", line) == labels
+
+
+def test_the_answer_is_first_and_what_qualifies_it_is_next_to_it(tmp_path):
+    for keep_fraction, number in ((0.5, 90), (1.0, 95)):
+        changes = {"training__learning_rate": keep_fraction, "num_correct": number}
+        write_run(tmp_path / f"keep{keep_fraction}", keep_fraction=keep_fraction, **changes)
+    write_report([tmp_path], tmp_path / "report")
+    (comparison,) = json.loads((tmp_path / "report" / "report.json").read_text())["comparisons"]
+    (answer,) = comparison["answers"]
+    assert (answer["keep_fraction"], answer["kept"], answer["kept_ci95"][1] > 1) == (
+        0.5,
+        0.9 / 0.95,
+        True,
+    )
+    assert answer["knee"]["keep_fraction"] == 0.5
+    assert [difference["name"] for difference in answer["differences"]] == [
+        "training.learning_rate"
+    ]
+    for name in ("index.html", "report.md"):
+        text = (tmp_path / "report" / name).read_text()
+        picture = "<img" if name == "index.html" else "![kept]"
+        places = [
+            text.index(part)
+            for part in (
+                answer["text"],
+                "Warning: ",
+                "learning_rate (0.5 in 1 run; 1.0",
+                picture,
+                "What was read",
+            )
+        ]
+        assert places == sorted(places)
+
+
+def test_a_damaged_run_is_a_warning_above_everything(tmp_path):
+    write_run(tmp_path / "a", num_correct=50)
+    (write_run(tmp_path / "b", seed=1, num_correct=50) / "recipe.json").write_text("{")
+    write_report([tmp_path], tmp_path / "report")
+    text = Page((tmp_path / "report" / "index.html").read_text()).text
+    assert 0 < text.index("1 damaged run or file") < text.index("What was read")
 
 
 def test_pages_and_json_hold_the_same_numbers(report, page):
@@ -141,11 +201,8 @@ def test_pages_and_json_hold_the_same_numbers(report, page):
 def test_what_is_not_compared_is_told(page):
     assert "not finished (no SUCCESS) after step 200" in page.text
     assert "no_supervised_token: data.loss_sections: no token of an answer is kept" in page.text
-    assert (
-        "No full run to compare with (keep_fraction = 1): prompt+cot, head; cot, head; prompt, head"
-        in page.text
-    )
-    assert "they treat seeds' problems as independent" in page.text
+    assert ": prompt+cot, head; cot, head; prompt, head." in page.text
+    assert "1 unfinished run, 2 cells of studies" in page.text
 
 
 def test_names_are_escaped(tmp_path):
@@ -188,8 +245,8 @@ def test_runs_of_an_earlier_version_without_flops_diagnostics_or_evaluation(tmp_
     (run / "environment.json").unlink()
     write_report([run], tmp_path / "report")
     text = (tmp_path / "report" / "index.html").read_text()
-    assert "without an evaluation of the exported student" in text
-    assert "no full run" in text
+    assert "What a length keeps is not known: no run is evaluated." in text
+    assert "1 run without an evaluation" in text
     assert text.count("not recorded") >= 3
 
 
@@ -199,7 +256,7 @@ def test_a_warning_says_what_differs_between_runs_that_are_compared(tmp_path):
     write_report([tmp_path], tmp_path / "report")
     page = Page((tmp_path / "report" / "index.html").read_text())
     assert re.search(
-        r"Warning: these runs are compared.*training.learning_rate\s*0.0001\s*a",
+        r"Warning: these runs differ.*training.learning_rate\s*0.0001\s*a",
         page.text,
         re.DOTALL,
     )
