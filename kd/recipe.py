@@ -188,7 +188,7 @@ class RunSection(RecipeSection):
         "runs", description="folder that holds the folders of runs"
     )
     seed: Annotated[Seed, AXIS] = Field(
-        0, description="of the order of rows, dropout, random weights and sampled responses"
+        0, description="seed of the order of rows, dropout, random weights and sampled responses"
     )
     watchdog_minutes: Annotated[Minutes, PLACE] = Field(
         30.0,
@@ -207,13 +207,13 @@ class RunSection(RecipeSection):
 class ModelSection(RecipeSection):
     model: Annotated[PathText, FIXED] = Field(description="a local folder or a hub id")
     revision: Annotated[Filled | None, FIXED] = Field(
-        None, description="branch, tag or commit on the hub; the main branch when absent"
+        None, description="branch, tag or commit on the hub; default: the main branch"
     )
     attention: Annotated[Attention, FIXED] = Field(
         "auto", description="auto: the best one that transformers reports as available"
     )
     trust_remote_code: Annotated[bool, FIXED] = Field(
-        False, description="run Python code that comes with the model"
+        False, description="run the Python code that comes with the model"
     )
 
 
@@ -267,7 +267,7 @@ class StudentSection(ModelSection):
     )
     freeze_embeddings: Annotated[bool, FIXED] = Field(
         False,
-        description="the input embeddings are not trained; nor is the lm_head where they are tied",
+        description="do not train the input embeddings, nor the lm_head if they are tied to it",
     )
 
     @model_validator(mode="after")
@@ -343,7 +343,7 @@ def _check_source(source: SourceName, path: str | None, columns: dict[str, str])
 class DataSection(RecipeSection):
     source: Annotated[SourceName, TOKENS] = Field(
         "local",
-        description="local: your own columns; the others: rows as a published data set has them",
+        description="local: your own columns; the others: the columns of a published data set",
     )
     path: Annotated[PathText | None, FIXED] = Field(
         None,
@@ -373,7 +373,7 @@ class DataSection(RecipeSection):
         0, description="rows for validation; 0: none, unless validation_path is set"
     )
     split_seed: Annotated[Seed, FIXED] = Field(
-        42, description="of the split into training and validation rows"
+        42, description="seed of the split into training and validation rows"
     )
     exclude_validation_prompts: Annotated[bool, FIXED] = Field(
         False, description="drop training rows that share their prompt with a validation row"
@@ -412,7 +412,7 @@ class DataSection(RecipeSection):
         ("prompt", "cot", "answer"), description="sections whose tokens are supervised"
     )
     random_mask_fraction: Annotated[float, Field(ge=0.0, lt=1.0), FIXED] = Field(
-        0.0, description="share of the supervised tokens that lose their label, drawn at random"
+        0.0, description="fraction of the supervised tokens that lose their label, drawn at random"
     )
     on_bad_row: Annotated[Literal["drop", "error"], FIXED] = Field(
         "drop", description="what to do with a row that has no markers, two thoughts or no answer"
@@ -479,7 +479,8 @@ class TruncationSection(RecipeSection):
         "drop", description="keep: tokens before the window are read but not supervised"
     )
     cut_after_think: Annotated[bool, FIXED] = Field(
-        False, description="the trace ends with its chain of thought, before keep_fraction is taken"
+        False,
+        description="cut the trace after its chain of thought, before keep_fraction is applied",
     )
     max_full_tokens: Annotated[Positive | None, FIXED] = Field(
         None, description="drop examples that have more tokens than this before truncation"
@@ -489,21 +490,22 @@ class TruncationSection(RecipeSection):
 class LossSection(RecipeSection):
     divergence: Annotated[Divergence, FIXED] = Field(
         "forward_kl",
-        description="between the distributions of teacher and student over the next token",
+        description="divergence between the next-token distributions of teacher and student",
     )
     beta: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = Field(
-        0.5, description="of jsd: the teacher's share of the mixture"
+        0.5, description="for jsd: the teacher's share of the mixture"
     )
     alpha: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = Field(
         0.1,
-        description="of skew_kl and skew_reverse_kl: the first distribution's share of the mixture",
+        description="for skew_kl and skew_reverse_kl: the first distribution's share of the "
+        "mixture",
     )
     mix_weight: Annotated[Fraction, FIXED] = Field(
-        0.5, description="of mixed_kl: share of forward_kl; the rest is reverse_kl"
+        0.5, description="for mixed_kl: the share of forward_kl; the rest is reverse_kl"
     )
     temperature: Annotated[Temperature, FIXED] = Field(
         1.0,
-        description="divides the logits of both models in the divergence, not in cross-entropy",
+        description="divides the logits of both models in the divergence, but not in cross-entropy",
     )
     kd_weight: Annotated[Weight, FIXED] = Field(0.5, description="factor of the divergence")
     ce_weight: Annotated[Weight, FIXED] = Field(
@@ -511,7 +513,8 @@ class LossSection(RecipeSection):
     )
     chunk_size: Annotated[Positive | None, FIXED] = Field(
         None,
-        description="tokens whose student logits exist at a time; as logits_gib says when absent",
+        description="tokens whose student logits exist at a time; default: as many as logits_gib "
+        "allows",
     )
     logits_gib: Annotated[float, Field(gt=0.0, le=1024.0), FREE] = Field(
         LOGITS_GIB,
@@ -520,7 +523,7 @@ class LossSection(RecipeSection):
     )
     logits_dtype: Annotated[Literal["float32", "bfloat16"] | None, FIXED] = Field(
         None,
-        description="of logits and their gradient; float32 when absent; bfloat16 is less exact",
+        description="dtype of logits and their gradient; default: float32; bfloat16 is less exact",
     )
     backend: Annotated[Literal["auto", "triton", "torch", "reference"], FIXED] = Field(
         "auto",
@@ -554,7 +557,7 @@ class RolloutSection(RecipeSection):
         512, description="tokens to sample of each response; only these are learned from"
     )
     temperature: Annotated[Temperature, FIXED] = Field(
-        1.0, description="at which responses are sampled"
+        1.0, description="temperature at which responses are sampled"
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0), FIXED] = Field(
         1.0, description="sample from the likeliest tokens that have this probability together"
@@ -599,14 +602,14 @@ class TrainingSection(RecipeSection):
         "cross from one to the next; auto: packed if attention is flash attention",
     )
     learning_rate: Annotated[Magnitude, FIXED] = Field(
-        1e-5, description="the highest of the schedule"
+        1e-5, description="the highest learning rate of the schedule"
     )
     schedule: Annotated[Literal["one_cycle", "cosine", "constant"], FIXED] = Field(
         "cosine",
         description="after warm-up: cosine falls to 0, constant stays; one_cycle is OneCycleLR",
     )
     warmup_fraction: Annotated[Fraction, FIXED] = Field(
-        0.1, description="share of all steps in which the learning rate rises"
+        0.1, description="fraction of all steps in which the learning rate rises"
     )
     weight_decay: Annotated[Weight, FIXED] = Field(0.0, description="of AdamW")
     adam_betas: Annotated[tuple[Beta, Beta], FIXED] = Field((0.9, 0.999), description="of AdamW")
@@ -667,17 +670,17 @@ class EvaluationSection(RecipeSection):
         (), description="names of public benchmarks in kd/evaluate/tasks.py"
     )
     judge: Annotated[Literal["math", "exact"], PLACE] = Field(
-        "math", description="how answers are compared: as mathematics, or as text"
+        "math", description="compare answers as mathematics (math) or as text (exact)"
     )
     max_new_tokens: Annotated[Positive, PLACE] = Field(
-        32768, description="most tokens of a response"
+        32768, description="the most tokens of a response"
     )
     temperature: Annotated[SamplingTemperature, PLACE] = Field(0.6, description="0: greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0), PLACE] = Field(
         0.95, description="sample from the likeliest tokens that have this probability together"
     )
     batch_size: Annotated[BatchSize, PLACE] = Field(
-        16, description="responses that are generated at a time"
+        16, description="responses to generate at a time"
     )
 
 
@@ -701,7 +704,7 @@ class DeepSpeedSection(RecipeSection):
     )
     teacher: Annotated[PathText, FIXED] = Field(
         "zero3_teacher.json",
-        description="a file of ds_configs/, or a path",
+        description="a file in ds_configs/, or a path",
     )
 
 
