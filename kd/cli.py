@@ -36,7 +36,7 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
 
 
 def generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what generates, for kd.generation.backends.choose_backend."""
+    """Add the arguments of kd.generation.backends.choose_backend."""
     parser.add_argument(
         "--backend",
         choices=["auto", "transformers", "vllm"],
@@ -44,21 +44,21 @@ def generation_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: vLLM where it is installed and sees a GPU, else transformers",
     )
     parser.add_argument(
-        "--server", metavar="URL", help="of a vLLM server that has the model: http://HOST:8000"
+        "--server", metavar="URL", help="a vLLM server that has loaded the model: http://HOST:8000"
     )
     parser.add_argument(
         "--tensor-parallel",
         type=int,
         default=1,
         metavar="N",
-        help="GPUs among which vLLM shares the model",
+        help="GPUs over which vLLM divides the model",
     )
 
 
 def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the axes of a study, for kd.study.cells.parse_axes."""
     axes = parser.add_argument_group(
-        "axes of a study", "one is varied at a time around the recipe's own values"
+        "axes of a study", "one axis varies at a time; the others keep the recipe's values"
     )
     axes.add_argument(
         "--keep", metavar="F,F", help="values of truncation.keep_fraction: 0.25,0.5,0.75,1.0"
@@ -72,23 +72,25 @@ def axis_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     axes.add_argument(
         "--rollout-tokens",
         metavar="N,N",
-        help="values of rollout.max_new_tokens, of a recipe with [rollout]: 16,32,64",
+        help="values of rollout.max_new_tokens, for a recipe with [rollout]: 16,32,64",
     )
     axes.add_argument(
         "--seeds",
         type=int,
         default=1,
         metavar="N",
-        help="the recipe's run.seed, and the N - 1 after it",
+        help="train with N seeds, from the recipe's run.seed upwards",
     )
     axes.add_argument(
-        "--cross", action="store_true", help="every combination instead of one axis at a time"
+        "--cross",
+        action="store_true",
+        help="train every combination, instead of varying one axis at a time",
     )
     return parser
 
 
 class CacheRequest(NamedTuple):
-    """What is asked of launch/cache.py."""
+    """The arguments of launch/cache.py that say what to store."""
 
     kind: str
     dtype: str = "bf16"
@@ -105,10 +107,10 @@ def run(main: Callable[[], None]) -> None:
     """Call main(), and end the process as main ended: an error is one block on stderr, and a status
     from kd.constants.
 
-    Most UserErrors are the same on every rank, and rank 0 speaks for all: it exits at once, upon
-    which the launcher ends the others. A rank that is still alive after three seconds met an error
-    of its own, and speaks for itself. So does one that lost a peer: by then the peer has told the
-    first cause. Whoever reads the output may stop, as head does: that is not an error.
+    Most UserErrors are the same on every rank, so rank 0 prints them and exits at once, and the
+    launcher ends the others. A rank that is still alive after three seconds has an error of its
+    own and prints that. So does a rank that lost a peer, by then after the peer's own message. It
+    is no error when the reader of the output stops reading, as `head` does.
     """
     try:
         main()
@@ -161,7 +163,7 @@ def _problem_of_output(last_words: str = "") -> OSError | None:
 
 def _leave_without_output(problem: OSError, *, is_done: bool) -> NoReturn:
     if not isinstance(problem, BrokenPipeError):
-        _leave(1, f"error: the output cannot be written: {problem.strerror}\n")
+        _leave(1, f"error: cannot write the output: {problem.strerror}\n")
     _leave(0 if is_done else EXIT_NO_READER)
 
 

@@ -26,7 +26,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
         raise
     except (gzip.BadGzipFile, zlib.error, EOFError, _Damaged) as error:
         raise UserError(
-            f"{path}: damaged or incomplete: {error}: copy or download the file again"
+            f"{path}: damaged or incomplete: {error}; copy or download the file again"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise UserError(
@@ -60,8 +60,8 @@ class _Zstd(io.RawIOBase):
         except ImportError:
             file.close()
             raise UserError(
-                f"{file.name}: reading .zst needs the package zstandard: pip install zstandard, or "
-                "decompress the file"
+                f"{file.name}: reading .zst needs the package zstandard: pip install zstandard, "
+                "or decompress the file"
             ) from None
         self._file, self._error = file, zstandard.ZstdError
         # A window as large as `zstd --long=31` writes; the default stops at 128 MiB.
@@ -87,7 +87,7 @@ class _Zstd(io.RawIOBase):
         self._compressed = self._compressed or self._file.read(READ_BYTES)
         if not self._compressed:
             if self._frame is not None:
-                raise _Damaged("it ends inside of a frame")
+                raise _Damaged("it ends in the middle of a frame")
             return False
         self._frame = self._frame or self._decompressor.decompressobj()
         try:

@@ -10,11 +10,11 @@ class NothingToLearn(UserError):
 
 
 class NotMet(UserError):
-    """A rank did not come to where the run's ranks meet."""
+    """A rank did not reach the store where the run's ranks meet."""
 
 
 class LostPeer(RuntimeError):
-    """Another rank is gone or does not answer. The first cause is that rank's to tell."""
+    """Another rank has ended or does not answer. The cause is in that rank's own message."""
 
 
 class Interrupted(Exception):

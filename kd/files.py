@@ -1,6 +1,6 @@
-"""Text, JSON and TOML, read one way: whole, bounded, and with the file and the line in every error.
+"""Reading and writing text, JSON and TOML, with a size limit, and the file and line in each error.
 
-Files are written whole or not at all: aside, synced to the disk, then renamed.
+Files are written whole or not at all: to a temporary name, synced to the disk, then renamed.
 """
 
 import errno
@@ -35,7 +35,8 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
         num_bytes = len(content)
     if num_bytes > max_bytes:
         raise UserError(
-            f"{path}: {num_bytes} bytes, and at most {max_bytes} are read: is it the right file?"
+            f"{path}: it has {num_bytes} bytes, but at most {max_bytes} are read: check that it "
+            "is the right file"
         )
     try:
         return content.decode("utf-8-sig")
@@ -103,7 +104,7 @@ def _size_of(path: Path) -> int:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: not a regular file: name one that holds text")
+        raise UserError(f"{path}: not a regular file: name a file that holds text")
     return status.st_size
 
 
@@ -138,13 +139,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {key!r} appears twice")
         found[key] = value
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_depth(value: Any, where: str) -> None:

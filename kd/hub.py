@@ -34,8 +34,8 @@ def resolve(field: str, value: str) -> str:
     if is_hub_id(value):
         return value
     raise UserError(
-        f"{field} = {value!r}: no such file or folder (relative paths are looked up in the current "
-        "directory, then in the repository), and it has not the form owner/name of a hub id"
+        f"{field} = {value!r}: no such file or folder (relative paths are looked up in the "
+        "current directory, then in the repository), and it is not a hub id of the form owner/name"
     )
 
 
@@ -58,7 +58,7 @@ def find_model(field: str, section: ModelSection) -> Path | None:
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"{field} = {section.model!r}: a file; name the folder of a model")
+        raise UserError(f"{field} = {section.model!r}: it is a file; name the folder of a model")
     from huggingface_hub import snapshot_download
 
     try:
@@ -76,7 +76,7 @@ def find_data_files(field: str, value: str) -> tuple[Path, ...]:
     when they are of several kinds: a copy in another form would be read twice.
     """
     if not value.strip() or "\0" in value:
-        raise UserError(f"{field} = {value!r}: no name of a file: {_NAME_DATA}")
+        raise UserError(f"{field} = {value!r}: not a file name: {_NAME_DATA}")
     path = find_input(value)
     if path is not None and path.is_file():
         found = [path]
@@ -90,17 +90,19 @@ def find_data_files(field: str, value: str) -> tuple[Path, ...]:
     kinds = {file: _kind(file) for file in found if file.is_file()}
     files = sorted((file for file, kind in kinds.items() if kind), key=str)
     if not files:
-        raise UserError(f"{field} = {value!r}: no file of rows: {_NAME_DATA}")
+        raise UserError(f"{field} = {value!r}: no file of rows found: {_NAME_DATA}")
     counts = Counter(kinds[file] for file in files)
     if len(counts) > 1:
         there = " and ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         raise UserError(
-            f"{field} = {value!r}: files of several kinds, {there}: name those of one kind, as in "
+            f"{field} = {value!r}: it holds files of several kinds, {there}; name one kind, as in "
             f"{str(Path(value) / '*') if path else value}{min(counts)}"
         )
     if len(files) < len(kinds):
         others = sorted(file.name for file, kind in kinds.items() if not kind)
-        log.info("%s = %r: not read: %s", field, value, ", ".join(others[:5]))
+        log.info(
+            "%s = %r: skipped files that are not rows: %s", field, value, ", ".join(others[:5])
+        )
     return tuple(files)
 
 
@@ -176,16 +178,16 @@ def download_model(field: str, model: ModelSection, weights: bool) -> None:
 # Names of exception classes, the most telling first: by name, so that no library is imported for an
 # error's sake.
 _OFFLINE = (
-    "the hub cannot be reached, and the local hub cache does not hold it: run launch/prepare.py "
-    "with this recipe where there is a network, or name a local path"
+    "the hub cannot be reached, and it is not in the local hub cache: run launch/prepare.py with "
+    "this recipe on a machine with network access, or name a local path"
 )
 _MISSING = (
-    "neither a local path nor an id that the hub knows: check the spelling; a private one needs "
-    "`hf auth login` or HF_TOKEN"
+    "neither a local path nor an id that the hub knows: check the spelling; for a private one, "
+    "run `hf auth login` or set HF_TOKEN"
 )
 _REMEDIES = {
-    "GatedRepoError": "access is gated: accept its terms on its hub page, then `hf auth login` or "
-    "set HF_TOKEN",
+    "GatedRepoError": "access is gated: accept the terms on its hub page, then run `hf auth "
+    "login` or set HF_TOKEN",
     "RevisionNotFoundError": "the hub has no such revision: correct or remove `revision`",
     "OfflineModeIsEnabled": _OFFLINE,
     "LocalEntryNotFoundError": _OFFLINE,
@@ -194,10 +196,10 @@ _REMEDIES = {
     "RepositoryNotFoundError": _MISSING,
     "DatasetNotFoundError": _MISSING,
     "HFValidationError": _MISSING,
-    "EntryNotFoundError": "a file is missing there: a model needs config.json, tokenizer.json and "
+    "EntryNotFoundError": "a file is missing: a model needs config.json, tokenizer.json and "
     "safetensors",
-    "Exception": "it cannot be loaded: incomplete, or of a kind that the installed libraries do "
-    "not know",
+    "Exception": "it cannot be loaded: it is incomplete, or the installed libraries do not "
+    "support it",
 }
 
 

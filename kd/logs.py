@@ -1,4 +1,4 @@
-"""Rank 0 speaks for the run; libraries are heard when something is wrong.
+"""Logging: rank 0 logs for the run, and libraries log only warnings and errors.
 
 A line begins with the time of day, so that it can be read in a file hours later; a fact of the run
 has a label in a column of its own (labelled()).
@@ -45,7 +45,7 @@ def labelled(label: str, text: str) -> str:
 
 
 def configure_logging(rank: int) -> None:
-    """Rank 0's own lines on stderr; every rank's warnings; progress bars of rank 0 only."""
+    """On stderr: all lines of rank 0 and the warnings of every rank; progress bars on rank 0."""
     level = logging.INFO if rank == 0 else logging.WARNING
     handler = _AboveTheBar()
     handler.setFormatter(_Stamped())

@@ -18,7 +18,7 @@ def plain_name(name: str) -> str:
     """As check_name, for a field of a model: the ValueError says what is wrong, the model where."""
     problem = _problem_of(name)
     if problem:
-        raise ValueError(f"{problem}: choose a plain name, as in trial_1")
+        raise ValueError(f"{problem}: choose a plain name, such as trial_1")
     return name
 
 
@@ -33,14 +33,14 @@ def shortened(value: object, length: int = 200) -> str:
 
 def _problem_of(name: str) -> str | None:
     if not name or name != name.strip():
-        return "a name is not blank, and neither begins nor ends with a space"
+        return "a name must not be blank, and must not begin or end with a space"
     if name in (".", "..") or "/" in name or "\\" in name:
-        return "a name is that of one folder or file, without a path to it"
+        return "a name must be that of one folder or file, without a path"
     if name.startswith("-"):
-        return "a name that begins with - is an option to most commands"
+        return "a name must not begin with -, since most commands take it for an option"
     if not name.isprintable():
-        return "a name has no control characters, line breaks among them"
+        return "a name must not hold control characters such as line breaks"
     size = len(name.encode(errors="replace"))
     if size > MAX_NAME_BYTES:
-        return f"a name has at most {MAX_NAME_BYTES} bytes, and this one has {size}"
+        return f"a name may have at most {MAX_NAME_BYTES} bytes, but this one has {size}"
     return None

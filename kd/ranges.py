@@ -30,7 +30,7 @@ def _path(text: str) -> str:
     sizes = [len(part.encode(errors="replace")) for part in _filled(text).split("/")]
     if max(sizes) > MAX_PART_BYTES or sum(sizes) + len(sizes) - 1 > MAX_PATH_BYTES:
         raise ValueError(
-            f"no file has such a name: at most {MAX_PART_BYTES} bytes between two slashes, and "
+            f"the path is too long: at most {MAX_PART_BYTES} bytes between two slashes, and "
             f"{MAX_PATH_BYTES} in all"
         )
     return text
@@ -42,7 +42,7 @@ def _folder_name(text: str) -> str:
 
 def _greedy_or_drawn(temperature: float) -> float:
     if 0.0 < temperature < MIN_TEMPERATURE:
-        raise ValueError(f"0 is greedy; sampling takes at least {MIN_TEMPERATURE:g}")
+        raise ValueError(f"use 0 for greedy decoding, or at least {MIN_TEMPERATURE:g} to sample")
     return temperature
 
 

@@ -100,9 +100,11 @@ def _iso_date(value: Any) -> Any:
 def _template_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
     for name in values:
         if name in _OWN_NAMES_OF_TEMPLATES:
-            raise ValueError(f"{name} is not for the recipe to set: leave it out")
+            raise ValueError(f"{name} is set by the program: leave it out")
         if not name.isidentifier():
-            raise ValueError(f"{name!r} is not the name of a template's variable")
+            raise ValueError(
+                f"{name!r} cannot be the name of a template variable: use letters, digits and _"
+            )
     json.dumps(values, allow_nan=False)
     return values
 
@@ -126,14 +128,14 @@ SOURCE_FIELDS: dict[SourceName, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class KeyFacts:
-    """What else must be known of a key of the recipe; each stands in the key's annotation.
+    """Facts about a recipe key, given in the key's annotation.
 
-    in_token_key: it changes the tokens of a row, and is part of the token cache's key. What files
-        and tokenizers bring is hashed there itself.
-    may_change: between a run and its continuation: it changes no weight of a step that is taken.
+    in_token_key: it changes the tokens of a row, so it is part of the token cache's key. The
+        contents of files and tokenizers are hashed there separately.
+    may_change: it may differ between a run and its continuation, since it changes no weight.
     is_compared: runs that differ in it are not comparable, and a report lists the difference.
-    is_axis: results are drawn over it: a report takes no difference in it for one between runs,
-        and what a study varies is such a key.
+    is_axis: a study may vary it and a report plots results over it; a difference in it does not
+        make runs incomparable.
     """
 
     in_token_key: bool = False
@@ -150,7 +152,7 @@ AXIS = KeyFacts(is_axis=True)
 
 
 class RecipeSection(BaseModel):
-    """Strict: no text or bool is taken for a number, and no float for an integer."""
+    """Strict: a text or a bool is not accepted as a number, nor a float as an integer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
@@ -168,7 +170,9 @@ class RecipeSection(BaseModel):
     @classmethod
     def _text_is_storable(cls, value: Any) -> Any:
         if not all(map(is_storable, value if isinstance(value, tuple) else (value,))):
-            raise ValueError("it holds a NUL or half a character, which no file takes")
+            raise ValueError(
+                "it holds a NUL or half of a surrogate pair, which cannot be written to a file"
+            )
         return value
 
 
@@ -179,13 +183,13 @@ Divergence = Literal[
 
 class RunSection(RecipeSection):
     name: Annotated[FolderName, PLACE] = Field(
-        "", description="folder of the run inside output_dir; the recipe's name when empty"
+        "", description="folder of the run inside output_dir; default: the recipe's name"
     )
     output_dir: Annotated[PathText, PLACE] = Field(
         "runs", description="folder that holds the folders of runs"
     )
     seed: Annotated[Seed, AXIS] = Field(
-        0, description="of the order of rows, dropout, random weights and sampled responses"
+        0, description="seed of the order of rows, dropout, random weights and sampled responses"
     )
     log_seconds: Annotated[Seconds, PLACE] = Field(
         30.0,
@@ -193,47 +197,48 @@ class RunSection(RecipeSection):
         "0: a line for each step",
     )
     watchdog_minutes: Annotated[Minutes, PLACE] = Field(
-        30.0, description="without a step for so long, every rank prints its stack and the run ends"
+        30.0,
+        description="when no step ends for this long, every rank prints its stack and the run ends",
     )
     rendezvous_timeout_minutes: Annotated[Minutes, PLACE] = Field(
-        20.0, description="how long ranks that have started wait for those that have not"
+        20.0, description="how long the first ranks wait for the others to start"
     )
     collective_timeout_minutes: Annotated[Minutes, PLACE] = Field(
         120.0,
-        description="longer than any rank waits for another, also while one tokenises or reads a "
-        "checkpoint",
+        description="must exceed the longest wait of one rank for another, as while one tokenises "
+        "or reads a checkpoint",
     )
 
 
 class ModelSection(RecipeSection):
     model: Annotated[PathText, FIXED] = Field(description="a local folder or a hub id")
     revision: Annotated[Filled | None, FIXED] = Field(
-        None, description="branch, tag or commit on the hub; the main branch when absent"
+        None, description="branch, tag or commit on the hub; default: the main branch"
     )
     attention: Annotated[Attention, FIXED] = Field(
-        "auto", description="auto: the best that transformers reports as available"
+        "auto", description="auto: the best one that transformers reports as available"
     )
     trust_remote_code: Annotated[bool, FIXED] = Field(
-        False, description="run Python code that comes with the model"
+        False, description="run the Python code that comes with the model"
     )
 
 
 class TeacherSection(ModelSection):
     shard: Annotated[Literal["auto", "gpu", "node", "world"], FREE] = Field(
         "world",
-        description="what a whole teacher is divided over: gpu, each GPU has all of it and gathers "
-        "nothing; node, gathers never cross nodes; world, all ranks; auto, the fastest of them "
-        "that fits, by the plan",
+        description="the GPUs that divide one copy of the teacher: gpu, none (each GPU holds it "
+        "whole); node, those of a node (gathers never cross nodes); world, all; auto, the fastest "
+        "of these that fits, by the plan",
     )
     cache: Annotated[PathText | None, FIXED] = Field(
         None,
-        description="a folder that launch/cache.py filled, in the place of the teacher itself: its "
-        "states, or its most likely tokens, of whole traces",
+        description="a folder that launch/cache.py filled; used instead of the teacher, which is "
+        "not loaded",
     )
 
 
 class LoraSection(RecipeSection):
-    """Trained beside each matrix W of target_modules, which is frozen: W + alpha / rank * B A
+    """Adapters A and B for each frozen matrix W of target_modules: W + alpha / rank * B A
     (arXiv 2106.09685).
     """
 
@@ -242,37 +247,41 @@ class LoraSection(RecipeSection):
         32.0, description="the product of the two matrices is scaled by alpha / rank"
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="of what an adapter reads"
+        0.0, description="dropout on the input of each adapter"
     )
     target_modules: Literal["all-linear"] | Annotated[tuple[Filled, ...], Field(min_length=1)] = (
-        Field("all-linear", description="names of linear layers, or all of them but the lm_head")
+        Field(
+            "all-linear",
+            description="names of linear layers; all-linear is all of them except the lm_head",
+        )
     )
 
 
 class StudentSection(ModelSection):
     init: Annotated[Literal["pretrained", "random"], FIXED] = Field(
-        "pretrained", description="random: fresh weights from the model's config.json"
+        "pretrained",
+        description="random: new random weights of the shape in the model's config.json",
     )
     gradient_checkpointing: Annotated[bool | Literal["auto"], FIXED] = Field(
-        True, description="auto: only where the plan says that activations do not fit without"
+        True, description="auto: on only when the plan says that activations do not fit without it"
     )
     lora: Annotated[LoraSection | None, FIXED] = Field(
-        None, description="a table [student.lora]: adapters are trained, and nothing else"
+        None, description="a table [student.lora]: only adapters are trained"
     )
     freeze_head: Annotated[bool, FIXED] = Field(
-        False, description="the lm_head is not trained; nor are the embeddings where they are tied"
+        False, description="do not train the lm_head, nor the embeddings if they are tied to it"
     )
     freeze_embeddings: Annotated[bool, FIXED] = Field(
         False,
-        description="the input embeddings are not trained; nor is the lm_head where they are tied",
+        description="do not train the input embeddings, nor the lm_head if they are tied to it",
     )
 
     @model_validator(mode="after")
     def _adapts_what_is_stored(self) -> "StudentSection":
         if self.lora is not None and self.init == "random":
             raise ValueError(
-                'init = "random" with [student.lora]: adapters are of use beside trained weights '
-                "alone, and their base must be a model that can be loaded again"
+                'init = "random" with [student.lora]: adapters need a pretrained base that can be '
+                'loaded again; set init = "pretrained" or remove [student.lora]'
             )
         return self
 
@@ -297,8 +306,8 @@ class StudentSection(ModelSection):
 
 
 class SourceTable(RecipeSection):
-    """One of [[data.sources]]: the keys of [data] that may differ from source to source, and how
-    much of it is taken.
+    """One table of [[data.sources]]: the keys of [data] that may differ between sources, and how
+    many rows to draw.
     """
 
     path: PathText | None = Field(None, description="as data.path")
@@ -307,18 +316,18 @@ class SourceTable(RecipeSection):
     columns: dict[str, str] = Field({}, description="as data.columns")
     weight: Magnitude | None = Field(
         None,
-        description="share of the mixture, relative to the others' weights: as many rows are drawn "
-        "as keep to the shares without drawing one twice",
+        description="share of the mixture, relative to the other weights; as many rows are drawn "
+        "as these shares allow without drawing a row twice",
     )
     num_rows: Positive | None = Field(
-        None, description="rows drawn of those that can be used; all without it and a weight"
+        None, description="usable rows to draw; default, without a weight: all"
     )
 
     @model_validator(mode="after")
     def _is_one_source(self) -> "SourceTable":
         _check_source(self.source, self.path, self.columns)
         if self.weight is not None and self.num_rows is not None:
-            raise ValueError("weight and num_rows say the same: write one of them")
+            raise ValueError("weight and num_rows exclude each other: remove one of them")
         return self
 
     @property
@@ -329,7 +338,7 @@ class SourceTable(RecipeSection):
 
 def _check_source(source: SourceName, path: str | None, columns: dict[str, str]) -> None:
     if source == "local" and path is None:
-        raise ValueError('source = "local" needs a path: files of rows, or a hub id')
+        raise ValueError('source = "local" needs a path: name files of rows or a hub id')
     known = SOURCE_FIELDS[source]
     for name in columns.keys() - set(known):
         raise ValueError(
@@ -340,54 +349,54 @@ def _check_source(source: SourceName, path: str | None, columns: dict[str, str])
 class DataSection(RecipeSection):
     source: Annotated[SourceName, TOKENS] = Field(
         "local",
-        description="local: your own columns; the others: rows as a published data set has them",
+        description="local: your own columns; the others: the columns of a published data set",
     )
     path: Annotated[PathText | None, FIXED] = Field(
         None,
-        description="local files of rows (one, a folder, or a glob of JSONL, Parquet or compressed "
-        "JSONL), or a hub id; each hub source has its own",
+        description="local rows (a file, a folder or a glob; JSONL, also compressed, or Parquet) "
+        "or a hub id; default: the hub id of the source",
     )
     revision: Annotated[Filled | None, FIXED] = Field(
         None, description="branch, tag or commit of a data set on the hub"
     )
     columns: Annotated[dict[str, str], TOKENS] = Field(
-        {}, description='what the source reads under another name: prompt = "problem"'
+        {}, description='for each field of the source, the column that holds it: prompt = "problem"'
     )
     sources: Annotated[tuple[SourceTable, ...], FIXED] = Field(
         (),
-        description="several, in the place of path, source, revision and columns: tables "
-        "[[data.sources]] of these keys, each with a weight or num_rows, or all of its rows",
+        description="several sources instead of path, source, revision and columns: tables "
+        "[[data.sources]] with these keys, and with a weight, num_rows or neither (all rows)",
     )
     validation_path: Annotated[PathText | None, FIXED] = Field(
         None,
-        description="local file, its first num_validation rows when set; otherwise rows of path "
-        "are split off",
+        description="a local file, of which the first num_validation rows are used, or all if "
+        "that is not set; default: rows are split off the training data",
     )
     num_train: Annotated[Positive | None, FIXED] = Field(
-        None, description="rows after filters; all when absent"
+        None, description="training rows after filters; default: all"
     )
     num_validation: Annotated[Whole, FIXED] = Field(
         0, description="rows for validation; 0: none, unless validation_path is set"
     )
     split_seed: Annotated[Seed, FIXED] = Field(
-        42, description="of the split into training and validation rows"
+        42, description="seed of the split into training and validation rows"
     )
     exclude_validation_prompts: Annotated[bool, FIXED] = Field(
-        False, description="leave training rows out whose prompt is also that of a validation row"
+        False, description="drop training rows that share their prompt with a validation row"
     )
     system_prompt: Annotated[str | None, TOKENS] = Field(
-        None, description="replaces the rows' own system message; none is sent when absent"
+        None, description="replaces the system message of the rows; default: none is sent"
     )
     chat_template: Annotated[PathText | None, FIXED] = Field(
-        None, description="a Jinja file; when absent the teacher's template, else the student's"
+        None, description="a Jinja file; default: the teacher's template, or else the student's"
     )
     template_kwargs: Annotated[TemplateVariables, TOKENS] = Field(
-        {}, description="a table of what the chat template reads beside messages: enable_thinking"
+        {}, description="a table of variables for the chat template, such as enable_thinking"
     )
     date: Annotated[IsoDate, TOKENS] = Field(
         "2024-07-26",  # the date that Llama 3's own templates fall back to
-        description="today's, for a chat template that prints it: fixed, so that the tokens are "
-        "the same every day",
+        description="the date that a chat template prints as today's; it is fixed so that the "
+        "tokens do not change from day to day",
     )
     think_open: Annotated[str, TOKENS] = Field(
         "<think>\n", description="text before the chain of thought"
@@ -396,22 +405,23 @@ class DataSection(RecipeSection):
         "\n</think>\n\n", description="text after the chain of thought"
     )
     answer_open: Annotated[str, TOKENS] = Field(
-        "", description="between think_close and the answer, where the teacher learned one"
+        "",
+        description="text between think_close and the answer, if the teacher was trained with one",
     )
     answer_close: Annotated[str, TOKENS] = Field(
-        "", description="between the answer and the end token"
+        "", description="text between the answer and the end token"
     )
     end_token: Annotated[Token | None, FIXED] = Field(
-        None, description="ends the answer; the student tokenizer's eos when absent"
+        None, description="token that ends the answer; default: eos of the student's tokenizer"
     )
     loss_sections: Annotated[tuple[SectionName, ...], Field(min_length=1), AXIS] = Field(
         ("prompt", "cot", "answer"), description="sections whose tokens are supervised"
     )
     random_mask_fraction: Annotated[float, Field(ge=0.0, lt=1.0), FIXED] = Field(
-        0.0, description="share of the supervised tokens that lose their label, drawn at random"
+        0.0, description="fraction of the supervised tokens that lose their label, drawn at random"
     )
     on_bad_row: Annotated[Literal["drop", "error"], FIXED] = Field(
-        "drop", description="rows without markers, two thoughts, no answer"
+        "drop", description="what to do with a row that has no markers, two thoughts or no answer"
     )
     num_proc: Annotated[NumProcesses, PLACE] = Field(1, description="processes that tokenise")
     cache_dir: Annotated[PathText, PLACE] = Field(
@@ -432,26 +442,37 @@ class DataSection(RecipeSection):
             _check_source(self.source, self.path, self.columns)
         elif self.path is not None or self.source != "local" or self.revision or self.columns:
             raise ValueError(
-                "[[data.sources]] stands in the place of data.path, source, revision and columns: "
-                "write them into the tables"
+                "[[data.sources]] replaces data.path, data.source, data.revision and "
+                "data.columns: move these keys into its tables"
             )
         weighted = [table for table in self.sources if table.weight is not None]
         if weighted and len(weighted) < len(self.sources):
             raise ValueError(
-                "a weight is a share of all: give every one of [[data.sources]] its own"
+                "some of [[data.sources]] have a weight and others have none: give each of them a "
+                "weight"
             )
         names = [table.name for table in self.sources]
         if len(set(names)) < len(names):
-            raise ValueError(f"[[data.sources]] names {max(names, key=names.count)!r} twice")
+            raise ValueError(
+                f"[[data.sources]] names {max(names, key=names.count)!r} twice: remove one of the "
+                "two"
+            )
         if len(set(self.loss_sections)) != len(self.loss_sections):
-            raise ValueError(f"loss_sections = {list(self.loss_sections)} names a section twice")
+            raise ValueError(
+                f"loss_sections = {list(self.loss_sections)} names a section twice: remove one of "
+                "the two"
+            )
         return self
 
 
 class TruncationSection(RecipeSection):
     keep_fraction: Annotated[
         float,
-        Field(gt=0.0, le=1.0, description="of all tokens, prompt included, rounded down"),
+        Field(
+            gt=0.0,
+            le=1.0,
+            description="fraction of each trace's tokens to keep, prompt included, rounded down",
+        ),
         AXIS,
     ] = 1.0
     max_tokens: Annotated[Positive | None, AXIS] = Field(
@@ -461,34 +482,36 @@ class TruncationSection(RecipeSection):
         "head", description="which part of the trace is kept"
     )
     window_context: Annotated[Literal["drop", "keep"], AXIS] = Field(
-        "drop", description="keep: tokens before the window are read, not supervised"
+        "drop", description="keep: tokens before the window are read but not supervised"
     )
     cut_after_think: Annotated[bool, FIXED] = Field(
-        False, description="the trace ends with its chain of thought, before keep_fraction is taken"
+        False,
+        description="cut the trace after its chain of thought, before keep_fraction is applied",
     )
     max_full_tokens: Annotated[Positive | None, FIXED] = Field(
-        None, description="examples longer than this, untruncated, are dropped"
+        None, description="drop examples that have more tokens than this before truncation"
     )
 
 
 class LossSection(RecipeSection):
     divergence: Annotated[Divergence, FIXED] = Field(
         "forward_kl",
-        description="between the distributions of teacher and student over the next token",
+        description="divergence between the next-token distributions of teacher and student",
     )
     beta: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = Field(
-        0.5, description="of jsd: the teacher's share of the mixture"
+        0.5, description="for jsd: the teacher's share of the mixture"
     )
     alpha: Annotated[float, Field(gt=0.0, lt=1.0), FIXED] = Field(
         0.1,
-        description="of skew_kl and skew_reverse_kl: the first distribution's share of the mixture",
+        description="for skew_kl and skew_reverse_kl: the first distribution's share of the "
+        "mixture",
     )
     mix_weight: Annotated[Fraction, FIXED] = Field(
-        0.5, description="of mixed_kl: share of forward_kl; the rest is reverse_kl"
+        0.5, description="for mixed_kl: the share of forward_kl; the rest is reverse_kl"
     )
     temperature: Annotated[Temperature, FIXED] = Field(
         1.0,
-        description="divides the logits of both models in the divergence, not in cross-entropy",
+        description="divides the logits of both models in the divergence, but not in cross-entropy",
     )
     kd_weight: Annotated[Weight, FIXED] = Field(0.5, description="factor of the divergence")
     ce_weight: Annotated[Weight, FIXED] = Field(
@@ -496,16 +519,17 @@ class LossSection(RecipeSection):
     )
     chunk_size: Annotated[Positive | None, FIXED] = Field(
         None,
-        description="tokens whose student logits exist at a time; as logits_gib says when absent",
+        description="tokens whose student logits exist at a time; default: as many as logits_gib "
+        "allows",
     )
     logits_gib: Annotated[float, Field(gt=0.0, le=1024.0), FREE] = Field(
         LOGITS_GIB,
-        description="what logits of both models may take at a time, which chunk_size replaces; "
-        "with more, the loss reads and writes the head's gradient less often",
+        description="memory for the logits of both models at a time, unless chunk_size is set; "
+        "with more, the loss reads and writes the gradient of the head less often",
     )
     logits_dtype: Annotated[Literal["float32", "bfloat16"] | None, FIXED] = Field(
         None,
-        description="of logits and their gradient; float32 when absent; bfloat16 is less exact",
+        description="dtype of logits and their gradient; default: float32; bfloat16 is less exact",
     )
     backend: Annotated[Literal["auto", "triton", "torch", "reference"], FIXED] = Field(
         "auto",
@@ -516,7 +540,8 @@ class LossSection(RecipeSection):
     def _some_weight(self) -> "LossSection":
         if self.kd_weight == 0.0 and self.ce_weight == 0.0:
             raise ValueError(
-                "kd_weight and ce_weight are both 0: nothing would be learned; set one of them"
+                "kd_weight and ce_weight are both 0, so nothing would be learned: set one of them "
+                "above 0"
             )
         return self
 
@@ -527,16 +552,18 @@ class RolloutSection(RecipeSection):
     """
 
     fraction: Annotated[float, Field(gt=0.0, le=1.0), FIXED] = Field(
-        1.0, description="of a global batch's sequences, whose responses are sampled"
+        1.0, description="fraction of each global batch whose responses are sampled"
     )
     source: Annotated[Literal["student", "teacher"], FIXED] = Field(
-        "student", description="who writes them: on-policy, or sequence-level distillation"
+        "student",
+        description="who writes the responses: student is on-policy, teacher is sequence-level "
+        "distillation",
     )
     max_new_tokens: Annotated[Positive, AXIS] = Field(
-        512, description="of a response: the prefix that is sampled and learned from"
+        512, description="tokens to sample of each response; only these are learned from"
     )
     temperature: Annotated[Temperature, FIXED] = Field(
-        1.0, description="at which responses are sampled"
+        1.0, description="temperature at which responses are sampled"
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0), FIXED] = Field(
         1.0, description="sample from the likeliest tokens that have this probability together"
@@ -546,16 +573,16 @@ class RolloutSection(RecipeSection):
     )
     divergence: Annotated[Divergence | None, FIXED] = Field(
         None,
-        description="over sampled responses; when absent reverse_kl for the student's, and "
-        "loss.divergence for the teacher's",
+        description="divergence over sampled responses; default: reverse_kl if the student "
+        "samples, loss.divergence if the teacher does",
     )
     gather: Annotated[Literal["auto", "whole", "layers"], FREE] = Field(
         "auto",
-        description="while a model that ZeRO-3 divides samples: all of it at once, or layer by "
-        "layer for each token; auto: whole where the plan says that it fits",
+        description="how to gather a model that ZeRO-3 divides while it samples: whole, at once; "
+        "layers, layer by layer for each token; auto: whole if it fits, by the plan",
     )
     server: Annotated[Filled | None, FREE] = Field(
-        None, description="address of a vLLM server that writes in the teacher's place"
+        None, description="URL of a vLLM server that samples instead of the teacher on these ranks"
     )
 
 
@@ -572,23 +599,23 @@ class TrainingSection(RecipeSection):
     )
     max_tokens_per_micro_batch: Annotated[Positive | None, FREE] = Field(
         None,
-        description="replaces micro_batch_size when set: a micro-batch holds as many sequences as "
-        "so many tokens allow, dealt so that ranks have about equal work",
+        description="limits a micro-batch by tokens instead of micro_batch_size; sequences are "
+        "dealt so that ranks have about equal work",
     )
     sequence_layout: Annotated[Literal["auto", "padded", "packed"], FREE] = Field(
         "auto",
-        description="packed: sequences one behind the other, which attention keeps apart; auto: "
-        "packed where attention is flash attention",
+        description="packed: sequences follow each other without padding, and attention does not "
+        "cross from one to the next; auto: packed if attention is flash attention",
     )
     learning_rate: Annotated[Magnitude, FIXED] = Field(
-        1e-5, description="the highest of the schedule"
+        1e-5, description="the highest learning rate of the schedule"
     )
     schedule: Annotated[Literal["one_cycle", "cosine", "constant"], FIXED] = Field(
         "cosine",
         description="after warm-up: cosine falls to 0, constant stays; one_cycle is OneCycleLR",
     )
     warmup_fraction: Annotated[Fraction, FIXED] = Field(
-        0.1, description="share of all steps in which the learning rate rises"
+        0.1, description="fraction of all steps in which the learning rate rises"
     )
     weight_decay: Annotated[Weight, FIXED] = Field(0.0, description="of AdamW")
     adam_betas: Annotated[tuple[Beta, Beta], FIXED] = Field((0.9, 0.999), description="of AdamW")
@@ -598,30 +625,30 @@ class TrainingSection(RecipeSection):
     )
     skip_nonfinite: Annotated[Whole, FREE] = Field(
         0,
-        description="optimizer steps with a loss or gradient that is not finite to skip before "
-        "stopping",
+        description="how many steps with a loss or gradient that is not finite to skip before the "
+        "run stops",
     )
     checkpoint_every: Annotated[Positive, FREE] = Field(
         500, description="steps between checkpoints"
     )
     validate_every: Annotated[Positive | None, FREE] = Field(
         None,
-        description="steps between validations; when absent ten in a run, or more, and each step "
-        "that is saved. The best step is one that is both validated and saved",
+        description="steps between validations; default: at least ten in a run, and after each "
+        "saved step. The best step is one that is both validated and saved",
     )
     evaluate_every: Annotated[Positive | None, FREE] = Field(
         None,
-        description="steps between measurements of the student's accuracy on selection_path, made "
-        "at each step that is saved as well; when absent none",
+        description="steps between measurements of the student's accuracy on selection_path, "
+        "which each saved step gets too; default: none",
     )
     selection_path: Annotated[PathText | None, FREE] = Field(
-        None, description="local JSONL of problems for that, other than evaluation.path"
+        None, description="a local JSONL of problems for evaluate_every, other than evaluation.path"
     )
     select_best: Annotated[Literal["val_loss", "accuracy"], FREE] = Field(
-        "val_loss", description="which of the saved steps is exported as the best"
+        "val_loss", description="what decides which saved step is exported as the best"
     )
     keep_last: Annotated[Positive, FREE] = Field(
-        2, description="checkpoints kept besides the best one"
+        2, description="checkpoints to keep, not counting the best one"
     )
 
     def saves_after(self, step: int, total_steps: int) -> bool:
@@ -643,23 +670,23 @@ class TrainingSection(RecipeSection):
 
 class EvaluationSection(RecipeSection):
     path: Annotated[PathText | None, PLACE] = Field(
-        None, description="local JSONL of problems: prompt, answer"
+        None, description="a local JSONL of problems, with prompt and answer"
     )
     tasks: Annotated[tuple[str, ...], PLACE] = Field(
-        (), description="public benchmarks, of kd/evaluate/tasks.py"
+        (), description="names of public benchmarks in kd/evaluate/tasks.py"
     )
     judge: Annotated[Literal["math", "exact"], PLACE] = Field(
-        "math", description="how answers are compared: as mathematics, or as text"
+        "math", description="compare answers as mathematics (math) or as text (exact)"
     )
     max_new_tokens: Annotated[Positive, PLACE] = Field(
-        32768, description="most tokens of a response"
+        32768, description="the most tokens of a response"
     )
-    temperature: Annotated[SamplingTemperature, PLACE] = Field(0.6, description="0 is greedy")
+    temperature: Annotated[SamplingTemperature, PLACE] = Field(0.6, description="0: greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0), PLACE] = Field(
         0.95, description="sample from the likeliest tokens that have this probability together"
     )
     batch_size: Annotated[BatchSize, PLACE] = Field(
-        16, description="responses that are generated at a time"
+        16, description="responses to generate at a time"
     )
 
 
@@ -678,26 +705,26 @@ class MonitorSection(RecipeSection):
 class DeepSpeedSection(RecipeSection):
     student: Annotated[PathText, FIXED] = Field(
         "zero3_bf16.json",
-        description="a file of ds_configs/, or a path; auto: zero1_, zero2_, zero3_bf16.json or "
-        "zero3_bf16_offload.json, the fastest of them that fits, by the plan",
+        description="a file in ds_configs/, or a path; auto: the fastest of zero1_bf16, "
+        "zero2_bf16, zero3_bf16 and zero3_bf16_offload.json that fits, by the plan",
     )
     teacher: Annotated[PathText, FIXED] = Field(
         "zero3_teacher.json",
-        description="a file of ds_configs/, or a path",
+        description="a file in ds_configs/, or a path",
     )
 
 
 class Recipe(RecipeSection):
     run: RunSection = RunSection()
     teacher: TeacherSection | None = Field(
-        None, description="absent: plain fine-tuning, loss.kd_weight must be 0"
+        None, description="without it: plain fine-tuning, for which loss.kd_weight must be 0"
     )
     student: StudentSection
     data: DataSection
     truncation: TruncationSection = TruncationSection()
     loss: LossSection = LossSection()
     rollout: RolloutSection | None = Field(
-        None, description="absent: every response is the data's own"
+        None, description="without it: all responses come from the data"
     )
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -708,13 +735,14 @@ class Recipe(RecipeSection):
     def _sections_agree(self) -> "Recipe":
         if self.teacher is None and self.loss.kd_weight > 0:
             raise ValueError(
-                "loss.kd_weight > 0 needs a [teacher]; name one or set loss.kd_weight = 0"
+                "loss.kd_weight > 0 needs a [teacher]: name one, or set loss.kd_weight = 0"
             )
         if self.teacher is not None and self.teacher.cache is not None:
             _check_reads_prefixes(self.truncation)
         if self.teacher is not None and self.loss.kd_weight == 0:
             raise ValueError(
-                "loss.kd_weight = 0 never uses the [teacher]; remove it or give it weight"
+                "loss.kd_weight = 0 never uses the [teacher]: remove the section, or raise "
+                "loss.kd_weight"
             )
         if self.rollout is not None:
             _check_rollout(self, self.rollout)
@@ -722,10 +750,10 @@ class Recipe(RecipeSection):
         return self
 
     def with_values(self, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe with other values, {"section.key": value}, or "section.table.key": the one way
-        to change one in code.
+        """The recipe with other values: {"section.key": value}, or "section.table.key". Code
+        changes a recipe in no other way.
 
-        Raises UserError for a key that there is not, and for a value that is not valid.
+        Raises UserError for an unknown key and for a value that is not valid.
         """
         sections = self.model_dump()
         for name, value in values.items():
@@ -746,7 +774,7 @@ class Recipe(RecipeSection):
 
     @property
     def autos(self) -> tuple[str, ...]:
-        """ "section.key" of what the plan is to choose: kd.plan.placement."""
+        """ "section.key" of each value that the plan is to choose (kd.plan.placement)."""
         found = {
             "teacher.shard": self.teacher and self.teacher.shard,
             "deepspeed.student": self.deepspeed.student,
@@ -767,8 +795,8 @@ class Recipe(RecipeSection):
 
     @property
     def rollout_loss(self) -> LossSection:
-        """The objective over sampled responses. The student's own are no text to imitate: they have
-        no cross-entropy.
+        """The loss over sampled responses. Those of the student get no cross-entropy, since they
+        are not text to imitate.
         """
         assert self.rollout is not None
         of_student = self.rollout.source == "student"
@@ -778,8 +806,9 @@ class Recipe(RecipeSection):
         return self.loss.model_copy(update=changes)
 
     def max_micro_batches(self, world_size: int) -> int:
-        """Of a rank in one optimizer step, for DeepSpeed's gradient_accumulation_steps. With a
-        budget of tokens steps differ, and this says whether there may be more than one: 2, or 1.
+        """The most micro-batches of a rank in an optimizer step, for DeepSpeed's
+        gradient_accumulation_steps. With a budget of tokens, where steps differ, 2 means "more
+        than one" and 1 means "one".
         """
         training, num_rollouts = self.training, self.num_rollouts
         parts = [n for n in (training.global_batch_size - num_rollouts, num_rollouts) if n]
@@ -797,29 +826,29 @@ def _check_selection(recipe: Recipe) -> None:
         )
     if path is not None and path == recipe.evaluation.path:
         raise ValueError(
-            f"training.selection_path = {path!r} is evaluation.path too: a checkpoint that is "
-            "chosen by the problems of the report would flatter it; name others"
+            f"training.selection_path = {path!r} is evaluation.path too: choosing a checkpoint by "
+            "the problems of the report inflates its score; name other problems"
         )
     if training.select_best == "accuracy" and training.evaluate_every is None:
         raise ValueError(
-            'training.select_best = "accuracy" needs training.evaluate_every: how often accuracy '
-            "is measured"
+            'training.select_best = "accuracy" needs accuracy to be measured: set '
+            "training.evaluate_every"
         )
 
 
 def _check_rollout(recipe: Recipe, rollout: RolloutSection) -> None:
     if recipe.teacher is None:
-        raise ValueError("[rollout] needs a [teacher], which judges what is sampled: name one")
+        raise ValueError("[rollout] needs a [teacher] to learn from: name one")
     if recipe.teacher.cache is not None:
         raise ValueError(
-            f'[rollout] with teacher.cache = "{recipe.teacher.cache}": a cache knows nothing of '
-            "responses that are sampled later: leave one of them out"
+            f'[rollout] with teacher.cache = "{recipe.teacher.cache}": a cache does not cover '
+            "responses that are sampled later; remove one of the two"
         )
     if rollout.server is not None and rollout.source != "teacher":
         raise ValueError(
             f'rollout.server = "{rollout.server}" with rollout.source = "{rollout.source}": a '
-            "server has the weights that it was started with, and the student's change: set "
-            'rollout.source = "teacher", or leave the server out'
+            "server keeps the weights that it was started with, but the student's change; set "
+            'rollout.source = "teacher", or remove rollout.server'
         )
     size, num, per_prompt = (
         recipe.training.global_batch_size,
@@ -829,12 +858,13 @@ def _check_rollout(recipe: Recipe, rollout: RolloutSection) -> None:
     if not num or num % per_prompt:
         raise ValueError(
             f"rollout.fraction = {rollout.fraction} of training.global_batch_size = {size} is "
-            f"{num} sequences, and rollout.samples_per_prompt = {per_prompt} does not divide them "
-            "into prompts: change one of the three"
+            f"{num} sequences, and rollout.samples_per_prompt = {per_prompt} does not divide that "
+            "number: change one of the three"
         )
     if not {"cot", "answer"} & set(recipe.data.loss_sections):
         raise ValueError(
-            "[rollout] samples thoughts and answers, and data.loss_sections has neither: add one"
+            "[rollout] samples chains of thought and answers, but data.loss_sections has neither: "
+            'add "cot" or "answer"'
         )
 
 
@@ -842,14 +872,14 @@ def _check_reads_prefixes(truncation: TruncationSection) -> None:
     """What a teacher's cache can serve: the states of a whole trace are those of its beginnings."""
     if truncation.window != "head" and truncation.window_context == "drop":
         raise ValueError(
-            f'truncation.window = "{truncation.window}" with window_context = "drop" reads from '
-            "within a trace, and teacher.cache holds what a teacher says that has read all before: "
-            'set truncation.window_context = "keep", or leave teacher.cache out'
+            f'truncation.window = "{truncation.window}" with window_context = "drop" does not '
+            "read a trace from its start, but the targets in teacher.cache come from a teacher "
+            'that did: set truncation.window_context = "keep", or remove teacher.cache'
         )
 
 
 def key_facts() -> dict[str, KeyFacts]:
-    """{"section.key": its facts}, of every key. Raises TypeError for a key that states none."""
+    """{"section.key": its facts} for every key. Raises TypeError for a key without facts."""
     found = {}
     for section in Recipe.model_fields:
         for key, field in _section_model(section).model_fields.items():
@@ -862,8 +892,8 @@ def key_facts() -> dict[str, KeyFacts]:
 
 @functools.cache
 def facts_of(name: str) -> KeyFacts:
-    """Of "section.key", which another version may have written: one that is not known today is as
-    its section, where all keys of that are alike, and else FIXED.
+    """The facts of "section.key", which another version may have written. An unknown key has the
+    facts of its section if all keys of that section share them, and is FIXED otherwise.
     """
     known, (section, _, _) = key_facts(), name.partition(".")
     siblings = {facts for key, facts in known.items() if key.startswith(f"{section}.")}
@@ -885,12 +915,12 @@ def default_of(name: str) -> Any:
 
 
 def check_format_version(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise UserError for a file that a later version wrote; one that states none is version 1."""
+    """Raise UserError for a file that a later version wrote. A file without a version is 1."""
     version = content.get("format_version", 1)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version = {shortened(version)}, and this version reads 1 to "
-            f"{FORMAT_VERSION}: use the code that wrote it, or a later one"
+            f"{path}: format_version = {shortened(version)}, but this version reads only 1 to "
+            f"{FORMAT_VERSION}: use the version that wrote it, or a later one"
         )
 
 
@@ -925,7 +955,9 @@ def find_recipe(name: str) -> Path:
     if name.endswith((".toml", ".json")):
         if os.path.isfile(name):
             return Path(name)
-        raise UserError(f"recipe {shortened(name)}: no such file")
+        raise UserError(
+            f"recipe {shortened(name)}: no such file; check the path, or use a name from recipes/"
+        )
     for folder in (RECIPES_DIR, RECIPES_DIR / "bases"):
         path = folder / f"{name}.toml"
         if os.path.isfile(path):
@@ -933,7 +965,7 @@ def find_recipe(name: str) -> Path:
     known = sorted(path.stem for path in RECIPES_DIR.glob("*.toml"))
     raise UserError(
         f"recipe {shortened(name)} is not in recipes/.{_nearest(name, known)}\n"
-        f"There are: {', '.join(known)}"
+        f"The recipes are {', '.join(known)}"
     )
 
 
@@ -975,7 +1007,9 @@ def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_resolved(path: Path) -> dict[str, Any]:
     sections = read_json(path)
     if not isinstance(sections, dict):
-        raise UserError(f"{path}: holds {shortened(sections)}; name the recipe.json of a run")
+        raise UserError(
+            f"{path}: it holds {shortened(sections)} and no recipe: name the recipe.json of a run"
+        )
     check_format_version(path, sections)
     return {
         name: values
@@ -996,7 +1030,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         parsed = {"value": value}  # a bare word is a string: --set run.name=trial
     if len(parsed) > 1:
-        raise UserError(f"--set {_cut(text)}: holds {len(parsed)} values: give each its own --set")
+        raise UserError(
+            f"--set {_cut(text)}: it holds {len(parsed)} values: write one --set for each"
+        )
     return _nested(key.strip(), parsed["value"])
 
 
@@ -1026,7 +1062,7 @@ def _check_keys(where: str, layer: dict[str, Any]) -> None:
             raise UserError(f"{where}: unknown section [{_cut(section)}].{near}")
         if not isinstance(values, dict):
             raise UserError(
-                f"{where}: {section} is a section: write [{section}] and its keys below it"
+                f"{where}: {section} is a section: write [{section}] and put its keys below it"
             )
         _check_names(where, section, values, _section_model(section))
 

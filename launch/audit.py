@@ -1,9 +1,9 @@
-"""Show what a recipe's truncation keeps and drops of its traces, before a GPU hour is spent.
+"""Show what a recipe's truncation keeps and drops of its traces, before you spend a GPU hour.
 
     python launch/audit.py --recipe NAME [--show 5] [--set section.key=value ...] [--json FILE]
 
-Needs no GPU, and no network when models and data are cached. The numbers also go to audit.json of
-the run's folder.
+Needs no GPU, and no network when models and data are cached. The numbers are also written to
+audit.json in the run's folder.
 """
 
 from pathlib import Path
@@ -27,13 +27,17 @@ def main() -> None:
         "Show what a recipe's truncation keeps and drops of its training examples."
     )
     parser.add_argument(
-        "--show", type=int, default=5, metavar="N", help="examples to print, the first of the split"
+        "--show",
+        type=int,
+        default=5,
+        metavar="N",
+        help="how many examples to print, from the start of the training split",
     )
     parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="audit.json of the recipe's run folder when absent",
+        help="default: audit.json in the recipe's run folder",
     )
     args = parser.parse_args()
     if args.show < 0:

@@ -1,10 +1,10 @@
-"""Compute once what a teacher says of whole traces, for every truncation length, seed and student:
+"""Run the teacher once over whole traces, and store the result for every length, seed and student:
 
 deepspeed launch/cache.py --recipe NAME --output FOLDER [--kind hidden --dtype bf16]
 
-Then train with --set teacher.cache=FOLDER, and no teacher is loaded. Started again it fills what is
-missing: more rows, damaged shards, or what was left when it was stopped. torchrun, srun and plain
-python start it too. A teacher that is served somewhere fills a cache of its likeliest tokens:
+Then train with --set teacher.cache=FOLDER: no teacher is loaded. Run the same command again to fill
+what is missing: new rows, damaged shards, or the rest after an interruption. torchrun, srun and
+plain python can start it too. A teacher behind a server can fill a cache of its most likely tokens:
 
 python launch/cache.py --recipe NAME --output FOLDER --kind top_k --server http://HOST:8000
 """
@@ -47,37 +47,45 @@ def parse_args() -> argparse.Namespace:
         "--kind",
         choices=("hidden", "vector", "top_k", "sampled"),
         default="hidden",
-        help="hidden: last states, for any divergence and temperature; and at loss.temperature: "
-        "vector, exact forward_kl for a student whose head is frozen; top_k, the likeliest tokens; "
-        "sampled, drawn tokens, for forward_kl",
+        help="hidden: last hidden states, for any divergence and temperature. The others are for "
+        "the recipe's loss.temperature only. vector: exact forward_kl for a student with a frozen "
+        "head; top_k: the most likely tokens; sampled: drawn tokens, for forward_kl",
     )
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "int8"),
         default="bf16",
-        help="of hidden (exact where it is no narrower than the teacher's own) and vector",
+        help="dtype of hidden and vector; hidden is exact if this is no narrower than the "
+        "teacher's dtype",
     )
     parser.add_argument(
-        "--num-tokens", type=int, metavar="K", help="of top_k (128) and sampled (12)"
+        "--num-tokens",
+        type=int,
+        metavar="K",
+        help="tokens per position of top_k (128) or sampled (12)",
     )
     parser.add_argument(
         "--server",
         metavar="URL",
-        help="of a vLLM server that has the teacher, for top_k: none is loaded here, but for a few "
-        "rows to compare where its weights are",
+        help="a vLLM server that has loaded the teacher, for top_k; only if the weights are here "
+        "too does this command load them, to compare a few rows",
     )
     parser.add_argument(
-        "--shard-mib", type=int, default=256, metavar="N", help="MiB of a shard (%(default)s)"
+        "--shard-mib", type=int, default=256, metavar="N", help="MiB per shard (%(default)s)"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read every byte, name what is damaged, fill nothing"
+        "--verify",
+        action="store_true",
+        help="read every byte, list what is damaged, and fill nothing",
     )
     parser.add_argument(
-        "--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts"
+        "--local_rank",
+        type=int,
+        help="set by some launchers and ignored; LOCAL_RANK is read instead",
     )
     arguments = parser.parse_args()
     if arguments.shard_mib < 1:
-        raise UserError(f"--shard-mib {arguments.shard_mib}: at least 1 is needed")
+        raise UserError(f"--shard-mib {arguments.shard_mib}: write at least 1")
     return arguments
 
 
@@ -90,10 +98,11 @@ def verify(folder: Path) -> None:
     if damaged:
         listing = "\n".join(damaged)
         raise UserError(
-            f"{folder}: {len(damaged)} shards are damaged:\n{listing}\nFill it again with the "
-            "recipe that filled it: only these are filled"
+            f"{folder}: {len(damaged)} shards are damaged:\n"
+            f"{listing}\n"
+            "Run launch/cache.py with the recipe that filled it: it fills only these again"
         )
-    print(f"ok: {folder} is whole", file=sys.stderr)
+    print(f"ok: {folder} has no damaged shard", file=sys.stderr)
 
 
 if __name__ == "__main__":

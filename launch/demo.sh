@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on two CPU cores: problems -> traces of the teacher -> distillation on two ranks -> scores.
-#   bash launch/demo.sh [--from-scratch SEED]     with teacher and student base trained anew, not those that are shipped
+# Run all stages on two CPU cores: problems -> traces of the teacher -> distillation on two ranks -> scores.
+#   bash launch/demo.sh [--from-scratch SEED]     --from-scratch trains a new teacher and student base first
 # DEMO_TRACES, DEMO_STEPS and DEMO_PROBLEMS shorten it; DEMO_RECIPE chooses another length, such as tiny_trunc25.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

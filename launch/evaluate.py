@@ -1,5 +1,5 @@
-"""Accuracy of one or more models: on the recipe's problems and tasks, on other tasks, or as a
-harness measures it.
+"""Measure the accuracy of one or more models, on the recipe's problems and tasks, on other tasks,
+or with a harness.
 
     python launch/evaluate.py --recipe NAME --model PATH [--model PATH ...] [--output DIR]
     python launch/evaluate.py --recipe NAME --model PATH --tasks aime24,math500 [--num-samples K]
@@ -8,10 +8,10 @@ harness measures it.
     python launch/evaluate.py ... --server http://HOST:8000   # where `vllm serve PATH` runs
     python launch/evaluate.py ... --tasks gsm8k --harness lm-eval [-- LM_EVAL_ARGUMENTS]
 
-Leaves LABEL.json and LABEL.responses.jsonl of each model in the folder evaluation/ of the recipe's
-run, in a folder TASK/ below it for a task, in lm-eval/TASK/ for a harness; and prints a table. May
-be killed at any time: the same command, on as many ranks, continues after the last finished batch,
-and gives the same responses.
+Prints a table, and writes LABEL.json and LABEL.responses.jsonl of each model to the folder
+evaluation/ of the recipe's run, for a task to TASK/ below it, and for a harness to lm-eval/TASK/.
+It may be killed at any time: the same command, on as many ranks, continues after the last finished
+batch, and gives the same responses.
 """
 
 import argparse
@@ -87,44 +87,43 @@ def parse_args() -> argparse.Namespace:
         "--model",
         required=True,
         action="append",
-        help="folder or hub id; may be repeated. Code that comes with a model runs only where the "
-        "recipe trusts it: "
-        "student.model and teacher.model with their trust_remote_code, and this run's exports with "
-        "the student's",
+        help="folder or hub id; may be repeated. A model's own code runs only if the recipe has "
+        "trust_remote_code for it: student.model, teacher.model, and this run's exports as the "
+        "student",
     )
     parser.add_argument(
         "--label", action="append", default=[], help="name in the table, one per --model"
     )
     parser.add_argument(
         "--tasks",
-        help="comma-separated, of kd/evaluate/tasks.py or of the harness; the recipe's own when "
-        "absent",
+        help="comma-separated names from kd/evaluate/tasks.py or of the harness; default: the "
+        "recipe's evaluation.tasks",
     )
     parser.add_argument(
         "--num-samples",
         type=int,
-        help="responses to each problem; the task's usual number, or 1, when absent",
+        help="responses to each problem; default: the task's usual number, or 1",
     )
     generation_arguments(parser)
-    parser.add_argument(
-        "--harness", choices=["lm-eval"], help="runs the tasks, its own, instead of this command"
-    )
+    parser.add_argument("--harness", choices=["lm-eval"], help="let this harness run its own tasks")
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
     parser.add_argument(
-        "--output", type=Path, help="folder; evaluation/ of the recipe's run when absent"
+        "--output", type=Path, help="default: evaluation/ in the recipe's run folder"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampled responses")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled responses")
     parser.add_argument(
-        "--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts"
+        "--local_rank",
+        type=int,
+        help="set by some launchers and ignored; LOCAL_RANK is read instead",
     )
     parser.add_argument(
-        "harness_args", nargs="*", metavar="-- ARGUMENTS", help="further arguments of the harness"
+        "harness_args", nargs="*", metavar="-- ARGUMENTS", help="further arguments for the harness"
     )
     return parser.parse_args()
 
 
 def check_arguments(args: argparse.Namespace, recipe: Recipe, num_ranks: int) -> None:
-    """Raises UserError for arguments that do not go together."""
+    """Raises UserError for arguments that exclude each other."""
     num_samples = args.num_samples
     if num_samples is not None:
         check_num_samples(num_samples, recipe.evaluation.temperature)
@@ -132,22 +131,23 @@ def check_arguments(args: argparse.Namespace, recipe: Recipe, num_ranks: int) ->
         raise UserError(f"--harness {args.harness} needs --tasks: name tasks of the harness")
     if args.harness and num_samples is not None:
         raise UserError(
-            f"--num-samples = {num_samples}: the harness's tasks say how often they sample; leave "
+            f"--num-samples = {num_samples}: tasks of a harness set this number themselves; leave "
             "it out"
         )
     if args.harness and args.server is not None:
         raise UserError(
-            f"--server {args.server}: the harness loads the model itself: leave out --server, or "
+            f"--server {args.server}: the harness loads the model itself; leave out --server or "
             "--harness"
         )
     if args.harness and num_ranks > 1:
         raise UserError(
-            f"--harness {args.harness} with WORLD_SIZE = {num_ranks}: the harness runs in one "
-            "process: start it without a launcher"
+            f"--harness {args.harness} with WORLD_SIZE = {num_ranks}: the harness runs in a "
+            "single process; start it without a launcher"
         )
     if args.harness_args and not args.harness:
         raise UserError(
-            f"unknown arguments {' '.join(args.harness_args)}: only a --harness takes further ones"
+            f"unknown arguments {' '.join(args.harness_args)}: remove them, or add the --harness "
+            "that they are for"
         )
 
 
@@ -167,8 +167,8 @@ def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
     """One distinct label per model: the last two parts of its path when none are given."""
     if labels and len(labels) != len(models):
         raise UserError(
-            f"--label is given {len(labels)} times for {len(models)} --model: give one each, or "
-            "none"
+            f"--label is given {len(labels)} times for {len(models)} --model: give one to each "
+            "model, or none"
         )
     chosen = [
         re.sub(r"[^\w.=-]+", "-", text)
@@ -176,7 +176,7 @@ def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
     ]
     if len(set(chosen)) != len(chosen):
         raise UserError(
-            f"two models are labelled alike ({', '.join(chosen)}): give each a --label of its own"
+            f"two models have the same label ({', '.join(chosen)}): give each its own --label"
         )
     for label, model in zip(chosen, models, strict=True):
         check_name("--label", label, f"give --model {model} a --label of letters and digits")
@@ -184,7 +184,7 @@ def check_labels(models: Sequence[str], labels: Sequence[str]) -> list[str]:
 
 
 def subject_of(recipe: Recipe, name: str, label: str, backend: Backend, seed: int) -> Subject:
-    """A model, loaded once for all tasks, or not at all where all responses are there."""
+    """A model, loaded once for all tasks, or not at all if all responses exist already."""
     section = section_of(recipe, name)
     # With the teacher left out the model's own tokenizer is checked, and its own template and end
     # token are used, unless the recipe sets them.
@@ -196,7 +196,7 @@ def subject_of(recipe: Recipe, name: str, label: str, backend: Backend, seed: in
 def section_of(recipe: Recipe, name: str) -> ModelSection:
     """How to load a model: as the recipe says, else as its student without a revision.
 
-    Trust in the student's code reaches what this run exported, and no other model.
+    The student's trust_remote_code covers what this run exported, and no other model.
     """
     for section in (recipe.student, recipe.teacher):
         if section is not None and section.model == name:

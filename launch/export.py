@@ -1,5 +1,5 @@
-"""A finished run's export, pushed to the Hugging Face hub with a model card that is made from the
-run; or the card alone.
+"""Push a finished run's export to the Hugging Face hub, with a model card made from the run; or
+write only the card.
 
 python launch/export.py RUN --push owner/name
 python launch/export.py RUN --card FILE
@@ -43,43 +43,54 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Push a finished run's export to the Hugging Face hub in one commit, with a "
-        "model card: its recipe and the command that trains it, models, data, scores with 95 % "
-        "intervals, cost, versions. The card holds the paths that the recipe holds: read it first, "
-        "with --card. It was run against a server that stands in for the hub, and not against the "
-        "hub itself."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run with SUCCESS")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--push", metavar="OWNER/NAME", help="a model repository, which is made if it is not there"
-    )
-    what.add_argument(
-        "--card", type=Path, metavar="FILE", help="write the model card, push nothing"
+        "model card. The card lists the recipe and the command that trains it, models, data, "
+        "scores with 95 % intervals, cost and versions. It also shows the paths in the recipe, so "
+        "read it first, with --card. Pushing was tested against a server that imitates the hub, "
+        "not against the hub."
     )
     parser.add_argument(
-        "--which", choices=["best", "last"], default="best", help="which export; best when absent"
+        "run", type=Path, metavar="RUN", help="the folder of a finished run (it has a file SUCCESS)"
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="a model repository; it is created if it does not exist",
+    )
+    what.add_argument(
+        "--card", type=Path, metavar="FILE", help="write the model card and push nothing"
+    )
+    parser.add_argument(
+        "--which",
+        choices=["best", "last"],
+        default="best",
+        help="which export to push; default: best",
     )
     parser.add_argument(
         "--license",
         metavar="ID",
-        help="of the model, an id of the hub's list or other; when absent, the one that the base "
-        "model's README.md states, in its folder or on the hub. It is required where that states "
-        "none: nothing is guessed, since whoever loads the model relies on it",
+        help="licence of the model, as a hub id or in your words; default: what the base model's "
+        "README.md states, in its folder or on the hub. It is required if that states none, since "
+        "a licence is never guessed",
     )
     of_push = parser.add_argument_group("of --push")
     of_push.add_argument(
         "--private",
         action="store_true",
-        help="make the repository private; an error where it is there and public",
+        help="make the repository private; an error if it exists and is public",
     )
-    of_push.add_argument("--revision", metavar="BRANCH", help="made if it is not there")
-    of_push.add_argument("--card-only", action="store_true", help="push the card and no other file")
     of_push.add_argument(
-        "--dry-run", action="store_true", help="list what would be pushed; no token is needed"
+        "--revision", metavar="BRANCH", help="branch to push to; it is created if it does not exist"
+    )
+    of_push.add_argument("--card-only", action="store_true", help="push only the card")
+    of_push.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list what would be pushed, and push nothing; needs no token",
     )
     args = parser.parse_args()
     if args.card and (args.private or args.revision or args.card_only or args.dry_run):
-        parser.error("--private, --revision, --card-only and --dry-run go with --push")
+        parser.error("--private, --revision, --card-only and --dry-run need --push: add it")
     return args
 
 
@@ -87,7 +98,9 @@ def write_card(path: Path, card: str) -> None:
     try:
         write_text(path, card)
     except OSError as error:
-        raise UserError(f"--card = {str(path)!r}: cannot write there: {error}") from error
+        raise UserError(
+            f"--card = {str(path)!r}: cannot be written: {error}; name another file"
+        ) from error
     print(path)
 
 

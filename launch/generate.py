@@ -5,9 +5,9 @@
     deepspeed --num_gpus 8 launch/generate.py ...        # or torchrun, or srun: a share each
     python launch/generate.py ... --server http://HOST:8000      # vllm serve TEACHER, there
 
-Samples as the recipe's [evaluation] says, unless a flag says otherwise. May be killed at any time:
-the same command, on as many ranks, continues after the last finished batch, and gives the same file
-with transformers. Where a problem has several samples, their ids are PROBLEM/SAMPLE.
+Samples as the recipe's [evaluation] says, unless a flag says otherwise. It may be killed at any
+time: the same command, on as many ranks, continues after the last finished batch, and with
+transformers gives the same file. Several samples of a problem have the ids PROBLEM/SAMPLE.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     ]
     recipe = load_recipe(args.recipe, args.overrides + given)
     if recipe.teacher is None:
-        raise UserError(f"recipe {args.recipe!r} has no [teacher] to generate with")
+        raise UserError(f"recipe {args.recipe!r} has no [teacher] to generate with: add one")
     check_num_samples(args.num_samples, recipe.evaluation.temperature)
     is_judged = args.keep == "correct"
     problems = load_problems("--problems", args.problems, args.limit, need_answers=is_judged)
@@ -70,7 +70,9 @@ def main() -> None:
     with holding(folder, f".{name}.lock"):
         whole = join_shares(args.output, described, num_ranks)
     if whole is None:
-        print(f"rank {rank}: its share is done; the last rank to finish joins all", flush=True)
+        print(
+            f"rank {rank}: its share is done; the last rank to finish joins all shares", flush=True
+        )
         return
     fates = ", ".join(f"{count} {fate}" for fate, count in sorted(whole.counts.items()))
     print(f"{args.output}: {fates}")
@@ -79,23 +81,23 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = recipe_parser("Write reasoning traces of the recipe's teacher.")
     parser.add_argument(
-        "--problems", required=True, help="JSONL file: prompt, and id when rows have one"
+        "--problems", required=True, help="JSONL file of rows with prompt, and id if they have one"
     )
     parser.add_argument("--output", required=True, type=Path, help="JSONL file of traces")
     parser.add_argument(
         "--temperature",
         type=float,
-        help="0 is greedy; the recipe's evaluation.temperature unless given",
+        help="0: greedy; default: the recipe's evaluation.temperature",
     )
-    parser.add_argument("--top-p", type=float, help="the recipe's evaluation.top_p unless given")
+    parser.add_argument("--top-p", type=float, help="default: the recipe's evaluation.top_p")
     parser.add_argument(
-        "--max-new-tokens", type=int, help="the recipe's evaluation.max_new_tokens unless given"
+        "--max-new-tokens", type=int, help="default: the recipe's evaluation.max_new_tokens"
     )
     parser.add_argument(
         "--batch-size",
         type=int,
-        help="responses between two writes; the recipe's evaluation.batch_size, or 512 with vLLM, "
-        "unless given",
+        help="responses between two writes; default: the recipe's evaluation.batch_size, or 512 "
+        "with vLLM",
     )
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
     parser.add_argument("--seed", type=int, default=0)
@@ -103,15 +105,18 @@ def parse_args() -> argparse.Namespace:
         "--keep",
         choices=["ended", "closed", "correct"],
         default="ended",
-        help="ended: drop answers cut off by max-new-tokens; closed: keep them; correct: drop "
-        "these and those that evaluation.judge finds wrong. Thoughts never closed are dropped",
+        help="ended: drop answers that max-new-tokens cut off; closed: keep them; correct: drop "
+        "them, and answers that evaluation.judge finds wrong. A thought that is never closed is "
+        "always dropped",
     )
     parser.add_argument(
         "--num-samples", type=int, default=1, metavar="K", help="responses to each problem"
     )
     generation_arguments(parser)
     parser.add_argument(
-        "--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts"
+        "--local_rank",
+        type=int,
+        help="set by some launchers and ignored; LOCAL_RANK is read instead",
     )
     return parser.parse_args()
 

@@ -4,9 +4,9 @@
 # Where ssh is forbidden, on each host, N being its place in the hostfile, counted from 0:
 #   bash launch/hosts.sh --node-rank N HOSTFILE --recipe NAME [...]
 #
-# TERM, USR1, HUP or Ctrl-C: the ranks save and stop; a second one does not wait for that. A restart follows a dead
-# rank or host, if the start before it left a new checkpoint. The run folder decides, not the launcher's status:
-# exit 0 with SUCCESS, 85 with INTERRUPTED, 2 for bad arguments, 1 otherwise.
+# On TERM, USR1, HUP or Ctrl-C the ranks save and stop; a second signal kills them. After a dead rank or host the run is
+# restarted, if the start before left a new checkpoint. The run folder decides the exit status, not the launcher: 0 with
+# SUCCESS, 85 with INTERRUPTED, 2 for bad arguments, 1 otherwise.
 set -euo pipefail
 
 launch="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -31,8 +31,8 @@ export_nodes_env() {
   local line number=0 plain='^[A-Za-z_][A-Za-z0-9_]*=[^"'\''`$\%]*$'
   while IFS= read -r line || [[ -n "$line" ]]; do
     number=$((number + 1))
-    [[ "$line" =~ $plain ]] || die "$DS_ENV_FILE, line $number: $line: write KEY=VALUE, since DeepSpeed takes every line" \
-      "for that, empty ones and comments too; a value has no quotes, \`, \$, \\ or %, which shells would change"
+    [[ "$line" =~ $plain ]] || die "$DS_ENV_FILE, line $number: $line: write KEY=VALUE without quotes, \`, \$, \\ or %," \
+      "which shells would change; remove empty lines and comments, which DeepSpeed would read as KEY=VALUE"
     export "${line?}"
   done <"$DS_ENV_FILE"
 }
@@ -85,7 +85,7 @@ follow() {
       ((status > 128)) || return 0 # else a time-out, with a part of a line
     fi
     if [[ -n "$failed_at" ]] && ((SECONDS > failed_at + grace_seconds)); then
-      say "a host has failed, and another still waits for it: its ranks are ended"
+      say "a host has failed and another still waits for it: ending the ranks"
       end_ranks || true
       failed_at=""
     fi
@@ -121,7 +121,7 @@ run_launcher() {
 stop() {
   trap '[[ -z "$group" ]] || kill -KILL -- "-$group" 2>/dev/null || true' HUP INT TERM USR1
   stopping=yes
-  say "told to stop: the ranks save at their next step; told once more, they are ended, within $grace_seconds s"
+  say "told to stop: the ranks save at their next step; a second signal kills them within $grace_seconds s"
 }
 
 newest_checkpoint() {
@@ -140,8 +140,8 @@ found="$(python -m kd.cluster.hostfile -- "$hostfile")"
 mapfile -t hosts <<<"$found"
 [[ -z "$node_rank" ]] || ((node_rank < ${#hosts[@]})) || die "--node-rank $node_rank: $hostfile has ${#hosts[@]} hosts"
 for argument in "$@"; do
-  [[ "$argument" != --resume* ]] || die "$argument: every start here continues from the newest whole checkpoint; for" \
-    "another one, start once by DeepSpeed's launcher: deepspeed --hostfile $hostfile launch/train.py --resume PATH ..."
+  [[ "$argument" != --resume* ]] || die "$argument: every start here continues from the newest whole checkpoint; to" \
+    "use another one, start once with deepspeed --hostfile $hostfile launch/train.py --resume PATH ..."
 done
 DS_ENV_FILE="$(realpath "${DS_ENV_FILE:-$launch/nodes.env}")"
 export DS_ENV_FILE
@@ -169,7 +169,7 @@ for ((attempt = 0; ; attempt++)); do
   before="$(newest_checkpoint)"
   deadline=$((SECONDS + (attempt ? reboot_seconds : 0)))
   until end_ranks || [[ -n "$stopping" ]]; do
-    ((SECONDS < deadline)) || fail "a host of $hostfile cannot be reached by ssh: the lines above say which, and why"
+    ((SECONDS < deadline)) || fail "a host of $hostfile cannot be reached by ssh; the lines above say which and why"
     sleep 15
   done
   if [[ -z "$stopping" ]]; then
@@ -177,7 +177,7 @@ for ((attempt = 0; ; attempt++)); do
     : >"$first_error"
     run_launcher "$@"
   fi
-  end_ranks || say "a host cannot be reached: its ranks end by themselves, within run.watchdog_minutes"
+  end_ranks || say "a host cannot be reached; its ranks end by themselves within run.watchdog_minutes"
   if [[ -e "$run/SUCCESS" ]]; then
     say "done: the student is in $run/export"
     exit 0
@@ -192,5 +192,5 @@ for ((attempt = 0; ; attempt++)); do
 done
 why="the first error above says why"
 [[ ! -s "$first_error" ]] || why="$why, $(<"$first_error")"
-[[ -z "$stopping" ]] || why="it was told to stop, and had not come to a step after which to save"
+[[ -z "$stopping" ]] || why="it was told to stop before it had finished a step that it could save"
 fail "$why; the same command starts again from ${after:-the beginning}"

@@ -1,11 +1,11 @@
-"""What a run costs at several truncation lengths: memory of each GPU, FLOPs, tokens and hours, what
-bounds its time, whether it fits, and where its models would be faster.
+"""Estimate what a run costs at several truncation lengths: memory per GPU, FLOPs, tokens and hours,
+what bounds its time, whether it fits, and which placement of its models would be faster.
 
 python launch/plan.py --recipe NAME --nodes 2 --gpus-per-node 8 --gpu h100 [--keep 0.25,0.5,1.0]
 [--json FILE]
 
-Needs no GPU, and nothing is fetched. Lengths are those of the data where they are here, else those
-of --mean-tokens and --max-tokens, or the longest that the recipe lets pass.
+Needs no GPU and fetches nothing. Lengths come from the data if they are on this machine, else from
+--mean-tokens and --max-tokens, or else from the longest example that the recipe allows.
 """
 
 import argparse
@@ -44,14 +44,18 @@ def parse_args() -> argparse.Namespace:
     parser = recipe_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, required=True, help="and as many ranks")
-    parser.add_argument("--gpu", help="its kind, as in h100: for times, and whether the run fits")
+    parser.add_argument(
+        "--gpus-per-node", type=int, required=True, help="GPUs, and so ranks, of each node"
+    )
+    parser.add_argument(
+        "--gpu", help="kind of GPU, such as h100; adds times, and whether the run fits"
+    )
     parser.add_argument(
         "--network-gbps",
         type=float,
         default=NETWORK_GBPS,
         metavar="N",
-        help="Gbit/s between nodes, of all adapters of a node (%(default)g)",
+        help="Gbit/s between nodes, over all adapters of a node (%(default)g)",
     )
     parser.add_argument(
         "--disk-gb-s",
@@ -64,14 +68,18 @@ def parse_args() -> argparse.Namespace:
         "--keep",
         default="0.25,0.5,0.75,1.0",
         metavar="X,Y",
-        help="truncation.keep_fraction of each",
+        help="the values of truncation.keep_fraction to plan: 0.25,0.5,1.0",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there too")
-    stated = parser.add_argument_group("lengths, in place of the data's")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the whole plan to this file"
+    )
+    stated = parser.add_argument_group("lengths to use instead of those of the data")
     stated.add_argument(
-        "--mean-tokens", type=int, metavar="N", help="of whole sequences, on average"
+        "--mean-tokens", type=int, metavar="N", help="mean tokens of whole sequences"
     )
-    stated.add_argument("--max-tokens", type=int, metavar="N", help="of the longest one")
+    stated.add_argument(
+        "--max-tokens", type=int, metavar="N", help="tokens of the longest sequence"
+    )
     stated.add_argument("--rows", type=int, metavar="N", help="for training")
     return parser.parse_args()
 
@@ -143,7 +151,7 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[float, ...]:
     for name in ("nodes", "gpus_per_node", "mean_tokens", "max_tokens", "rows"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+            raise UserError(f"--{name.replace('_', '-')} {value}: write at least 1")
     for name in ("network_gbps", "disk_gb_s"):
         value = getattr(arguments, name)
         if not 0 < value < float("inf"):

@@ -1,4 +1,4 @@
-"""Look for what would go wrong: one line per check, on every rank; exit status 1 when one fails.
+"""Check what a run needs before it starts: one line per check; exit status 1 when a check fails.
 
 python launch/preflight.py --recipe NAME                      on this machine, a rank for each GPU
 python launch/preflight.py --recipe NAME --hostfile HOSTFILE  on the hosts of launch/hosts.sh
@@ -17,7 +17,7 @@ from kd.recipe import SHIPPED_DIR, load_recipe
 
 
 def read_nodes_env() -> dict[str, str]:
-    """What a job gets besides: KEY=VALUE lines of launch/nodes.env, or of DS_ENV_FILE."""
+    """The variables that a job gets: KEY=VALUE lines of launch/nodes.env, or of DS_ENV_FILE."""
     path = Path(os.environ.get("DS_ENV_FILE") or SHIPPED_DIR / "launch" / "nodes.env")
     if not path.is_file():
         return {}
@@ -30,16 +30,24 @@ def read_nodes_env() -> dict[str, str]:
 
 def main() -> None:
     parser = recipe_parser(
-        "Check hosts, network, disk, models and memory before a run of this recipe."
+        "Check hosts, network, disk, models and memory before you run this recipe."
     )
     parser.add_argument(
         "--hostfile", type=Path, help="start a rank for each slot of these hosts, over ssh"
     )
     parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SECONDS", help="to wait for a missing rank"
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait for a missing rank",
     )
     parser.add_argument(
-        "--min-bandwidth", type=float, default=0.0, metavar="GB/S", help="fail below it"
+        "--min-bandwidth",
+        type=float,
+        default=0.0,
+        metavar="GB/S",
+        help="fail if the network is slower",
     )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -2,9 +2,9 @@
 
     python launch/prepare.py --recipe NAME [--set section.key=value ...] [--no-models]
 
-Models and hub datasets go to the hub cache (HF_HOME), tokens to data.cache_dir: both on a file
-system that the compute nodes see. There, HF_HUB_OFFLINE=1 makes a missing piece an error instead of
-a wait.
+Models and hub datasets go to the hub cache (HF_HOME), tokens to data.cache_dir. Put both on a file
+system that the compute nodes can read. With HF_HUB_OFFLINE=1 there, a missing file is an error at
+once instead of a wait.
 """
 
 from kd.cli import recipe_parser, run
@@ -18,7 +18,8 @@ from kd.recipe import load_recipe
 
 def main() -> None:
     parser = recipe_parser(
-        "Fetch models and data of a recipe, tokenise the data, and report what became of each row."
+        "Fetch models and data of a recipe, tokenise the data, and report how many rows are kept "
+        "and dropped."
     )
     parser.add_argument("--no-models", action="store_true", help="do not fetch the models' weights")
     args = parser.parse_args()

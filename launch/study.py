@@ -1,10 +1,10 @@
-"""How much quality a student keeps, and what it costs, by what of each trace it is trained on: one
+"""Study how the part of each trace that a student is trained on changes its quality and cost: one
 run per cell.
 
 python launch/study.py --recipe tiny --keep 0.25,0.5,0.75,1.0 --seeds 3
 python launch/report.py runs/studies/tiny -o report
 
-The same command again continues an interrupted study, and skips what is done.
+The same command continues an interrupted study, and skips cells that are done.
 """
 
 import sys
@@ -19,17 +19,19 @@ from kd.study.cells import axes_of, make_study
 def main() -> None:
     parser = axis_arguments(recipe_parser("Train and score one run for each cell of a study."))
     parser.add_argument(
-        "--output", type=Path, help="folder of the study; run.output_dir/studies/RECIPE when absent"
+        "--output", type=Path, help="folder of the study; default: run.output_dir/studies/RECIPE"
     )
     parser.add_argument(
-        "--hostfile", type=Path, help="train by launch/hosts.sh on these hosts, not on this machine"
+        "--hostfile",
+        type=Path,
+        help="train on these hosts by launch/hosts.sh instead of on this machine",
     )
     parser.add_argument(
         "--restarts",
         type=int,
         default=0,
         metavar="N",
-        help="with --hostfile: start a cell again so often after a dead rank or host, as "
+        help="with --hostfile: how often to restart a cell after a dead rank or host, as "
         "launch/hosts.sh does",
     )
     parser.add_argument(
@@ -37,22 +39,22 @@ def main() -> None:
         nargs="?",
         const="hidden",
         choices=("hidden", "top_k", "sampled"),
-        help="run the teacher once, over whole traces, and train every cell from what it said: a "
-        "kind of launch/cache.py (%(const)s)",
+        help="run the teacher once over whole traces and train every cell from this cache; the "
+        "values are those of --kind in launch/cache.py (%(const)s)",
     )
     parser.add_argument(
         "--cache-dtype",
         choices=("fp32", "bf16", "int8"),
         default="bf16",
-        help="of hidden states (%(default)s)",
+        help="dtype of hidden states (%(default)s)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check and list the cells; train nothing"
+        "--dry-run", action="store_true", help="check and list the cells, and train nothing"
     )
     arguments = parser.parse_args()
     if arguments.restarts < 0 or (arguments.restarts and not arguments.hostfile):
         raise UserError(
-            f"--restarts {arguments.restarts}: write a whole number of restarts, with --hostfile"
+            f"--restarts {arguments.restarts}: write a whole number, and add --hostfile"
         )
     configure_logging(rank=0)
     axes = axes_of(arguments)
@@ -60,8 +62,8 @@ def main() -> None:
     if arguments.cache:
         if arguments.hostfile:
             raise UserError(
-                "--cache with --hostfile: fill a cache on the hosts by launch/cache.py, and --set "
-                "teacher.cache=FOLDER"
+                "--cache cannot be combined with --hostfile: fill a cache on the hosts with "
+                "launch/cache.py, then add --set teacher.cache=FOLDER"
             )
         cache = CacheRequest(arguments.cache, arguments.cache_dtype)
     study = make_study(arguments.recipe, arguments.overrides, axes, arguments.output, cache)
@@ -80,7 +82,8 @@ def main() -> None:
     print(f"\nreport: python launch/report.py {study.folder} -o {study.folder}/report")
     if num_failed:
         sys.exit(
-            f"{num_failed} of {len(study.cells)} cells failed; the same command tries them again"
+            f"{num_failed} of {len(study.cells)} cells failed; run the same command to try them "
+            "again"
         )
 
 

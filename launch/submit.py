@@ -1,11 +1,12 @@
-"""Submit a recipe to SLURM: python launch/submit.py RECIPE --nodes 2 --gpus-per-node 8 [-- OPTIONS
-OF SBATCH]
+"""Submit a recipe to SLURM, as jobs that train, fill a cache or evaluate.
 
-Checks recipe and run, freezes code, resolved recipe and script in the run's folder, and submits. A
-job that nears its time limit saves a checkpoint, is requeued and goes on by itself. --fill-cache
-FOLDER runs launch/cache.py in the place of training; --cache, with an axis of a study, does so for
-STUDY/cache, and the cells train from it. --generate FILE runs launch/generate.py, a share on each
-rank.
+python launch/submit.py RECIPE --nodes 2 --gpus-per-node 8 [-- SBATCH_OPTIONS]
+
+Checks recipe and run, copies the code, the resolved recipe and the script into the run's folder,
+and submits. A job near its time limit saves a checkpoint, is requeued and continues by itself.
+--fill-cache FOLDER runs launch/cache.py instead of training. --cache with an axis of a study does
+so for STUDY/cache first, and the cells train from it. --generate FILE runs launch/generate.py, a
+share on each rank.
 """
 
 import argparse
@@ -68,8 +69,8 @@ def make_submissions(
     study: Study | None,
     cache: CacheRequest | None,
 ) -> list[Submission]:
-    """What is to be trained, after the job that fills its cache, and what is trained already and
-    only to be evaluated; or, with --preflight, a look at what the first would have.
+    """The jobs to submit: one that fills the cache, one that trains, and one that evaluates runs
+    that are trained already. With --preflight: one that checks what the first of them would get.
     """
     if arguments.generate is not None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -104,25 +105,27 @@ def folder_and_recipes(
 
 
 def cache_of(arguments: argparse.Namespace) -> CacheRequest | None:
-    """The teacher's cache that a job is to fill, if any. Raises UserError for what does not go with
-    one, and for words on a cache where there is none.
+    """The teacher's cache that a job is to fill, if any. Raises UserError for arguments that
+    exclude a cache, and for arguments about a cache when none is asked for.
     """
     kind, folder = arguments.cache, arguments.fill_cache
     flags = {"--fill-cache": folder, "--cache": kind}
     asked = [f"{flag} {value}" for flag, value in flags.items() if value is not None]
     if asked and arguments.preflight:
-        raise UserError(f"{asked[0]} with --preflight, which looks before a run: leave one out")
+        raise UserError(f"{asked[0]} with --preflight, which fills nothing: leave one out")
     if folder is not None and (arguments.evaluate or arguments.array_over):
         other = "--evaluate" if arguments.evaluate else "--array-over"
-        raise UserError(f"{asked[0]} with {other}: that job trains nothing: leave one out")
+        raise UserError(
+            f"{asked[0]} with {other}: a job that fills a cache trains nothing; leave one out"
+        )
     if asked:
         return CacheRequest(kind or "hidden", arguments.cache_dtype or "bf16", arguments.num_tokens)
     flags = {"--cache-dtype": arguments.cache_dtype, "--num-tokens": arguments.num_tokens}
     for flag, value in flags.items():
         if value is not None:
             raise UserError(
-                f"{flag} {value} is of a teacher's cache: add --fill-cache FOLDER, or --cache with "
-                "an axis of a study"
+                f"{flag} {value} needs a teacher's cache: add --fill-cache FOLDER, or --cache "
+                "with an axis of a study"
             )
     return None
 
@@ -135,7 +138,7 @@ def check_generation(arguments: argparse.Namespace) -> None:
             "--generate-arg": arguments.generate_options,
         }.items():
             if value:
-                raise UserError(f"{flag} {value} is of launch/generate.py: add --generate FILE")
+                raise UserError(f"{flag} {value} needs launch/generate.py: add --generate FILE")
         return
     others = {
         "--fill-cache": arguments.fill_cache,
@@ -148,15 +151,15 @@ def check_generation(arguments: argparse.Namespace) -> None:
     for flag, value in others.items():
         if value:
             raise UserError(
-                f"--generate {arguments.generate} with {flag}: that job trains nothing: leave one "
+                f"--generate {arguments.generate} with {flag}: that job trains nothing; leave one "
                 "out"
             )
     if arguments.problems is None:
-        raise UserError(f"--generate {arguments.generate} needs --problems FILE")
+        raise UserError(f"--generate {arguments.generate} needs the problems: add --problems FILE")
     for option in arguments.generate_options:
         if not option.startswith("--"):
             raise UserError(
-                f"--generate-arg {option}: write a flag of launch/generate.py, as in "
+                f"--generate-arg {option}: write an option of launch/generate.py, such as "
                 "--generate-arg=--num-samples=4"
             )
 
@@ -167,18 +170,19 @@ def study_of(arguments: argparse.Namespace, cache: CacheRequest | None) -> Study
     if axes == Axes():
         if cache is not None and arguments.fill_cache is None:
             raise UserError(
-                f"--cache {cache.kind}: a study has one for all of its cells: add an axis, as in "
-                "--keep 0.25,0.5; for one run use --fill-cache FOLDER, and then --set "
-                "teacher.cache=FOLDER"
+                f"--cache {cache.kind} needs a study: add an axis, such as --keep 0.25,0.5. For "
+                "one run use --fill-cache FOLDER, then --set teacher.cache=FOLDER"
             )
         return None
     if arguments.array_over is not None:
         raise UserError(
-            f"--array-over {arguments.array_over}: the axes of a study make an array of their own"
+            f"--array-over {arguments.array_over} with axes of a study, which make their own "
+            "array: leave one out"
         )
     if arguments.fill_cache is not None:
         raise UserError(
-            f"--fill-cache {arguments.fill_cache}: a study fills one in its own folder: use --cache"
+            f"--fill-cache {arguments.fill_cache} with axes of a study, which has its cache in "
+            "its own folder: use --cache"
         )
     study = make_study(arguments.recipe, arguments.overrides, axes, cache_request=cache)
     if cache is not None:
@@ -199,14 +203,21 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument(
-        "--gpus-per-node", type=int, required=True, help="and as many ranks; 0: train on CPUs"
+        "--gpus-per-node",
+        type=int,
+        required=True,
+        help="GPUs, and so ranks, of each node; 0: train on CPUs",
     )
     parser.add_argument(
-        "--gpu", help="its kind, as in h100: refuse what will not fit into its memory"
+        "--gpu",
+        help="kind of GPU, such as h100; a run that does not fit into its memory is refused",
     )
-    parser.add_argument("--tasks-per-node", type=int, help="ranks of a node without GPUs")
     parser.add_argument(
-        "--time", help="limit of a job, as SLURM writes it: 24:00:00; the partition's when absent"
+        "--tasks-per-node", type=int, help="ranks of each node, with --gpus-per-node 0"
+    )
+    parser.add_argument(
+        "--time",
+        help="time limit of a job, in SLURM's form 24:00:00; default: that of the partition",
     )
     parser.add_argument("--partition")
     parser.add_argument("--account")
@@ -217,20 +228,20 @@ def parse_args(words: list[str]) -> argparse.Namespace:
         "--signal-seconds",
         type=int,
         default=600,
-        help="how long before the limit a job is told to save; default 600",
+        help="how long before the time limit the ranks are told to save (%(default)s)",
     )
     parser.add_argument(
         "--cpus-per-task",
         type=int,
-        help=f"cores of a rank, for Python, autograd and NCCL; {CPUS_PER_GPU} beside a GPU, else "
-        "what the cluster gives",
+        help=f"cores of a rank, for Python, autograd and NCCL; default: {CPUS_PER_GPU} with a "
+        "GPU, else what the cluster gives",
     )
     parser.add_argument(
         "--restarts",
         type=int,
         default=3,
-        help="how often a run goes on by itself after a rank was killed or failed, each time only "
-        "if the start before it left a new checkpoint; default 3",
+        help="how often a job is requeued after a rank failed or was killed, if it left a new "
+        "checkpoint each time (%(default)s)",
     )
     parser.add_argument(
         "--srun-arg",
@@ -238,34 +249,38 @@ def parse_args(words: list[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="--FLAG=VALUE",
-        help="a flag for srun, as in --srun-arg=--mpi=pmix; may be repeated",
+        help="an option for srun, such as --srun-arg=--mpi=pmix; may be repeated",
     )
     parser.add_argument(
         "--preflight",
         action="store_true",
-        help="submit launch/preflight.py in the place of the run, with all that the run would have",
+        help="submit launch/preflight.py instead of the run, with the same resources and settings",
     )
     parser.add_argument(
-        "--setup", type=Path, help="a file that the job sources first: modules, an environment"
+        "--setup",
+        type=Path,
+        help="a shell file that the job sources first, for modules or an environment",
     )
-    parser.add_argument("--container", metavar="IMAGE", help="run in this image by apptainer")
+    parser.add_argument("--container", metavar="IMAGE", help="run in this image, with apptainer")
     parser.add_argument(
-        "--evaluate", action="store_true", help="a second job: launch/evaluate.py, after success"
+        "--evaluate",
+        action="store_true",
+        help="submit a second job that runs launch/evaluate.py after the run has succeeded",
     )
     parser.add_argument(
         "--array-over",
         metavar="FIELD=V1,V2",
-        help="an array of runs, one per value: keep_fraction=0.25,0.5,0.75,1.0",
+        help="submit an array with a run for each value: keep_fraction=0.25,0.5,0.75,1.0",
     )
     axis_arguments(parser)
     caches = parser.add_argument_group(
-        "a teacher that runs once", "in the words of launch/cache.py and of launch/study.py"
+        "a teacher that runs once", "options of launch/cache.py and launch/study.py"
     )
     caches.add_argument(
         "--fill-cache",
         type=Path,
         metavar="FOLDER",
-        help="fill this cache in the place of the run; then train with --set teacher.cache=FOLDER",
+        help="fill this cache instead of training; then train with --set teacher.cache=FOLDER",
     )
     caches.add_argument(
         "--cache",
@@ -273,40 +288,52 @@ def parse_args(words: list[str]) -> argparse.Namespace:
         nargs="?",
         const="hidden",
         choices=("hidden", "vector", "top_k", "sampled"),
-        help="kind of the cache (%(const)s); with an axis of a study the cells wait for a job that "
-        "fills STUDY/cache, and train from that",
+        help="kind of the cache (%(const)s); with an axis of a study, a job fills STUDY/cache "
+        "first, and the cells train from it",
     )
     caches.add_argument(
         "--cache-dtype",
         "--dtype",
         choices=("fp32", "bf16", "int8"),
-        help="of hidden states and vectors (bf16)",
+        help="dtype of hidden and vector (bf16)",
     )
     caches.add_argument(
-        "--num-tokens", type=int, metavar="K", help="of top_k (128) and sampled (12)"
+        "--num-tokens",
+        type=int,
+        metavar="K",
+        help="tokens per position of top_k (128) or sampled (12)",
     )
-    texts = parser.add_argument_group("responses of the teacher, by launch/generate.py")
+    texts = parser.add_argument_group("responses of the teacher, with launch/generate.py")
     texts.add_argument(
-        "--generate", type=Path, metavar="FILE", help="write this file in the place of the run"
+        "--generate",
+        type=Path,
+        metavar="FILE",
+        help="write this file of responses instead of training",
     )
-    texts.add_argument("--problems", type=Path, metavar="FILE", help="what the teacher answers")
+    texts.add_argument(
+        "--problems",
+        type=Path,
+        metavar="FILE",
+        help="JSONL of the problems that the teacher answers",
+    )
     texts.add_argument(
         "--generate-arg",
         dest="generate_options",
         action="append",
         default=[],
         metavar="--FLAG=VALUE",
-        help="a flag of launch/generate.py, as in --generate-arg=--num-samples=4; may be repeated",
+        help="an option for launch/generate.py, such as --generate-arg=--num-samples=4; may be "
+        "repeated",
     )
     parser.add_argument(
         "--evaluate-ranks",
         type=int,
         default=1,
         metavar="N",
-        help="ranks of each job of --evaluate, on one node, with a GPU each; default 1",
+        help="ranks of each job of --evaluate, on one node, one GPU per rank (%(default)s)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check, print the scripts, submit nothing"
+        "--dry-run", action="store_true", help="check, print the scripts, and submit nothing"
     )
     arguments = parser.parse_args(words[: len(words) - len(options) - ("--" in words)])
     arguments.sbatch_options = options
@@ -318,8 +345,8 @@ def request_of(arguments: argparse.Namespace) -> JobRequest:
         arguments.tasks_per_node is not None
     ):
         raise UserError(
-            f"--gpus-per-node {arguments.gpus_per_node}: a node has a rank per GPU; for 0, and for "
-            "0 alone, say how many ranks with --tasks-per-node"
+            f"--gpus-per-node {arguments.gpus_per_node}: a node has a rank per GPU; give "
+            "--tasks-per-node with 0 GPUs, and only then"
         )
     if arguments.gpu is not None:
         from kd.plan.gpus import named_gpu  # the package imports torch
@@ -331,7 +358,7 @@ def request_of(arguments: argparse.Namespace) -> JobRequest:
     if container is not None and "://" not in container:
         if not Path(container).exists():
             raise UserError(
-                f"--container {container}: no such image; write a .sif file, a folder or "
+                f"--container {container}: no such image; name a .sif file, a folder or "
                 "docker://NAME"
             )
         container = str(Path(container).absolute())
@@ -359,7 +386,7 @@ def srun_options_of(arguments: argparse.Namespace) -> tuple[str, ...]:
     for option in arguments.srun_options:
         if not option.startswith("-"):
             raise UserError(
-                f"--srun-arg {option}: write a flag of srun, as in --srun-arg=--mpi=pmix"
+                f"--srun-arg {option}: write an option of srun, such as --srun-arg=--mpi=pmix"
             )
     return tuple(arguments.srun_options)
 
@@ -376,11 +403,13 @@ def how_to_follow(submission: Submission, ids: list[str], after: str | None) -> 
     lines, runs = list(submission.plans), ", ".join(map(str, job.runs))
     kind = submission.kind
     does = {"train": "trains", "evaluate": "evaluates", "cache": "fills", "generate": "writes for"}
-    lines += [f"job {ids[0]} {does.get(kind, 'looks before')} {runs}"]
-    lines += [f"  it waits for the success of job {after}, and is cancelled else"] if after else []
-    lines += [f"job {ids[1]} evaluates after its success"] if len(ids) > 1 else []
+    lines += [f"job {ids[0]} {does.get(kind, 'checks before')} {runs}"]
+    lines += (
+        [f"  it starts when job {after} has succeeded, and is cancelled otherwise"] if after else []
+    )
+    lines += [f"job {ids[1]} evaluates when it has succeeded"] if len(ids) > 1 else []
     if reason := why_pending(ids[0]):
-        lines.append(f"  SLURM does not start it as it was asked for: {reason}")
+        lines.append(f"  SLURM cannot start it as requested: {reason}")
     lines += [f"  squeue --jobs={','.join(ids)}"]
     logs = [
         f"{kind}-{ids[0]}{f'_{i}' if len(job.runs) > 1 else ''}.out" for i in range(len(job.runs))
@@ -388,7 +417,7 @@ def how_to_follow(submission: Submission, ids: list[str], after: str | None) -> 
     lines += [f"  tail -F {shlex.quote(str(folder / log))}" for log in logs]
     # SLURM kills what is left KillWait after its TERM, 30 s unless the cluster says otherwise.
     lines += [
-        f"  scancel --batch --signal=TERM {ids[0]}    # the ranks save; submit again to go on"
+        f"  scancel --batch --signal=TERM {ids[0]}    # the ranks save; submit again to continue"
     ]
     return "\n".join(lines)
 

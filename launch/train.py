@@ -1,5 +1,5 @@
-"""Train a recipe's student: `deepspeed launch/train.py --recipe NAME`, or with --check, look at it
-first.
+"""Train a recipe's student: `deepspeed launch/train.py --recipe NAME`; with --check, only check the
+recipe.
 """
 
 import contextlib
@@ -20,13 +20,19 @@ def main() -> None:
         help="continue from the newest whole checkpoint, or from PATH",
     )
     parser.add_argument(
-        "--check", action="store_true", help="resolve, validate and print the recipe; train nothing"
+        "--check",
+        action="store_true",
+        help="resolve, check and print the recipe, and train nothing",
     )
     parser.add_argument(
-        "--print-run", action="store_true", help="print the run's folder and port; train nothing"
+        "--print-run",
+        action="store_true",
+        help="print the run's folder and port, and train nothing",
     )
     parser.add_argument(
-        "--local_rank", type=int, help="set by some launchers; LOCAL_RANK is what counts"
+        "--local_rank",
+        type=int,
+        help="set by some launchers and ignored; LOCAL_RANK is read instead",
     )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)

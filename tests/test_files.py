@@ -138,7 +138,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, k
 def test_a_file_larger_than_the_bound_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "large").write_text("12345")
     assert read_text(tmp_path / "large", max_bytes=5) == "12345"
-    with pytest.raises(UserError, match="5 bytes, and at most 4"):
+    with pytest.raises(UserError, match="5 bytes, but at most 4"):
         read_text(tmp_path / "large", max_bytes=4)
 
 

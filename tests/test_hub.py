@@ -9,7 +9,7 @@ from kd.errors import UserError
 from kd.hub import hub_errors, resolve
 
 REMEDIES = {
-    errors.GatedRepoError: "access is gated: accept its terms",
+    errors.GatedRepoError: "access is gated: accept the terms",
     errors.RepositoryNotFoundError: "neither a local path nor an id that the hub knows",
     errors.RevisionNotFoundError: "the hub has no such revision",
     errors.OfflineModeIsEnabled: "run launch/prepare.py",

@@ -102,7 +102,7 @@ def test_a_file_of_version_1_which_has_none_is_read(tmp_path):
 def test_a_version_that_is_not_known_is_one_message(tmp_path, version):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(load_recipe("tiny_trunc50").as_file() | {"format_version": version}))
-    with pytest.raises(UserError, match=f"format_version = {version!r}.*reads 1 to 2"):
+    with pytest.raises(UserError, match=f"format_version = {version!r}.* 1 to 2"):
         load_recipe(str(path))
 
 
@@ -123,11 +123,14 @@ def test_tables_are_merged_key_by_key_and_set_by_key(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.template_kwargs.messages=1", "messages is not for the recipe to set"),
-        ("data.template_kwargs.add_generation_prompt=false", "add_generation_prompt is not for"),
-        ("data.template_kwargs.tokenize=true", "tokenize is not for the recipe"),
-        ("data.template_kwargs.enable-thinking=true", "is not the name of a template's variable"),
-        ("data.template_kwargs.a.b=1", "'a.b' is not the name of a template's variable"),
+        ("data.template_kwargs.messages=1", "messages is set by the program"),
+        ("data.template_kwargs.add_generation_prompt=false", "add_generation_prompt is set by"),
+        ("data.template_kwargs.tokenize=true", "tokenize is set by the program"),
+        (
+            "data.template_kwargs.enable-thinking=true",
+            "'enable-thinking' cannot be the name of a template variable",
+        ),
+        ("data.template_kwargs.a.b=1", "'a.b' cannot be the name of a template variable"),
         ("data.template_kwargs.a=nan", "finite"),
         ("data.template_kwargs.a=2025-01-01", "JSON"),
         ("data.template_kwargs=true", r"data\.template_kwargs = True"),

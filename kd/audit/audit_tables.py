@@ -15,15 +15,16 @@ from kd.recipe import Recipe
 
 FOUND_LABELS = {
     "close_marker_dropped": "lose the marker that closes the thought",
-    "answer_dropped": "keep no statement of their answer",
+    "answer_dropped": "lose every statement of their answer",
     "answer_not_in_cot": "never state it in their whole cot",
     "answer_not_boxed": "have an answer without \\boxed{}",
-    "answer_not_found": "have no answer behind a close marker",
+    "answer_not_found": "have no answer after a close marker",
 }
 STYLES = {"supervised": "green", "context": "yellow", "dropped": "red"}
 LEGEND = {
-    "supervised": "read, and learned from",
-    "context": "read, not learned from: first token, other section, masked, or before the window",
+    "supervised": "read and learned from",
+    "context": "read but not learned from: first token, other section, masked, or before the "
+    "window",
     "dropped": "never read",
 }
 BAR_WIDTH = 18
@@ -79,7 +80,7 @@ def _example_table(audit: Audit) -> Table:
         )
     num_drawn = train.num_examples + train.num_without_label
     table.add_row(
-        "were left out: no supervised token", *_with_share(train.num_without_label, num_drawn)
+        "are dropped: no supervised token", *_with_share(train.num_without_label, num_drawn)
     )
     return table
 

@@ -1,8 +1,8 @@
-"""What a teacher says of whole traces, computed once: every truncation length, seed, epoch and
-student reads the beginning of it.
+"""A teacher's outputs for whole traces, computed once and read for every truncation length, seed,
+epoch and student.
 
-In a causal model the state at a position depends on the tokens up to there alone, so that the
-states of a whole trace are those of each of its prefixes.
+In a causal model the state at a position depends only on the tokens up to there, so the states of a
+whole trace contain those of each of its prefixes.
 """
 
 from kd.cache.kinds import Kind, kind_of

@@ -1,4 +1,4 @@
-"""What a cache says of itself: manifest.json of all of it, and a file beside each shard."""
+"""The records of a cache: manifest.json, and a file for each shard."""
 
 from typing import Any, Literal
 

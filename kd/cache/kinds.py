@@ -1,4 +1,4 @@
-"""What a cache holds of each token, and how it becomes targets again.
+"""What a cache stores for each token, and how to make targets of it.
 
 Shapes: T tokens of a trace, C rows of a chunk, H hidden size (Hs the student's), G groups of
 channels, K tokens of the teacher, V shared vocabulary.
@@ -91,7 +91,7 @@ class TopKKind:
     def encode(self, hidden_TH: Tensor, heads: Heads, seed: int) -> Fields:
         if self.k > heads.vocab_size:
             raise UserError(
-                f"--num-tokens {self.k}: the models share {heads.vocab_size} tokens: lower it"
+                f"--num-tokens {self.k}: the models share only {heads.vocab_size} tokens; lower it"
             )
         ids, logprobs = [], []
         for logits_CV in _logits(hidden_TH, heads.teacher):
@@ -192,7 +192,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def kind_of(name: str, parameters: dict[str, Any]) -> Kind:
     """The kind that a manifest names. Raises UserError for one of a later version."""
     if name not in KINDS:
-        raise UserError(f"kind = {name!r}: this version reads {', '.join(KINDS)}")
+        raise UserError(f"kind = {name!r}: this version reads only {', '.join(KINDS)}")
     try:
         return KINDS[name](**parameters)
     except TypeError as error:

@@ -39,7 +39,7 @@ from kd.runs.records import FILLED, FilledRecord, read_record
 
 BLOCK = 128  # tokens that share a checksum
 SHARD_BYTES = 2**28
-REFILL = "launch/cache.py with the recipe that filled it fills this shard again"
+REFILL = "to fill this shard again, run launch/cache.py with the recipe that filled it"
 OF_ROWS = ("keys", "starts", "checksums", "first_blocks")
 
 
@@ -157,8 +157,8 @@ class Cache:
         row = self._rows[key]
         if not 0 <= start <= stop <= row.stop - row.start:
             raise UserError(
-                f"{row.shard}: a row of {row.stop - row.start} tokens was asked for tokens {start} "
-                f"to {stop}: {REMEDY}"
+                f"{row.shard}: tokens {start} to {stop} were asked of a row of "
+                f"{row.stop - row.start} tokens: {REMEDY}"
             )
         first, last = start // BLOCK, -(-stop // BLOCK)
         begin, end = row.start + first * BLOCK, min(row.start + last * BLOCK, row.stop)
@@ -167,9 +167,7 @@ class Cache:
         fields = {name: shard.get_slice(name)[begin:end] for name in names}
         blocks = slice(row.first_block + first, row.first_block + last)
         if _checksums(fields) != shard.get_slice("checksums")[blocks].tolist():
-            raise UserError(
-                f"{row.shard} is damaged: what it holds of a row is not what was written. {REFILL}"
-            )
+            raise UserError(f"{row.shard} is damaged: a row differs from its checksum. {REFILL}")
         offset = start - first * BLOCK
         return {name: field[offset : offset + stop - start] for name, field in fields.items()}
 
@@ -203,7 +201,9 @@ def open_cache(folder: Path) -> Cache:
 def read_manifest(folder: str | Path) -> CacheManifest:
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise UserError(f"{folder} is no cache: it has no manifest.json; launch/cache.py makes one")
+        raise UserError(
+            f"{folder} is not a cache, since it has no manifest.json: fill one with launch/cache.py"
+        )
     return read_record(path, CacheManifest, REMEDY)
 
 
@@ -216,8 +216,9 @@ def whole_shards(folder: Path) -> Iterator[tuple[Path, ShardRecord]]:
         size = shard.stat().st_size if shard.is_file() else None
         if size != record.bytes:
             raise UserError(
-                f"{shard} is damaged: {'it is missing' if size is None else f'it has {size} bytes'}"
-                f", and {record.bytes} were written. {REFILL}"
+                f"{shard} is damaged: "
+                f"{'it is missing' if size is None else f'it has {size} bytes'} instead of "
+                f"{record.bytes}. {REFILL}"
             )
         yield shard, record
 
@@ -237,7 +238,7 @@ def set_filled(folder: Path, flops: float | None) -> FilledRecord:
 
 
 def damage_of(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(shard, what is wrong with it) of each that is not what was written: all of it is read."""
+    """(shard, what is wrong with it) for each damaged shard. Reads every byte."""
     for path in sorted((folder / "shards").glob("*.json")):
         shard = path.with_suffix(".safetensors")
         if not shard.is_file():
@@ -248,7 +249,7 @@ def damage_of(folder: Path) -> Iterator[tuple[Path, str]]:
             while part := file.read(2**24):
                 digest.update(part)
         if digest.hexdigest() != record.sha256:
-            yield shard, "its SHA-256 is not that of its record"
+            yield shard, "its SHA-256 differs from that in its record"
 
 
 def remove_shard(shard: Path) -> None:

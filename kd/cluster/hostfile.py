@@ -1,4 +1,4 @@
-"""The hosts of a hostfile, checked before anything reaches for one.
+"""Read and check the hosts of a hostfile, before anything connects to them.
 
 `python -m kd.cluster.hostfile FILE [--master-addr NAME]` prints their names, a line each, for
 launch/hosts.sh.
@@ -13,7 +13,7 @@ from kd.cli import run
 from kd.errors import UserError
 from kd.files import read_text
 
-REMEDY = "write NAME slots=N, as launch/hostfile.example"
+REMEDY = "write NAME slots=N, as in launch/hostfile.example"
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[1-9][0-9]{0,3})")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 
@@ -21,11 +21,11 @@ _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 def read_hostfile(path: Path) -> list[str]:
     """The names of its hosts, rank 0's first.
 
-    Raises UserError that names the file and the line: for one that is not `NAME slots=N`, for a
-    name with a user, and for a host that is there twice, also under another name of its address.
+    Raises UserError that names the file and the line: for a line that is not `NAME slots=N`, a
+    name with a user, and a host that is listed twice, by the same name or the same address.
     """
     if not path.is_file():
-        raise UserError(f"--hostfile {path}: no such file; launch/hostfile.example shows one")
+        raise UserError(f"--hostfile {path}: no such file; see launch/hostfile.example")
     lines: dict[str, int] = {}  # name -> its line
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         text = line.partition("#")[0].strip()
@@ -38,16 +38,18 @@ def read_hostfile(path: Path) -> list[str]:
         name = found["name"]
         if "@" in name:
             raise UserError(
-                f"{where}: a user is for ssh alone, and ranks look for the host: write "
-                f"{name.rpartition('@')[2]}, and the user into ~/.ssh/config (Host, User)"
+                f"{where}: ranks look up the host name, and only ssh takes a user: write "
+                f"{name.rpartition('@')[2]} here, and the user into ~/.ssh/config (Host, User)"
             )
         if not _NAME.fullmatch(name) or name.startswith("-"):
-            raise UserError(f"{where}: {name!r} is no name or address of a host: {REMEDY}")
+            raise UserError(f"{where}: {name!r} is not a host name or address: {REMEDY}")
         if name in lines:
-            raise UserError(f"{where}: {name} stands on line {lines[name]} already: {REMEDY}")
+            raise UserError(
+                f"{where}: {name} is on line {lines[name]} already: list each host once"
+            )
         lines[name] = number
     if not lines:
-        raise UserError(f"--hostfile {path} names no host; launch/hostfile.example shows how")
+        raise UserError(f"--hostfile {path} names no host; see launch/hostfile.example")
     _check_addresses(path, list(lines))
     return list(lines)
 
@@ -56,8 +58,8 @@ def check_address(name: str, field: str) -> None:
     """Raise UserError for a name that this machine cannot resolve."""
     if not _addresses(name):
         raise UserError(
-            f"{field} = {name!r} is no name or address that this machine knows: write one by which "
-            "all hosts reach the first (MASTER_ADDR=...), or add it to /etc/hosts"
+            f"{field} = {name!r} is not a name or address that this machine knows: set "
+            "MASTER_ADDR to one by which all hosts reach the first, or add it to /etc/hosts"
         )
 
 
@@ -69,8 +71,8 @@ def _check_addresses(path: Path, names: list[str]) -> None:
             other = owner.setdefault(address, name)
             if other != name:
                 raise UserError(
-                    f"--hostfile {path}: {other} and {name} are one host ({address}): name it "
-                    "once, with all of its slots"
+                    f"--hostfile {path}: {other} and {name} are the same host ({address}): list "
+                    "it once, with all of its slots"
                 )
 
 

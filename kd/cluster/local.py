@@ -15,8 +15,8 @@ LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_
 def local_launch(recipe: Recipe, script: Path) -> tuple[list[str], dict[str, str]]:
     """The command of a script on this machine's visible GPUs, and its environment.
 
-    Without a GPU, or with DS_ACCELERATOR=cpu: two ranks on the CPU where the recipe's batch has two
-    halves, or one. Raises UserError when the GPUs cannot divide the batch.
+    Without a GPU, or with DS_ACCELERATOR=cpu, it starts two ranks on the CPU if they can divide the
+    recipe's batch, else one. Raises UserError when the GPUs cannot divide the batch.
     """
     environment, options = (
         dict(os.environ),

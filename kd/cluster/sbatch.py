@@ -15,9 +15,9 @@ EARLY_SECONDS = 60  # SLURM may send a signal up to so much too soon
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What is asked of the scheduler; None leaves it to the cluster.
+    """The resources and options of a job; None leaves a value to the cluster.
 
-    Raises UserError for numbers and options that no cluster could serve.
+    Raises UserError for numbers and options that no cluster accepts.
     """
 
     num_nodes: int
@@ -48,23 +48,23 @@ class JobRequest:
         }
         for flag, (number, least) in numbers.items():
             if number < least:
-                raise UserError(f"--{flag} {number}: at least {least} is needed")
+                raise UserError(f"--{flag} {number}: write at least {least}")
         if self.evaluate_ranks > self.tasks_per_node:
             raise UserError(
-                f"--evaluate-ranks {self.evaluate_ranks}: a node has {self.tasks_per_node} ranks, "
-                "and an evaluation runs on one node"
+                f"--evaluate-ranks {self.evaluate_ranks}: an evaluation runs on one node, which "
+                f"has {self.tasks_per_node} ranks: lower it"
             )
         if self.time is not None and seconds_of(self.time) <= self.signal_seconds + EARLY_SECONDS:
             raise UserError(
-                f"--time {self.time} is over when the signal comes, {self.signal_seconds} s "
-                f"(--signal-seconds) and at times {EARLY_SECONDS} s more ahead of it: ask for more "
-                "time, or for a later signal"
+                f"--time {self.time} ends before the signal to save, which comes "
+                f"{self.signal_seconds} s (--signal-seconds) or up to {EARLY_SECONDS} s more "
+                "before the limit: ask for more time, or lower --signal-seconds"
             )
         for option in self.more_options:
             if not option.startswith("--"):
                 raise UserError(
-                    f"{option!r}, after --, is no option of sbatch: write --name=value, as in "
-                    "--mem=0"
+                    f"{option!r}, after --, is not an option of sbatch: write --name=value, such "
+                    "as --mem=0"
                 )
 
     @property
@@ -121,7 +121,7 @@ def seconds_of(time: str) -> int:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         raise UserError(
-            f"--time {time}: write minutes, hours:minutes:seconds or days-hours, as in 90 or "
+            f"--time {time}: write minutes, hours:minutes:seconds or days-hours, such as 90 or "
             "24:00:00"
         )
     days, *parts = (None if part is None else int(part) for part in match.groups())
@@ -176,7 +176,7 @@ def _option(name: str, value: object) -> str:
     r"""sbatch reads "..." with \ as its escape, and expands nothing."""
     text = str(value)
     if "\n" in name + text:
-        raise UserError(f"--{name}={text!r}: an option of sbatch is one line")
+        raise UserError(f"--{name}={text!r}: an option of sbatch must be one line")
     quoted = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'#SBATCH --{name}="{quoted}"' if text else f"#SBATCH --{name}"
 
@@ -190,8 +190,7 @@ def _variables(job: Job, request: JobRequest) -> list[str]:
             request.container
         ]
     return [
-        f"work_dir={_quote(Path.cwd())} # relative paths of the recipe mean here what they meant "
-        "there",
+        f"work_dir={_quote(Path.cwd())} # the recipe's relative paths start here",
         f"code={_quote(job.folder / 'code')}",
         f"commit={_quote(job.commit)}",
         f"python_dir={_quote(Path(sys.executable).parent)}",

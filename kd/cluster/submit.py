@@ -1,4 +1,4 @@
-"""A recipe as a SLURM job: what it trains, whether it can, its files frozen, and the queue.
+"""Submit a recipe to SLURM: choose what to train, check it, copy its files and queue the jobs.
 
 RUN/slurm/1/            one submission; RUN is the recipe's run, a study, an array's name without
                         a suffix, a teacher's cache, or OUTPUT.jobs of what a teacher writes
@@ -67,7 +67,7 @@ def read_recipes(
     field, equals, values = array_over.partition("=")
     if not equals or not all(values.split(",")):
         raise UserError(
-            f"--array-over {array_over}: write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5"
+            f"--array-over {array_over}: write FIELD=VALUE,VALUE, such as keep_fraction=0.25,0.5"
         )
     section, _, key = field.rpartition(".")
     section = section or _section_of(base, key)
@@ -76,7 +76,8 @@ def read_recipes(
     ]
     if len(set(names)) != len(names):
         raise UserError(
-            f"--array-over {array_over}: two values would share a run ({', '.join(names)})"
+            f"--array-over {array_over}: two values would share a run ({', '.join(names)}); "
+            "choose values whose names differ"
         )
     return base.run_dir, tuple(
         load_recipe(name, [*overrides, f"{section}.{key}={value}", f"run.name={json.dumps(run)}"])
@@ -87,7 +88,7 @@ def read_recipes(
 def left_to_do(
     recipes: tuple[Recipe, ...], evaluate: bool
 ) -> tuple[tuple[Recipe, ...], tuple[Recipe, ...]]:
-    """Those that are to be trained, and those that are trained and only to be evaluated. Raises
+    """The recipes to train, and those that are trained and only need to be evaluated. Raises
     UserError when nothing is left.
     """
     from kd.evaluate.evaluation import is_scored, result_files  # import torch
@@ -110,8 +111,8 @@ def left_to_do(
             f"{first} is" if len(recipes) == 1 else f"all {len(recipes)} runs, {first} first, are"
         )
         raise UserError(
-            f"{what} finished, with a SUCCESS{' and scores' if evaluate else ''}: begin another "
-            "run with --set run.name=NAME"
+            f"{what} finished (SUCCESS{' and scores' if evaluate else ''}): start another run "
+            "with --set run.name=NAME"
         )
     return tuple(train), tuple(score)
 
@@ -176,7 +177,9 @@ def prepare_generation(
     """As prepare(), a job of launch/generate.py, which writes output; options: further ones."""
     _check_jobs_can_run(request)
     if recipe.teacher is None:
-        raise UserError(f"--generate {output}: the recipe has no [teacher] to generate with")
+        raise UserError(
+            f"--generate {output}: the recipe has no [teacher] to generate with; add one"
+        )
     if output.exists():
         raise UserError(f"--generate {output}: it exists already: name another file, or remove it")
     load_problems("--problems", str(problems), need_answers="--keep=correct" in options)
@@ -204,7 +207,7 @@ def submit(submission: Submission, after: str | None = None) -> list[str]:
         job.folder.mkdir(parents=True)
     except FileExistsError:
         raise UserError(
-            f"{job.folder}: another submission was made just now: look at it, and submit again"
+            f"{job.folder}: another submission was made just now: check it, then submit again"
         ) from None
     try:
         _freeze(submission)
@@ -234,7 +237,7 @@ def _check_jobs_can_run(request: JobRequest) -> None:
     env_file = os.environ.get("DS_ENV_FILE")
     if env_file and not Path(env_file).is_file():
         raise UserError(
-            f"DS_ENV_FILE = {env_file!r}: no such file; unset it to take launch/nodes.env"
+            f"DS_ENV_FILE = {env_file!r}: no such file; unset it to use launch/nodes.env"
         )
 
 
@@ -260,7 +263,7 @@ def _check_checkout() -> None:
     missing = [part for part in COPIED if not (ROOT / part).is_dir()]
     if missing:
         raise UserError(
-            f"{ROOT} has no {', '.join(missing)}: a job runs from a copy of a checkout, and this "
+            f"{ROOT} has no {', '.join(missing)}: a job runs from a copy of a checkout, but this "
             "kd was installed without one; clone the repository and run its launch/submit.py"
         )
 
@@ -270,7 +273,8 @@ def _section_of(recipe: Recipe, key: str) -> str:
     if len(sections) != 1:
         found = f"is in {' and '.join(sections)}" if sections else "is in no section of a recipe"
         raise UserError(
-            f"--array-over {key}: {key} {found}; write section.key, as in truncation.keep_fraction"
+            f"--array-over {key}: {key} {found}; write section.key, such as "
+            "truncation.keep_fraction"
         )
     return sections[0]
 
@@ -285,8 +289,8 @@ def _check_inputs_reach_the_job(recipe: Recipe) -> None:
         is_in_repository = (ROOT / path).exists() or glob.glob(str(path), root_dir=ROOT)
         if not is_there and is_in_repository and path.parts[0] not in COPIED:
             raise UserError(
-                f"{field} = {value!r} is in {ROOT}, and jobs run from a copy of its code: submit "
-                f"from there, or write {str(ROOT / path)!r}"
+                f"{field} = {value!r} is in {ROOT}, but jobs run from a copy that does not hold "
+                f"it: submit from {ROOT}, or write {str(ROOT / path)!r}"
             )
 
 
@@ -306,13 +310,13 @@ def _check_fits(recipe: Recipe, request: JobRequest) -> str:
         if request.gpu:
             raise
         # Nothing is known here of the model.
-        return f"{recipe.run.name}: memory not planned: {error}"
+        return f"{recipe.run.name}: could not plan the memory: {error}"
     problem = plan.verdict(gpu.gib) if request.gpu else None
     if problem:
         raise UserError(f"--gpu {request.gpu}: {problem}")
     return (
         f"{recipe.run.name}: {plan.total_gib:.1f} GiB per rank planned, {plan.checkpoint_gib:.1f} "
-        f"GiB a checkpoint, {plan.disk_gib:.0f} GiB on disk"
+        f"GiB per checkpoint, {plan.disk_gib:.0f} GiB on disk"
     )
 
 
@@ -328,12 +332,13 @@ def _check_filler_fits(recipe: Recipe, request: JobRequest, kind: str) -> str:
     except UserError as error:
         if request.gpu:
             raise
-        return f"the teacher's cache: memory not planned: {error}"  # nothing is known of the model
+        # Nothing is known here of the model.
+        return f"the teacher's cache: could not plan the memory: {error}"
     if request.gpu and gib + RESERVED_GIB > named_gpu(request.gpu).gib:
         raise UserError(
-            f"--gpu {request.gpu}: to fill the cache takes {gib:.1f} GiB per GPU, and "
-            f"{RESERVED_GIB:.0f} GiB for CUDA itself, of {named_gpu(request.gpu).gib:.1f} GiB: "
-            'take more nodes with teacher.shard = "world", or lower '
+            f"--gpu {request.gpu}: filling the cache takes {gib:.1f} GiB per GPU, and CUDA "
+            f"{RESERVED_GIB:.0f} GiB, but a GPU has {named_gpu(request.gpu).gib:.1f} GiB: use "
+            'more nodes with teacher.shard = "world", or lower '
             "training.max_tokens_per_micro_batch or truncation.max_full_tokens"
         )
     return f"the teacher's cache: {gib:.1f} GiB per rank planned"
@@ -362,14 +367,15 @@ def _check_limit(request: JobRequest) -> None:
             seconds = seconds_of(limit)
             if seconds <= request.signal_seconds + EARLY_SECONDS:
                 raise UserError(
-                    f"partition {facts['PartitionName']} ends a job after {limit}, and it is told "
-                    f"to save {request.signal_seconds} s ahead of that (--signal-seconds): lower "
-                    "--signal-seconds to what a checkpoint takes, or give --time or --partition"
+                    f"partition {facts['PartitionName']} ends a job after {limit}, but the signal "
+                    f"to save comes {request.signal_seconds} s before that (--signal-seconds): "
+                    "lower --signal-seconds to the time of a checkpoint, or give --time or "
+                    "--partition"
                 )
 
 
 def why_pending(job: str) -> str:
-    """SLURM's reason for a job that waits; empty where it only waits for its turn."""
+    """SLURM's reason why a job cannot start; empty if it only waits for its turn."""
     reason = _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%r").partition("\n")[0]
     waits = ("None", "Priority", "Resources", "BeginTime", "Dependency", "JobHeldUser", "")
     return "" if reason in waits else reason
@@ -387,8 +393,8 @@ def _check_path(folder: Path, what: str, remedy: str) -> None:
     unsafe = sorted(set(str(folder.absolute())) & set(":\\\n"))
     if unsafe:
         raise UserError(
-            f"{what} {str(folder)!r} has {' and '.join(map(repr, unsafe))} in it, with which "
-            f"neither Python nor SLURM can name a path: {remedy}"
+            f"{what} {str(folder)!r} has {' and '.join(map(repr, unsafe))} in it, which Python or "
+            f"SLURM cannot use in a path: {remedy}"
         )
 
 
@@ -460,7 +466,8 @@ def _slurm(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]} is not here: submit where SLURM is, or look at the script with --dry-run"
+            f"{command[0]} is not installed here: submit on a machine with SLURM, or print the "
+            "script with --dry-run"
         ) from None
     if done.returncode:
         raise UserError(f"{shlex.join(command)}: {done.stderr.strip()}")

@@ -1,4 +1,4 @@
-"""What became of every row: str() of a DataReport is the text to log."""
+"""How many rows were kept and dropped, and why: str() of a DataReport is the text to log."""
 
 from dataclasses import dataclass, field
 
@@ -31,7 +31,7 @@ class FileReport:
         ]
         lines += [f"  dropped {count}: {reason}" for reason, count in dropped.items() if count]
         if self.num_taken is not None:
-            lines.append(f"  drawn for the mixture: {self.num_taken}")
+            lines.append(f"  drawn for the mixture: {self.num_taken} rows")
         return "\n".join(lines)
 
 
@@ -71,11 +71,14 @@ class DataReport:
         if self.validation:
             lines.append(f"validation: {self.validation}")
         if self.num_excluded:
-            lines.append(f"left out of training: {self.num_excluded} with a prompt of validation")
+            lines.append(
+                f"left out of training: {self.num_excluded} rows that share their prompt with a "
+                "validation row"
+            )
         if self.num_shared_prompts:
             lines.append(
-                f"warning: {self.num_shared_prompts} training rows have a prompt that is also in "
-                "validation, whose loss will be too low: data.exclude_validation_prompts = true "
-                "leaves them out"
+                f"warning: {self.num_shared_prompts} training rows share their prompt with a "
+                "validation row, so the validation loss will be too low: set "
+                "data.exclude_validation_prompts = true to drop them"
             )
         return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""A chat template, run: a program that others wrote, so in a sandbox, within bounds of steps, time
-and size, and with the recipe's date as today's.
+"""Run a chat template, which is a program that others wrote: in a sandbox, with limits on steps,
+time and size, and with the recipe's date as today's.
 
-Prompts are those of tokenizer.apply_chat_template, which inference engines call; that has no bounds
-and no way to give it a date.
+The result is that of tokenizer.apply_chat_template, which inference engines call, but which has no
+limits and cannot be given a date.
 """
 
 import json
@@ -101,7 +101,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
         self._num_steps += 1
         if self._num_steps > MAX_STEPS or time.thread_time() > self._deadline:
             raise _OutOfBoundsError(
-                f"it does not end within {MAX_STEPS} turns of its loops and {MAX_SECONDS:g} s"
+                f"it does not end within {MAX_STEPS} loop iterations and {MAX_SECONDS:g} s"
             )
 
     def count_length(self, length: int) -> None:
@@ -248,13 +248,13 @@ def _checked(value: Any) -> Any:
     if isinstance(value, str | list | tuple | dict):
         _check_length(len(value))
     elif isinstance(value, int) and value.bit_length() > 1000:
-        raise _OutOfBoundsError("a number of more than 1000 bits")
+        raise _OutOfBoundsError("a number has more than 1000 bits")
     return value
 
 
 def _check_length(length: int) -> None:
     if length > MAX_LENGTH:
-        raise _OutOfBoundsError(f"it makes more than {MAX_LENGTH} characters or items")
+        raise _OutOfBoundsError(f"it produces more than {MAX_LENGTH} characters or items")
 
 
 def _check_product(method: str, text: str, *args: Any) -> None:
@@ -270,9 +270,11 @@ def _check_numbers(arguments: tuple[Any, ...]) -> None:
     """Widths, counts: what makes a text or a loop out of a number."""
     for argument in arguments:
         if isinstance(argument, int) and abs(argument) > MAX_RANGE:
-            raise _OutOfBoundsError(f"an argument of {argument}, and at most {MAX_RANGE} may be")
+            raise _OutOfBoundsError(f"an argument is {argument}, but may be at most {MAX_RANGE}")
 
 
 def _check_widths(pattern: re.Pattern[str], format_text: str) -> None:
     if pattern.search(format_text):
-        raise _OutOfBoundsError("a format with a width of six digits or more, or one that is given")
+        raise _OutOfBoundsError(
+            "a format has a width of six digits or more, or takes its width from an argument"
+        )

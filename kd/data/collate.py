@@ -1,10 +1,10 @@
 """Examples -> one Batch of CPU tensors: padded to the right or packed, labels shifted, supervised
 positions listed and placed.
 
-There is no attention mask. Attention is causal and padding stands to the right, so that no real
-token ever sees a pad, and what pads compute is never supervised; without a mask, attention keeps
-its fast path. Packed sequences are kept apart by their positions, from which each attention makes
-the mask that it needs, or by where they begin.
+There is no attention mask. Attention is causal and padding is on the right, so no real token ever
+sees a pad, and pads are never supervised; without a mask, attention keeps its fast path. Packed
+sequences are separated by their positions, from which each attention makes the mask that it needs,
+or by the offsets at which they begin.
 """
 
 import itertools

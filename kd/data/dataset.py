@@ -1,7 +1,7 @@
-"""A recipe's training and validation examples, truncated when read, and an account of every row.
+"""A recipe's training and validation examples, truncated when read, and a report on every row.
 
-The split is drawn over the rows that pass max_full_tokens, before truncation has a say: recipes
-that differ in truncation alone train and validate on the same rows.
+The split is drawn over the rows that pass max_full_tokens, before truncation, so recipes that
+differ only in truncation train and validate on the same rows.
 
 Shapes: N examples, 3 sections (prompt, chain of thought, answer), W tokens read of a sequence.
 """
@@ -157,11 +157,11 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Data:
         num_excluded = int(is_shared_N.sum())
         order, is_shared_N = order[~is_shared_N], is_shared_N[~is_shared_N]
     if len(order) < (data.num_train or 1):
+        excluded = f" and {num_excluded} rows with a validation prompt" if num_excluded else ""
         raise UserError(
             f"data.num_train = {data.num_train or 'all'}: of {len(usable)} usable rows, "
-            f"{len(order)} are left beside data.num_validation = {data.num_validation}"
-            f"{f' and {num_excluded} with a prompt of validation' if num_excluded else ''}: set a "
-            f"lower one, or add rows\n{files[0]}"
+            f"{len(order)} are left for training after data.num_validation = "
+            f"{data.num_validation}{excluded}: lower one of the two, or add rows\n{files[0]}"
         )
     num_shared = int(is_shared_N[: data.num_train].sum())
     train, train_report = _with_labels("training", usable.select(order[: data.num_train]))
@@ -217,13 +217,14 @@ def _num_wanted(tables: Sequence[SourceTable], num_usable: Sequence[int]) -> lis
         if table.num_rows is not None and table.num_rows > num:
             raise UserError(
                 f"data.sources[{i}].num_rows = {table.num_rows}: {table.name} has {num} usable "
-                "rows: lower it, or add rows"
+                "rows: lower num_rows, or add rows"
             )
         share = min(int(scale * table.weight * (1 + 1e-12)), num) if table.weight else num
         if not share:
             raise UserError(
-                f"data.sources[{i}].weight = {table.weight}: beside the scarcest source the share "
-                f"of {table.name} is less than a row: raise it, or add rows to that one"
+                f"data.sources[{i}].weight = {table.weight}: the share of {table.name} is less "
+                "than one row, given the rows of the scarcest source; raise this weight, or add "
+                "rows to that source"
             )
         wanted.append(table.num_rows or share)
     return wanted
@@ -252,7 +253,7 @@ def _read(
     report = FileReport(read_report, longest, int(too_long_N.sum()))
     usable = np.flatnonzero((length_N > 0) & ~too_long_N)  # a row that cannot be used has no tokens
     if not len(usable):
-        raise UserError(f"{field} = {name!r}: no row can be used\n{report}")
+        raise UserError(f"{field} = {name!r}: none of its rows can be used\n{report}")
     tokens = tokenised.with_format("numpy", columns=["input_ids"])
     return Examples(recipe, tokens, usable, num_tokens_N3[usable]), report
 
@@ -290,6 +291,7 @@ def _with_labels(name: str, examples: Examples) -> tuple[Examples, SplitReport]:
         raise NothingToLearn(
             f"no {name} example has a token in data.loss_sections = "
             f"{list(examples.recipe.data.loss_sections)} after truncation: widen [truncation] or "
-            f"loss_sections\n{name}: {report}"
+            "loss_sections\n"
+            f"{name}: {report}"
         )
     return kept, report

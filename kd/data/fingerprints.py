@@ -1,4 +1,4 @@
-"""What identifies the data of a run: its rows, and every token of theirs."""
+"""Hashes that identify the data of a run: its rows and all of their tokens."""
 
 import hashlib
 from collections.abc import Iterator

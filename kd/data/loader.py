@@ -1,5 +1,5 @@
-"""The batches of optimizer step s as a pure function of (seed, s): nothing to save, nothing to
-restore on resume.
+"""The batches of optimizer step s as a pure function of (seed, s), so that a checkpoint need not
+store any state of the data.
 
 An epoch is a permutation drawn from (seed, epoch); its last, partial global batch is dropped. A
 global batch is the same set of examples for every number of ranks and every micro-batch size.
@@ -20,8 +20,9 @@ def check_fills_a_batch(examples: Examples, global_batch_size: int) -> None:
     """Raise UserError unless there are examples for one optimizer step."""
     if len(examples) < global_batch_size:
         raise UserError(
-            f"training.global_batch_size = {global_batch_size} needs as many training examples, "
-            f"and there are {len(examples)}: lower it, or widen data and truncation"
+            f"training.global_batch_size = {global_batch_size} needs at least as many training "
+            f"examples, but there are {len(examples)}: lower it, add rows, or keep more tokens "
+            "with [truncation]"
         )
 
 

@@ -1,7 +1,7 @@
-"""Messages -> the prompt's text, through the chat template: whole, and ready for one thought.
+"""Messages -> the text of the prompt, through the chat template.
 
-What a template does not print would be lost without a word, and where it closes an empty thought
-the model would learn to think twice: both are looked for in each prompt.
+Each prompt is checked for two faults of templates: text that is not printed would be lost
+silently, and after an empty thought the model would learn to think twice.
 """
 
 import json
@@ -31,7 +31,7 @@ def render_prompt(
 ) -> str:
     """The prompt of training, generation and evaluation; needs add_special_tokens=False.
 
-    data.system_prompt stands for any system message; none is sent when it is None. Raises UserError
+    data.system_prompt replaces any system message; none is sent when it is None. Raises UserError
     without a chat template, BadRow when the template refuses these messages, does not print all of
     them, or leaves no place for a thought.
     """
@@ -157,7 +157,7 @@ def _check_printed(
 
 
 def _not_printed(what: str) -> str:
-    return f"the chat template does not print {what}: name one that does in data.chat_template"
+    return f"the chat template does not print {what}: set data.chat_template to one that does"
 
 
 def _check_one_thought(behind: str, data: DataSection) -> None:
@@ -172,9 +172,9 @@ def _check_one_thought(behind: str, data: DataSection) -> None:
         last = "an empty thought"
     if last != opening:
         raise BadRow(
-            f"the chat template ends the prompt with {last}, and the thought that is to follow "
-            f"would be a second one: set data.template_kwargs, as enable_thinking = true, or, if "
-            f"it opens the thought, data.think_open (now {data.think_open!r})"
+            f"the chat template ends the prompt with {last}, so the trace's own thought would be "
+            "a second one: set data.template_kwargs, such as enable_thinking = true, or, if this "
+            f"text opens the thought, set data.think_open to it (now {data.think_open!r})"
         )
 
 

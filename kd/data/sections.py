@@ -1,4 +1,4 @@
-"""Prompt, chain of thought and answer as token spans, known by construction, never searched for.
+"""Prompt, chain of thought and answer as token spans that are known by construction.
 
 The three texts are joined and tokenised once, so that the ids are those of the whole text; the
 borders, known in characters, become token counts through the tokenizer's offsets. Only the prompt
@@ -6,9 +6,9 @@ goes through the chat template: templates of reasoning models delete the chain o
 assistant turn.
 
 Marker-like strings in the user's own text ("<|im_end|>", "</think>" inside a problem) are tokenised
-like all other text, as inference engines do it with the same prompt; they cannot move a border. In
-a reasoning or an answer the thought's markers and the end token are a BadRow: they would teach to
-open a second thought or to stop halfway.
+like all other text, as inference engines do with the same prompt; they cannot move a border. A
+reasoning or an answer that holds the thought's markers or the end token is a BadRow, since it would
+teach the student to open a second thought or to stop halfway.
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: tuple[str, str, str]) ->
     try:
         encoding = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
     except Exception as error:  # the class that tokenizers raises for a character without a token
-        raise BadRow(f"the tokenizer cannot read it ({error})") from None
+        raise BadRow(f"the tokenizer cannot encode it ({error})") from None
     starts = np.array([start for start, _ in encoding["offset_mapping"]])
     borders = np.cumsum([len(text) for text in texts])
     num_prompt, num_until_answer, num_all = (int((starts < border).sum()) for border in borders)

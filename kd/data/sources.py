@@ -1,8 +1,7 @@
 """One dataset row -> one Trace: messages before the last assistant turn, reasoning, answer.
 
-Rows are written by others: what a row says wrongly is a BadRow, to be counted; a column that is not
-there at all is the user's error. The system message of a row is not read: data.system_prompt
-replaces it (see sections.py).
+A row with unusable content is a BadRow, which is counted; a missing column is the user's error. The
+system message of a row is not read: data.system_prompt replaces it (see sections.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +47,8 @@ def read_row(source: Source, row: Row) -> Trace | None:
     except KeyError as missing:
         raise UserError(
             f"no column {missing}; the row has {', '.join(row)}; needed: "
-            f"{'; '.join(source.columns)}. Say in [data.columns] which columns have other names"
+            f"{'; '.join(source.columns)}. If a column has another name, write it into "
+            "[data.columns]"
         ) from None
 
 
@@ -146,7 +146,7 @@ SOURCES: dict[str, Source] = {
 
 _FAULTS: dict[Fault, str] = {
     "unclosed": "no {0} ... {1}",
-    "reopened": "{0} or {1} more than once",
+    "reopened": "{0} or {1} appears more than once",
     "text before": "text before {0}",
 }
 
@@ -154,13 +154,13 @@ _FAULTS: dict[Fault, str] = {
 def _thought_and_answer(turn: Message) -> tuple[str, str]:
     """Of the turn to be learned; the thought is empty where the turn has none."""
     if "tool_calls" in turn:
-        raise BadRow("the last turn calls a tool: only a turn of text can be learned")
+        raise BadRow("the last turn calls a tool, but only text can be learned")
     content, thought = turn["content"], turn.get("reasoning_content", "")
     split = next((split for marker, split in _SPLITS.items() if marker in content), None)
     if split is None:
         return thought, content
     if thought:
-        raise BadRow("the last turn has a thought both beside its content and in it")
+        raise BadRow("the last turn has two thoughts, one inside its content and one outside")
     return split(content)
 
 

@@ -1,8 +1,8 @@
-"""Which sequences form which micro-batch on which rank: the only author of a step's layout, and
-pure, so that ranks, the plan of a run and its report agree.
+"""Which sequences form which micro-batch on which rank. Only this module decides it, by pure
+functions, so that the ranks, the plan of a run and its report agree.
 
-All ranks run as many micro-batches, side by side: what runs beside each other should take about as
-long. A sequence of L tokens takes Work.linear * L + Work.quadratic * L^2.
+All ranks run the same number of micro-batches in parallel, so those that run at the same time
+should take about equally long. A sequence of L tokens takes Work.linear * L + Work.quadratic * L^2.
 
 Shapes: N examples, G sequences of a global batch.
 """

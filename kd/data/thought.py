@@ -1,4 +1,4 @@
-"""The thought of a response, told from its answer by the markers around it."""
+"""Split a response into thought and answer by the markers around the thought."""
 
 from typing import Literal
 

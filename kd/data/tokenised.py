@@ -1,5 +1,5 @@
-"""Rows tokenised once for all truncation lengths, and kept on disk under a key of all that changes
-a token.
+"""Rows are tokenised once for all truncation lengths, and cached on disk under a key that covers
+everything that changes a token.
 """
 
 import hashlib
@@ -71,10 +71,9 @@ def tokenise_rows(
         bad = table[first_bad]
         raise UserError(
             f"{rows.place(bad['file'], bad['number'])}: {bad['reason']}\n"
-            f"{sum(report.bad_rows.values())} of {report.num_rows} rows cannot be used; source "
-            f"{data.source!r} needs "
-            f"{'; '.join(SOURCES[data.source].columns)}. Correct them, or set data.on_bad_row = "
-            f'"drop"'
+            f"{sum(report.bad_rows.values())} of {report.num_rows} rows cannot be used. Source "
+            f"{data.source!r} needs {'; '.join(SOURCES[data.source].columns)}. Correct the rows, "
+            'or set data.on_bad_row = "drop"'
         )
     return table, report
 
@@ -156,8 +155,8 @@ def _in_processes(job: _Job, chunks: Iterable[list[RawRow]]) -> Iterator[list[di
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                f"{job.rows.name}: a process that tokenises was ended from outside, for its memory "
-                f"perhaps: lower data.num_proc = {num_proc}"
+                f"{job.rows.name}: a tokenising process was killed, perhaps for lack of memory: "
+                f"lower data.num_proc = {num_proc}"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

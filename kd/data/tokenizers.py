@@ -71,8 +71,8 @@ def load_tokenizer(field: str, model: ModelSection) -> PreTrainedTokenizerFast:
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
-            f"{field} = {model.model!r}: {type(tokenizer).__name__} gives no character offsets; a "
-            "fast tokenizer, saved with tokenizer.json, is needed"
+            f"{field} = {model.model!r}: {type(tokenizer).__name__} gives no character offsets: "
+            "use a model with a fast tokenizer (tokenizer.json)"
         )
     return tokenizer
 
@@ -119,12 +119,12 @@ def _check_same_reading(teacher: PreTrainedTokenizerFast, student: PreTrainedTok
         )
         behind = slice(position, position + 4)
         raise UserError(
-            "teacher and student have one vocabulary, but read texts differently: after "
-            f"{teacher.decode(theirs[:position])[-20:]!r}, at token {position} of a probe, the "
-            f"teacher ({teacher.name_or_path}) reads "
+            "teacher and student have the same vocabulary but split text differently: after "
+            f"{teacher.decode(theirs[:position])[-20:]!r}, at token {position} of a test text, "
+            f"the teacher ({teacher.name_or_path}) reads "
             f"{teacher.convert_ids_to_tokens(theirs[behind])} and the student "
             f"({student.name_or_path}) {student.convert_ids_to_tokens(ours[behind])}: save the "
-            "same tokenizer with both"
+            "same tokenizer with both models"
         )
 
 
@@ -144,19 +144,19 @@ def _check_template(
         render_prompt(tokenizer, [question], data)
         variables = variables_of(tokenizer)
     except BadRow as error:
-        remedy = "" if data.chat_template else "; data.chat_template names another one"
+        remedy = "" if data.chat_template else "; set data.chat_template to another template"
         raise UserError(f"{template_of}: {error}{remedy}") from None
     for name in data.template_kwargs:
         if name not in variables:
             raise UserError(
-                f"data.template_kwargs.{name}: the chat template ({template_of}) does not read it; "
-                f"it reads {', '.join(sorted(variables)) or 'none'}"
+                f"data.template_kwargs.{name}: the chat template ({template_of}) does not read "
+                f"it; it reads {', '.join(sorted(variables)) or 'none'}"
             )
     end = _end_of_turn(tokenizer, question, data)
     if end not in (None, tokenizer.eos_token):
         log.warning(
-            "the chat template ends a turn with %s, and answers are trained to end with %s: set "
-            "data.end_token = %r if the teacher ends its turns so",
+            "the chat template ends a turn with %s, but answers are trained to end with %s: set "
+            "data.end_token = %r if the teacher ends its turns like the template",
             end,
             tokenizer.eos_token,
             end,
@@ -184,8 +184,8 @@ def _end_of_turn(
 def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str:
     if end_token is None and tokenizer.eos_token is None:
         raise UserError(
-            f"{tokenizer.name_or_path} has no eos token: set data.end_token to the token that ends "
-            "a turn"
+            f"{tokenizer.name_or_path} has no eos token: set data.end_token to the token that "
+            "ends a turn"
         )
     token = end_token or tokenizer.eos_token
     vocabulary = tokenizer.get_vocab()
@@ -194,7 +194,7 @@ def _end_token(tokenizer: PreTrainedTokenizerFast, end_token: str | None) -> str
     ]:
         raise UserError(
             f"data.end_token = {token!r} is not one token of {tokenizer.name_or_path}: name a "
-            f"token of its vocabulary, as {tokenizer.eos_token!r}"
+            f"token of its vocabulary, such as {tokenizer.eos_token!r}"
         )
     return token
 

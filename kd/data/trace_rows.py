@@ -60,7 +60,7 @@ class TraceRows:
                 num_empty += 1
                 log.warning("%s: the file is empty", name)
         if num_empty == len(self.files):
-            raise UserError(f"{self.name}: the file is empty: there is no row in it")
+            raise UserError(f"{self.name}: the file is empty: add rows, or name another file")
 
     def _read_file(self, name: str) -> Iterator[tuple[int, Any]]:
         if self.hub_rows is not None:
@@ -101,7 +101,7 @@ def parse(content: Any, columns: Mapping[str, str], where: str) -> Row:
     row = parse_json(content, where) if isinstance(content, bytes) else content
     if not isinstance(row, Mapping):
         raise UserError(
-            f"{where}: a JSON object is needed, with columns as keys, and not {str(row)[:40]!r}"
+            f"{where}: found {str(row)[:40]!r} instead of a JSON object with columns as keys"
         )
     for field, column in columns.items():
         if column not in row:
@@ -156,7 +156,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, {name: values[i] for name, values in columns.items()}
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a .parquet file, or a damaged one: {error}") from None
+        raise UserError(f"{path}: not a Parquet file, or a damaged one: {error}") from None
 
 
 def _values(path: Path, name: str, column: pyarrow.Array) -> list[Any]:
@@ -164,8 +164,8 @@ def _values(path: Path, name: str, column: pyarrow.Array) -> list[Any]:
         values: list[Any] = column.to_pylist()
     except (ArithmeticError, ImportError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"{path}: column {name!r} of type {column.type} cannot be read ({error}): leave it out "
-            "of the file, or write it as another type"
+            f"{path}: column {name!r} of type {column.type} cannot be read ({error}): remove it "
+            "from the file, or write it as another type"
         ) from None
     return values
 
@@ -180,8 +180,8 @@ def _check_names(path: Path, schema: pyarrow.Schema) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(
-                f"{path}: the column {prefix + twice[0]!r} is there {names.count(twice[0])} times: "
-                "rename all but one, or leave them out"
+                f"{path}: the column {prefix + twice[0]!r} appears {names.count(twice[0])} times: "
+                "rename or remove all but one"
             )
         levels += [(f"{prefix}{field.name}.", field.type) for field in fields]
 

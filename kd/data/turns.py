@@ -1,7 +1,7 @@
 """The turns of a row's conversation, in the one form that a chat template reads.
 
-Roles, names of fields and forms of content differ between data sets. Each is mapped to one, or the
-row is bad: a role that a template does not know would vanish from the prompt.
+Roles, field names and forms of content differ between data sets. They are mapped to one form, or
+the row is bad, since a role that a template does not know would vanish from the prompt.
 """
 
 import json

@@ -119,8 +119,8 @@ def draw_rows(problem_set: ArithmeticSet, seed: str) -> list[dict[str, str]]:
                 "answer": str(values[-1]),
             }
     raise ValueError(
-        f"num_problems = {problem_set.num_problems}: too few distinct problems; allow more "
-        "operations"
+        f"num_problems = {problem_set.num_problems}: there are too few distinct problems; allow "
+        "more operations"
     )
 
 

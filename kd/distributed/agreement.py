@@ -1,9 +1,9 @@
-"""Every rank has the same software, environment and recipe, or the run ends before it begins.
+"""Check that every rank has the same software, environment and recipe before the run starts.
 
-A variable that did not reach one host, or a package of another version there, changes results
-without a word. A host that has lost its GPUs is worse: its ranks ask for another backend, and all
-wait for each other. So the facts travel by the key-value store that torch's rendezvous opens before
-there is a process group.
+A variable that did not reach one host, or another version of a package there, changes results
+silently. A host that has lost its GPUs is worse: its ranks ask for another backend, and all ranks
+wait for each other. So the facts are exchanged through the key-value store that torch's rendezvous
+opens before there is a process group.
 """
 
 import json
@@ -15,13 +15,13 @@ from kd.distributed.rendezvous import store_of_run, wait_for
 from kd.errors import UserError
 
 REMEDIES = {
-    "software": "install the same versions on every host: one environment on a shared file system "
-    "is the simplest; a commit that is None on a host without git is told to it by KD_COMMIT in "
+    "software": "install the same versions on every host, most simply in one environment on a "
+    "shared file system; if a commit is None because a host has no git, set KD_COMMIT in "
     "launch/nodes.env",
     "environment": "write the variable into launch/nodes.env, which launch/hosts.sh and "
-    "launch/slurm bring to every host; a host whose device differs has lost its GPUs, or their "
+    "launch/slurm pass to every host; if the device differs, that host has lost its GPUs or their "
     "driver: leave it out",
-    "recipe": "start every host with the same command, from the same files",
+    "recipe": "start every host with the same command and the same files",
 }
 
 
@@ -60,7 +60,7 @@ def gather_facts(facts: dict[str, Any], timeout: timedelta) -> list[dict[str, An
                 host = json.loads(store.get(f"facts/{other}"))["host"]
                 hosts.setdefault(host, []).append(other)
         here = ", ".join(f"{host}: {_ranges(ranks)}" for host, ranks in hosts.items())
-        return f"rank {_ranges(sorted(missing))} of {world_size} has not come ({here} are here)"
+        return f"rank {_ranges(sorted(missing))} of {world_size} has not started ({here} are here)"
 
     wait_for(all_came, who_is_missing, timeout)
     return [json.loads(store.get(f"facts/{other}")) for other in range(world_size)]
@@ -87,7 +87,7 @@ def agree(verdict: str | None, timeout: timedelta) -> str:
         store.set("verdict", verdict or "")
     wait_for(
         lambda: store.check(["verdict"]),
-        lambda: f"rank {rank}: not all ranks have come, says rank 0, which waits for them",
+        lambda: f"rank {rank}: rank 0 still waits for other ranks to start",
         timeout,
     )
     answer = store.get("verdict").decode()
@@ -96,7 +96,7 @@ def agree(verdict: str | None, timeout: timedelta) -> str:
     if rank == 0:
         wait_for(
             lambda: store.check(["verdict/all_read"]),
-            lambda: "rank 0: a rank that had come has not read what rank 0 found",
+            lambda: "rank 0: a rank that started has not read the result",
             timeout,
         )
     return answer

@@ -25,10 +25,10 @@ def device_type() -> Literal["cuda", "cpu"]:
     if get_accelerator().device_name() == "cuda":
         return "cuda"
     said = [f"{name} = {os.environ[name]}" for name in GPU_VARIABLES if os.environ.get(name)]
-    said += [f"{DRIVER} is there"] if DRIVER.exists() else []
+    said += [f"{DRIVER} exists"] if DRIVER.exists() else []
     if said and os.environ.get("DS_ACCELERATOR") != "cpu":
         raise UserError(
-            f"there should be a GPU ({said[0]}), and torch cannot use it: {_why_no_cuda()}. Mend "
+            f"there should be a GPU ({said[0]}), but torch cannot use it: {_why_no_cuda()}. Fix "
             "that, or set DS_ACCELERATOR=cpu to run on the CPU"
         )
     return "cpu"
@@ -43,8 +43,8 @@ def device_of_rank(local_rank: int) -> torch.device:
     num_visible = torch.cuda.device_count()
     if num_visible > 1 and local_rank >= num_visible:
         raise UserError(
-            f"LOCAL_RANK = {local_rank}, and {num_visible} GPUs are visible: start a rank for each "
-            "of them, or show each task its own (CUDA_VISIBLE_DEVICES)"
+            f"LOCAL_RANK = {local_rank}, but {num_visible} GPUs are visible: start one rank per "
+            "GPU, or give each task its own with CUDA_VISIBLE_DEVICES"
         )
     return torch.device("cuda", local_rank if num_visible > 1 else 0)
 
@@ -63,8 +63,8 @@ def keep_gpus_of_rank(local_rank: int, num_gpus: int) -> None:
     kept = names[local_rank * num_gpus : (local_rank + 1) * num_gpus]
     if len(kept) < num_gpus:
         raise UserError(
-            f"LOCAL_RANK = {local_rank}, {num_gpus} GPUs a rank, and {len(names)} are visible: "
-            "start fewer ranks on a node, or lower --tensor-parallel"
+            f"LOCAL_RANK = {local_rank} with {num_gpus} GPUs per rank, but only {len(names)} GPUs "
+            "are visible: start fewer ranks per node, or lower --tensor-parallel"
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(kept)
 

@@ -59,7 +59,7 @@ def _describe(peers: list[Peer], message: str) -> str:
     gone = [peer for peer in peers if peer.host == host and not _is_running(peer.pid)]
     if gone:
         who = (
-            " and ".join(f"rank {peer.rank} (process {peer.pid} of this host)" for peer in gone)
+            " and ".join(f"rank {peer.rank} (process {peer.pid} on this host)" for peer in gone)
             + " ended"
         )
     elif "imed out" in message:
@@ -67,15 +67,15 @@ def _describe(peers: list[Peer], message: str) -> str:
     else:
         hosts = sorted({peer.host for peer in peers} - {host})
         who = (
-            f"a rank of another host ended, or its network did ({', '.join(hosts)})"
+            f"a rank on another host ended, or its network failed ({', '.join(hosts)})"
             if hosts
             else "a rank ended"
         )
     # No paths of gloo
     reason = re.sub(r"\[/\S*\] ?", "", message.strip().partition("\n")[0]).partition(". This is")[0]
     return (
-        f"{who}. Its own message stands above; or there is none: it was killed (out of memory?), "
-        f"or its node was lost. Continue with --resume auto. [{reason}]"
+        f"{who}. Look for its message above. If there is none, it was killed (out of memory?) or "
+        f"its node was lost. Continue with --resume auto. [{reason}]"
     )
 
 

@@ -53,8 +53,8 @@ def find_ranks() -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(
-                f"{name} is not set: export it before srun, as launch/slurm/train.sbatch does: "
-                "the first node's name, and a port that is free there"
+                f"{name} is not set: before srun, export MASTER_ADDR (the first node's name) and "
+                "MASTER_PORT (a free port there), as launch/slurm/job.sh does"
             )
 
 
@@ -73,8 +73,8 @@ def find_rank() -> tuple[int, int, int]:
     for name in OTHER_LAUNCHERS:
         if int(os.environ.get(name, "1")) > 1:
             raise UserError(
-                f"{name} = {os.environ[name]}, but RANK is not set: start one process per GPU with "
-                "deepspeed or torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+                f"{name} = {os.environ[name]}, but RANK is not set: start one process per GPU "
+                "with deepspeed or torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
                 "MASTER_PORT for each"
             )
     return 0, 1, 0
@@ -91,16 +91,16 @@ def _complete() -> None:
             found = ["0"]
         if not found:
             raise UserError(
-                f"RANK = {os.environ['RANK']} is set and {name} is not: let the launcher set RANK, "
-                "WORLD_SIZE and LOCAL_RANK of each process, or start with deepspeed, torchrun or "
-                "srun"
+                f"RANK = {os.environ['RANK']} is set but {name} is not: let the launcher set "
+                "RANK, WORLD_SIZE and LOCAL_RANK for each process, or start with deepspeed, "
+                "torchrun or srun"
             )
         os.environ[name] = found[0]
         numbers[name] = int(found[0]) if found[0].isdecimal() else -1
     rank, world_size, local_rank = (numbers[name] for name in OF_SLURM)
     if not (0 <= rank < world_size and 0 <= local_rank < world_size):
         said = ", ".join(f"{name} = {os.environ[name]!r}" for name in OF_SLURM)
-        raise UserError(f"{said}: RANK and LOCAL_RANK count from 0 to below WORLD_SIZE")
+        raise UserError(f"{said}: RANK and LOCAL_RANK must be from 0 to WORLD_SIZE - 1")
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> Layout:

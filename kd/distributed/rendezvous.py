@@ -24,7 +24,10 @@ from kd.errors import NotMet, UserError
 log = logging.getLogger(__name__)
 
 POLL_SECONDS, WORD_SECONDS = 0.2, 5.0
-REMEDY = "did it start, and can hosts reach each other? The first lines of its own host may say"
+REMEDY = (
+    "check that it started (the first lines of its own host's log) and that hosts can reach each "
+    "other"
+)
 
 
 def wait_for(condition: Callable[[], bool], what: Callable[[], str], timeout: timedelta) -> None:
@@ -81,8 +84,8 @@ def _resolve(host: str) -> str:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise UserError(
-            f"MASTER_ADDR = {host!r} is no name or address that this host knows ({error}): write "
-            "that of the first host, without a user, as all hosts can reach it"
+            f"MASTER_ADDR = {host!r} is not a name or address that this host knows ({error}): "
+            "write that of the first host, without a user, in a form that all hosts can reach"
         ) from None
     return str(found[0][4][0])
 
@@ -133,11 +136,14 @@ def _cannot_listen(host: str, address: str, port: int, error: OSError) -> str:
         process = next(_processes_on(port), None)
         who = f"process {process[0]} ({process[1]})" if process else "another process"
         return (
-            f"{where}: {who} of {socket.gethostname()} has the port: another run, or what is left "
-            "of one. End it, or set MASTER_PORT to a port that is free"
+            f"{where}: {who} on {socket.gethostname()} uses the port, perhaps another run or its "
+            "remains. End it, or set MASTER_PORT to a port that is free"
         )
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"{where}: {address} is no address of {socket.gethostname()}, where rank 0 is"
+        return (
+            f"{where}: {address} is not an address of {socket.gethostname()}, where rank 0 runs; "
+            "set MASTER_ADDR to one"
+        )
     return f"{where}: {error}"
 
 

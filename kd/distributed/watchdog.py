@@ -1,4 +1,4 @@
-"""A run that hangs ends by itself, and every rank says where it stood."""
+"""End a run that hangs, after every rank has printed where it is."""
 
 import contextlib
 import faulthandler
@@ -17,8 +17,8 @@ BACKSTOP_SECONDS = 30.0
 
 
 class Watchdog:
-    """Ends the process with EXIT_HANG when pat() has not been called for `minutes`, after its
-    stacks were printed.
+    """Prints the stacks and ends the process with EXIT_HANG when pat() has not been called for
+    `minutes`.
 
     Use as a context: outside it nothing is watched. A call that holds the interpreter's lock also
     stops the thread that watches; faulthandler, which needs no lock, then ends the process half a
@@ -43,7 +43,7 @@ class Watchdog:
         self._patted.set()
 
     def pat(self) -> None:
-        """A step was taken, or a checkpoint written: the time starts anew."""
+        """Restart the time, after a step or a checkpoint."""
         faulthandler.dump_traceback_later(self._minutes * 60 + BACKSTOP_SECONDS, exit=True)
         self._patted.set()
 
@@ -54,9 +54,10 @@ class Watchdog:
                 return
         rank = os.environ.get("RANK", "0")
         message = (
-            f"\nrank {rank} on {socket.gethostname()}: no step within run.watchdog_minutes = "
-            f"{self._minutes:g}. Every rank prints its stack and ends; one that waits in no "
-            "collective is the cause, and if all do, a rank or its network is lost. Continue with "
+            "\n"
+            f"rank {rank} on {socket.gethostname()}: no step within run.watchdog_minutes = "
+            f"{self._minutes:g}. Every rank prints its stack and ends. The cause is the rank that "
+            "waits in no collective; if all wait, a rank or its network is lost. Continue with "
             "--resume auto\n"
         )
         # One write, so that ranks do not mix their lines.

@@ -120,8 +120,8 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
         )
         raise UserError(
             f"the checkpoint of step {step} could not be written to {folder}: {first_line} "
-            f"({free:.2f} GiB free). Earlier checkpoints are whole: make room and continue with "
-            "--resume auto"
+            f"({free:.2f} GiB free). Earlier checkpoints are whole: free some space and continue "
+            "with --resume auto"
         ) from error
 
 
@@ -152,7 +152,7 @@ def choose_checkpoint(folder: Path, resume: str, state_type: type[Any]) -> Path 
         if damage is None:
             return path
         if dist.get_rank() == 0:
-            log.warning("%s is damaged (%s): trying the one before it", path, damage)
+            log.warning("%s is damaged (%s): trying the checkpoint before it", path, damage)
     return None
 
 
@@ -190,7 +190,7 @@ def load_checkpoint(engine: Engine, path: Path, state_type: type[State]) -> Stat
     else:
         if dist.get_rank() == 0:
             log.info(
-                "%s was written by %d ranks, and is converted for %d", path, written_by, world_size
+                "%s was written by %d ranks: converting it for %d", path, written_by, world_size
             )
         with universal_checkpoint(path) as converted:
             engine._config.load_universal_checkpoint = True
@@ -208,7 +208,7 @@ def read_manifest(path: Path, state_type: type[Any]) -> Manifest:
     """
     if not (path / MANIFEST).exists():
         raise UserError(
-            f"{path}: not a checkpoint (no {MANIFEST}); name a folder like checkpoints/step_40"
+            f"{path}: not a checkpoint (no {MANIFEST}); name a folder such as checkpoints/step_40"
         )
     try:
         manifest = Manifest.model_validate(read_json(path / MANIFEST))
@@ -239,7 +239,7 @@ def _load_engine(engine: Engine, path: Path) -> None:
     )
     if loaded is None:
         raise UserError(
-            f"{path}: DeepSpeed found no checkpoint in it; remove it and resume from an earlier one"
+            f"{path}: DeepSpeed found no checkpoint in it: remove it and resume from an earlier one"
         )
 
 
@@ -258,7 +258,11 @@ def set_aside_after(folder: Path, step: int) -> None:
             abandoned = path.with_name(f"abandoned_{path.name}")
             shutil.rmtree(abandoned, ignore_errors=True)
             path.rename(abandoned)
-            log.info("%s is beyond the step resumed from: renamed to %s", path, abandoned.name)
+            log.info(
+                "%s is after the step that the run resumes from: renamed it to %s",
+                path,
+                abandoned.name,
+            )
 
 
 def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
@@ -268,7 +272,7 @@ def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
             try:
                 shutil.rmtree(path)
             except OSError as error:  # a file still open over NFS; the next call tries again
-                log.warning("%s could not be removed: %s", path, error)
+                log.warning("could not remove %s: %s", path, error)
 
 
 def remove_partial(folder: Path) -> None:
@@ -326,8 +330,8 @@ def _read_random_state(path: Path, *, required: bool) -> dict[str, torch.Tensor]
     except (OSError, SafetensorError, RuntimeError, TypeError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         problem = (
-            f"{file}: holds no random state ({reason}): remove this checkpoint and resume from an "
-            "earlier one"
+            f"{file}: it holds no random state ({reason}): remove this checkpoint and resume from "
+            "an earlier one"
         )
     if found := [text for text in gather_objects(problem) if text]:
         raise UserError(found[0])

@@ -1,4 +1,4 @@
-"""DeepSpeed JSON from ds_configs/, and what the recipe decides: one home for each knob."""
+"""The configuration of each engine: ZeRO from a JSON in ds_configs/, the rest from the recipe."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,12 +49,14 @@ def read_ds_config(recipe: Recipe, role: Role) -> dict[str, Any]:
     path = next((p for p in (DS_CONFIGS_DIR / name, Path(name)) if p.is_file()), None)
     if path is None:
         known = ", ".join(sorted(p.name for p in DS_CONFIGS_DIR.glob("*.json")))
-        raise UserError(f"deepspeed.{role} = {name!r}: no such file; ds_configs/ has {known}")
+        raise UserError(
+            f"deepspeed.{role} = {name!r}: no such file; the files in ds_configs/ are {known}"
+        )
     config = read_json(path)
     for key, home in RECIPE_KEYS.items():
         if isinstance(config, dict) and key in config:
             raise UserError(
-                f"{path}: {key} = {config[key]!r} is decided by the recipe ({home}); remove it here"
+                f"{path}: {key} = {config[key]!r} is set by the recipe ({home}): remove it here"
             )
     check_ds_json(config, path)
     _check_stage(config.get("zero_optimization", {}), role, path)
@@ -128,14 +130,14 @@ def check_hpz(recipe: Recipe, ds_config: dict[str, Any], nodes: "Nodes") -> None
         counts = sorted({len(ranks) for ranks in nodes})
         raise UserError(
             f"{where} does not divide the ranks of every node ({' and '.join(map(str, counts))}): "
-            "set it to the number of ranks per node, or to a divisor of it"
+            "set it to the number of ranks per node or to a divisor of that"
         )
     node_of = {rank: node for node, ranks in enumerate(nodes) for rank in ranks}
     for rank, node in sorted(node_of.items()):
         first = rank - rank % size
         if node_of[first] != node:
             raise UserError(
-                f"{where} puts ranks {first} and {rank} into one group, and they are on different "
+                f"{where} puts ranks {first} and {rank} into one group, but they are on different "
                 "nodes: number the ranks node by node (srun --distribution=block)"
             )
 
@@ -150,8 +152,8 @@ def _check_stage(zero: ZeroSection, role: Role, path: Path) -> None:
         )
     if size > 1 and role == "teacher":  # DeepSpeed's one group for it would be the student's too
         raise UserError(
-            f"{path}: zero_hpz_partition_size = {size} is for deepspeed.student: remove it; "
-            'teacher.shard = "node" keeps the teacher\'s gathers within a node'
+            f"{path}: zero_hpz_partition_size = {size} is only for deepspeed.student: remove it, "
+            'and set teacher.shard = "node" to keep the teacher\'s gathers within a node'
         )
     if size > 1 and stage != 3:
         raise UserError(
@@ -161,8 +163,8 @@ def _check_stage(zero: ZeroSection, role: Role, path: Path) -> None:
     offload = zero.get("offload_param", {})
     if offload.get("device", "none") != "none" and stage != 3:
         raise UserError(
-            f"{path}: offload_param.device = {offload['device']!r} needs zero_optimization.stage = "
-            f"3, found {stage}"
+            f"{path}: offload_param.device = {offload['device']!r} needs zero_optimization.stage "
+            f"= 3, found {stage}"
         )
     for key, section in (("param", offload), ("optimizer", zero.get("offload_optimizer", {}))):
         if section.get("device") == "nvme" and not section.get("nvme_path"):

@@ -1,8 +1,8 @@
-"""The keys that a DeepSpeed JSON may hold here, with their types: nothing is coerced or ignored.
+"""The keys that a DeepSpeed JSON may hold here, with their types. Nothing is coerced or ignored.
 
-DeepSpeed's own models accept unknown sections, "true" for true and 3.0 for 3; they run second,
-where DeepSpeed is imported (kd.engine.engine). A key of DeepSpeed that is missing here is decided
-elsewhere, does nothing in this loop, or would change the loss or what a checkpoint restores.
+DeepSpeed's own models accept unknown sections, "true" for true and 3.0 for 3; they run afterwards,
+where DeepSpeed is imported (kd.engine.engine). A DeepSpeed key that is missing here is set by the
+recipe, has no effect in this loop, or would change the loss or what a checkpoint restores.
 """
 
 import difflib
@@ -23,18 +23,18 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 
 # Keys of DeepSpeed that this project refuses, and what to do instead.
 INSTEAD = {
-    "bfloat16": 'it is the old name of the section: write "bf16"',
+    "bfloat16": 'this is the section\'s old name: write "bf16"',
     "amp": 'apex is not used: remove it, and write "bf16": {"enabled": true}',
-    "elasticity": "the recipe decides the batch, for any number of ranks: remove it",
-    "activation_checkpointing": "it would do nothing: set student.gradient_checkpointing in the "
-    "recipe, and remove it here",
-    "steps_per_print": "metrics.jsonl has every step: remove it",
+    "elasticity": "the recipe sets the batch for any number of ranks: remove it",
+    "activation_checkpointing": "it has no effect: remove it, and set "
+    "student.gradient_checkpointing in the recipe",
+    "steps_per_print": "metrics.jsonl records every step: remove it",
 }
 
 
 def _needs_loss_scaling(enabled: bool) -> bool:
     if enabled:
-        raise ValueError("it needs loss scaling, which this loop does not do: use bf16")
+        raise ValueError("it needs loss scaling, which is not supported: use bf16")
     return enabled
 
 
@@ -184,10 +184,11 @@ def check_ds_json(content: Any, path: Path) -> DeepSpeedJson:
     """
     if not isinstance(content, dict):
         raise UserError(
-            f"{path}: holds {reprlib.repr(content)}; write an object with zero_optimization in it"
+            f"{path}: it holds {reprlib.repr(content)}: write an object with zero_optimization in "
+            "it"
         )
     problems = [
-        f'{place} = "auto" is dropped silently outside the HF Trainer; write a value'
+        f'{place} = "auto" has no meaning outside the HF Trainer: write a value'
         for place in _places_of_auto(content)
     ]
     try:
@@ -234,7 +235,7 @@ def _instead_of(place: tuple[str | int, ...]) -> str:
     near = [(*section, name) for name in difflib.get_close_matches(key, beside, n=1)]
     near += [parts for parts in known if parts[-1] == key]
     write = f"write {'.'.join(near[0])} or " if near else ""
-    return f"not a key that this project knows: {write}remove it"
+    return f"unknown key: {write}remove it"
 
 
 def _known_keys(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -48,7 +48,7 @@ def check_ds_config(ds_config: dict[str, Any], file: str) -> None:
         DeepSpeedConfig(copy.deepcopy(ds_config))
     except (ValueError, TypeError, LookupError, AssertionError, DeepSpeedConfigError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file}: DeepSpeed refuses it: {reason[:500]}") from None
+        raise UserError(f"{file}: DeepSpeed rejects it: {reason[:500]}") from None
 
 
 def initialize(module: nn.Module, ds_config: dict[str, Any]) -> Engine:

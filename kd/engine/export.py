@@ -45,7 +45,8 @@ def export_student(
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"the student could not be exported to {folder}: {error}; --resume auto tries again"
+                f"the student could not be exported to {folder}: {error}; run again with --resume "
+                "auto to retry"
             ) from error
     dist.barrier()
 
@@ -62,8 +63,8 @@ def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     others = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
     if not all(type(token_id) is int and token_id >= 0 for token_id in others):
         raise UserError(
-            f"student.model: eos_token_id = {ends!r} in its generation_config.json or config.json: "
-            "write one id of the vocabulary, or a list of them"
+            f"student.model: eos_token_id = {ends!r} in its generation_config.json or "
+            "config.json: write one id of the vocabulary, or a list of them"
         )
     trained = tokenizer.eos_token_id
     all_ends = [trained, *dict.fromkeys(other for other in others if other != trained)]

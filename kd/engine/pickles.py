@@ -53,8 +53,8 @@ def check_pickles(folder: Path) -> None:
     problem = next((text for texts in found for text in texts), None)
     if problem:
         raise UserError(
-            f"{problem}: nothing of {folder} was loaded, for it may run foreign code. Restore it "
-            "from a copy that you trust, or remove it and resume from another checkpoint"
+            f"{problem}: {folder} was not loaded, since it may run foreign code. Restore it from "
+            "a copy that you trust, or remove it and resume from another checkpoint"
         )
 
 
@@ -72,7 +72,7 @@ def foreign_code(path: Path) -> str | None:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except SCAN_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"{path} cannot be scanned as a file of torch.save ({reason})"
+        return f"{path} cannot be scanned as a file written by torch.save ({reason})"
     foreign = sorted(set(unsafe) - DEEPSPEED_GLOBALS)
     if foreign:
         return f"{path} names {', '.join(foreign)}, which torch and DeepSpeed do not write"

@@ -18,8 +18,8 @@ from kd.errors import UserError
 
 @contextlib.contextmanager
 def universal_checkpoint(path: Path) -> Iterator[Path]:
-    """Inside, the folder of the checkpoint in universal form, fp32 weights and optimizer state
-    apart.
+    """A context that gives the folder of the checkpoint in universal form, with fp32 weights and
+    optimizer state in separate files.
 
     Collective: every rank must call this.
     Rank 0 converts, on its CPU, in the checkpoints' folder, and needs there about twice the room of
@@ -72,5 +72,5 @@ def _convert(path: Path, output: Path) -> None:
         )
         raise UserError(
             f"{path} could not be converted for {dist.get_world_size()} ranks: {killed}{last} "
-            f"({free:.2f} GiB free). Make room, or resume with as many ranks as wrote it"
+            f"({free:.2f} GiB free). Free some space, or resume with as many ranks as wrote it"
         )

@@ -123,9 +123,9 @@ def set_leaf_modules(model: PreTrainedModel) -> list[str]:
     has_experts = any(count and count > 1 for count in counts)
     if has_experts and not leaves:
         raise UserError(
-            f"{type(model).__name__} has experts, but none of its modules is recognised as a "
-            "mixture-of-experts block: under ZeRO-3 it would hang. Use a dense model, or add the "
-            "block's class name to kd/engine/zero3.py"
+            f"{type(model).__name__} has experts, but no mixture-of-experts block in it is "
+            "recognised, so it would hang under ZeRO-3: use a dense model, or add the block's "
+            "class name to kd/engine/zero3.py"
         )
     return sorted(kind.__name__ for kind in leaves)
 

@@ -45,12 +45,15 @@ def evaluate_with_harness(
     Raises UserError when it is not installed or fails, and for a task whose result cannot be read.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f'--harness {HARNESS}: it is not installed: pip install -e ".[harness]"')
+        raise UserError(
+            f'--harness {HARNESS}: it is not installed: run pip install -e ".[harness]"'
+        )
     raw = output / HARNESS / "raw" / subject.label
     command = [*harness_command(subject, tasks, recipe.evaluation.batch_size, raw), *extra]
     if subprocess.run(command, check=False).returncode:
         raise UserError(
-            f"--harness {HARNESS}: it failed, for the reason above: {shlex.join(command)}"
+            f"--harness {HARNESS}: it failed; see the reason above. The command was "
+            f"{shlex.join(command)}"
         )
     contents = []
     for task, found, samples in read_harness(raw):
@@ -102,7 +105,7 @@ def read_harness(raw: Path) -> list[tuple[str, dict[str, Any], list[dict[str, An
     date = path.stem.removeprefix("results_")
     found = parse_json(read_text(path), str(path))
     if not isinstance(found, dict) or not isinstance(found.get("results"), dict):
-        raise UserError(f"{path}: results is missing or no object: run the harness again")
+        raise UserError(f"{path}: results is missing or not an object: run the harness again")
     tasks = []
     for task in found["results"]:
         samples = path.with_name(f"samples_{check_name('the task', task)}_{date}.jsonl")
@@ -127,7 +130,9 @@ def convert(
     samples = [sample for sample in samples if sample["filter"] == chosen]
     texts = [sample["resps"][0][0] for sample in samples]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"--harness {HARNESS}: task {task!r} generates no text; name one that does")
+        raise UserError(
+            f"--harness {HARNESS}: task {task!r} generates no text; name a task that does"
+        )
     marker = recipe.data.think_close.strip()
     responses = [
         Response(text, len(ids), ended=True)
@@ -177,7 +182,7 @@ def _metric_of(task: str, reported: dict[str, Any]) -> tuple[str, str]:
         if filters:
             return metric, FILTER if FILTER in filters else filters[0]
     raise UserError(
-        f"--harness {HARNESS}: task {task!r} reports {', '.join(reported)}, and none of "
+        f"--harness {HARNESS}: task {task!r} reports {', '.join(reported)}, but none of "
         f"{', '.join(METRICS)}"
     )
 

@@ -74,7 +74,8 @@ class MathJudge:
         )
         if _read_line(self._process, START_TIMEOUT_S) != b"ready":
             raise UserError(
-                "evaluation.judge: math-verify does not start; try `python -m kd.evaluate.judge`"
+                "evaluation.judge: math-verify does not start; run `python -m kd.evaluate.judge` "
+                "to see why"
             )
         return self._process
 

@@ -41,14 +41,14 @@ def load_problems(
         row = parse_json(line, f"{where} {number}")
         problems.append(_problem(f"{where} {number}", row, number, columns))
     if not problems:
-        raise UserError(f"{field} = {value!r}: no problems in it")
+        raise UserError(f"{field} = {value!r}: it holds no problems")
     _check_ids(f"{field} = {value!r}", problems)
     return problems
 
 
 def check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
-        raise UserError(f"--limit = {limit}: at least one problem is needed")
+        raise UserError(f"--limit = {limit}: write at least 1")
 
 
 def render_prompts(
@@ -102,6 +102,6 @@ def _check_ids(where: str, problems: list[Problem]) -> None:
     for problem in problems:
         if problem.id in seen:
             raise UserError(
-                f"{where}: id {problem.id!r} stands on two rows; make ids unique, or leave them out"
+                f"{where}: id {problem.id!r} is on two rows: make ids unique, or leave them out"
             )
         seen.add(problem.id)

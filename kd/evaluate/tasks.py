@@ -77,7 +77,7 @@ def parse_tasks(names: Iterable[str]) -> list[str]:
             close = difflib.get_close_matches(name, TASKS, cutoff=0.5)
             nearest = f" Did you mean {' or '.join(close)}?" if close else ""
             raise UserError(
-                f"--tasks: {name!r} is no task.{nearest}\nThere are: {', '.join(TASKS)}"
+                f"--tasks: {name!r} is not a task.{nearest}\nThe tasks are {', '.join(TASKS)}"
             )
     if not names:
         raise UserError(f"--tasks: name at least one of {', '.join(TASKS)}")
@@ -90,8 +90,8 @@ def check_evaluation(recipe: Recipe) -> None:
         parse_tasks(recipe.evaluation.tasks)
     elif recipe.evaluation.path is None:
         raise UserError(
-            "evaluation.path is not set, nor is evaluation.tasks: name a JSONL file of problems "
-            "(prompt, answer), or tasks of kd/evaluate/tasks.py, as in --set "
+            "neither evaluation.path nor evaluation.tasks is set: name a JSONL file of problems "
+            "(prompt, answer) or tasks in kd/evaluate/tasks.py, such as --set "
             "'evaluation.tasks=[\"math500\"]'"
         )
 
@@ -128,7 +128,7 @@ def _load_rows(name: str, task: Task) -> "datasets.Dataset":
             return load_dataset(task.hub_id, task.config, split=task.split)
     except UserError as error:
         raise UserError(
-            f"{error}\nA task is fetched by `python -m kd.evaluate.tasks {name}`"
+            f"{error}\nTo fetch the task, run `python -m kd.evaluate.tasks {name}`"
         ) from error.__cause__
 
 

@@ -102,24 +102,24 @@ def choose_backend(value: str, url: str | None = None, tensor_parallel: int = 1)
     if url is not None:
         if value != "auto" or tensor_parallel != 1:
             raise UserError(
-                f"--server {url}: the server has a backend and GPUs of its own: leave out "
+                f"--server {url}: the server has its own backend and GPUs; leave out "
                 f"{f'--backend {value}' if value != 'auto' else '--tensor-parallel'}"
             )
         return Backend("server", server_version(url), url)
     installed = importlib.util.find_spec("vllm") is not None
     if value == "vllm" and not installed:
         raise UserError(
-            '--backend vllm: vLLM is not installed: pip install -e ".[vllm]", or --backend '
-            "transformers"
+            '--backend vllm: vLLM is not installed: run pip install -e ".[vllm]", or use '
+            "--backend transformers"
         )
     on_vllm = value == "vllm" or (value == "auto" and installed and torch.cuda.is_available())
     if tensor_parallel < 1 or (tensor_parallel > 1 and not on_vllm):
         raise UserError(
             f"--tensor-parallel {tensor_parallel}: "
             + (
-                "at least 1 is needed"
+                "write at least 1"
                 if tensor_parallel < 1
-                else "vLLM alone shares a model among GPUs: add --backend vllm, or leave it out"
+                else "only vLLM divides a model over GPUs: add --backend vllm, or leave it out"
             )
         )
     name: BackendName = "vllm" if on_vllm else "transformers"

@@ -106,12 +106,12 @@ class TraceFile:
             problem = error.errors()[0]
             field = ".".join(map(str, problem["loc"]))
             raise UserError(
-                f"{self.journal}: line {number}: {field} = {problem['input']!r}: {problem['msg']}: "
-                f"{self._remedy()}"
+                f"{self.journal}: line {number}: {field} = {problem['input']!r}: "
+                f"{problem['msg']}: {self._remedy()}"
             ) from None
 
     def _remedy(self) -> str:
-        return f"restore it, or remove it and {self.partial} to begin anew"
+        return f"restore it, or remove it and {self.partial} to start over"
 
     def _check_settings(self, found: Any, settings: dict[str, Any]) -> None:
         if not isinstance(found, dict):
@@ -124,16 +124,16 @@ class TraceFile:
                 f"  {key}: {before[key]!r} before, {settings[key]!r} now" for key in changed
             )
             raise UserError(
-                f"--output {self.output} was begun with other settings:\n{details}\nUse those "
-                f"again, choose another --output, or remove {self.journal}, {self.partial} and "
-                f"{self.output}"
+                f"--output {self.output} was begun with other settings:\n"
+                f"{details}\n"
+                f"Use those settings again, choose another --output, or remove {self.journal}, "
+                f"{self.partial} and {self.output}"
             )
 
     def _cut_rows(self, num_bytes: int) -> None:
         if not self.partial.exists() or self.partial.stat().st_size < num_bytes:
             raise UserError(
-                f"{self.partial} is shorter than {self.journal} says; remove the journal and the "
-                "rows to begin anew"
+                f"{self.partial} is shorter than {self.journal} says; remove both to start over"
             )
         os.truncate(self.partial, num_bytes)
 

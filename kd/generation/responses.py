@@ -41,8 +41,8 @@ def open_progress(
     )
     if others and rank == 0:
         print(
-            f"{output.stem}: begun before with other settings, and left as it is: "
-            f"{', '.join(others)} in {output.parent}"
+            f"{output.stem}: an earlier one with other settings is kept: {', '.join(others)} in "
+            f"{output.parent}"
         )
     return progress
 

@@ -43,13 +43,11 @@ def sampling_of(evaluation: EvaluationSection, seed: int) -> Sampling:
 def check_num_samples(num_samples: int, temperature: float) -> None:
     """Raises UserError for what cannot be sampled."""
     if num_samples < 1:
-        raise UserError(
-            f"--num-samples = {num_samples}: at least one response to each problem is needed"
-        )
+        raise UserError(f"--num-samples = {num_samples}: write at least 1")
     if num_samples > 1 and temperature == 0:
         raise UserError(
             f"--num-samples = {num_samples} with evaluation.temperature = 0: greedy responses are "
-            "all alike; use --num-samples 1, or --set evaluation.temperature=0.6"
+            "all the same; use --num-samples 1, or --set evaluation.temperature=0.6"
         )
 
 

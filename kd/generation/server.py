@@ -27,7 +27,7 @@ R = TypeVar("R")
 NUM_CONNECTIONS = 64
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 3600.0  # a long response comes in one piece
-BEGIN = "start it with `vllm serve MODEL`, or correct the address; what is done stays"
+BEGIN = "start it with `vllm serve MODEL`, or correct the address; finished batches are kept"
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def connect(url: str, field: str, section: ModelSection, setting: str = "--serve
         if wanted & {name, root, _folder(root)}:
             return Server(_base(url), name, server_version(url, setting), setting)
     raise UserError(
-        f"{setting} {url} serves {', '.join(served) or 'nothing'}, and not {field} = "
-        f"{section.model!r}: start it with that model, or, where the folder has another name "
-        f"there, with --served-model-name {section.model}"
+        f"{setting} {url} serves {', '.join(served) or 'nothing'}, not {field} = "
+        f"{section.model!r}: start it with that model, or with --served-model-name "
+        f"{section.model} if its folder has another name there"
     )
 
 
@@ -111,7 +111,7 @@ def _ask(url: str, path: str, body: dict[str, Any] | None = None, *, setting: st
     """The JSON that the server answers; with a body by POST. Raises UserError."""
     parts = urlsplit(_base(url))
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{setting} {url}: no address: write http://HOST:PORT")
+        raise UserError(f"{setting} {url}: not a URL: write http://HOST:PORT")
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
@@ -130,8 +130,8 @@ def _ask(url: str, path: str, body: dict[str, Any] | None = None, *, setting: st
     if status != 200:
         said = received.decode(errors="replace")[:500]
         raise UserError(
-            f"{setting} {url}: {path} is refused with status {status}: {said}: start the server "
-            "with what it lacks, or ask for less"
+            f"{setting} {url}: {path} is refused with status {status}: {said}: change the options "
+            "of the server or of this command"
         )
     try:
         return json.loads(received)
@@ -141,7 +141,7 @@ def _ask(url: str, path: str, body: dict[str, Any] | None = None, *, setting: st
 
 def _not_understood(url: str, path: str, setting: str) -> UserError:
     return UserError(
-        f"{setting} {url}: what it answers to {path} is not vLLM's: name a server of vLLM"
+        f"{setting} {url}: its answer to {path} is not that of vLLM: name a vLLM server"
     )
 
 

@@ -29,8 +29,8 @@ def open_share(output: Path, settings: dict[str, Any], rank: int, num_ranks: int
     if begun - {num_ranks}:
         (other,) = sorted(begun - {num_ranks})[:1]
         raise UserError(
-            f"{output} was begun with {other} ranks, and there are {num_ranks} now: start it with "
-            f"{other} again, or remove {output}.* to begin anew"
+            f"{output} was begun with {other} ranks, but there are {num_ranks} now: start it with "
+            f"{other} ranks again, or remove {output}.* to start over"
         )
     return TraceFile(_share(output, rank, num_ranks), settings)
 
@@ -84,7 +84,7 @@ def check_num_batches(num_ranks: int, num_batches: int, batch_size: int, remedy:
     """Raises UserError for ranks that would have nothing to generate."""
     if num_ranks > num_batches:
         raise UserError(
-            f"WORLD_SIZE = {num_ranks}, and there are {num_batches} batches of {batch_size} "
+            f"WORLD_SIZE = {num_ranks}, but there are only {num_batches} batches of {batch_size} "
             f"responses: start fewer ranks, or {remedy}"
         )
 

@@ -140,7 +140,7 @@ def check_rows(labels: Tensor, token_weights: Tensor | None, row_index: Tensor |
         raise ValueError(f"token_weights is {token_weights.dtype}; pass real numbers")
     if row_index is not None and (row_index.dim() != 1 or row_index.dtype != torch.int64):
         raise ValueError(
-            f"row_index is {row_index.dtype} {_shape(row_index)}; give torch.int64 (N) indices of "
+            f"row_index is {row_index.dtype} {_shape(row_index)}; pass torch.int64 (N) indices of "
             "flat labels"
         )
     _check_device("token_weights", token_weights, labels)

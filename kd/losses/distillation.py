@@ -256,7 +256,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             )
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
-                f"backend='triton' runs on CUDA and the tensors are on {device}; use 'auto' or "
+                f"backend='triton' runs on CUDA, but the tensors are on {device}; use 'auto' or "
                 "'torch'"
             )
     return backend

@@ -129,22 +129,22 @@ DIVERGENCE_TABLE: dict[Divergence, DivergenceSpec] = {
         _jsd,
         is_mixture=True,
         parameter="beta",
-        rule="must lie strictly between 0 and 1, for jsd is identically zero at both; "
-        "choose divergence='forward_kl' or divergence='reverse_kl' instead",
+        rule="must lie strictly between 0 and 1, since jsd is identically zero at both; choose "
+        "divergence='forward_kl' or divergence='reverse_kl' instead",
     ),
     "skew_kl": DivergenceSpec(
         _skew_kl,
         is_mixture=True,
         parameter="alpha",
-        rule="must lie strictly between 0 and 1, for skew_kl is zero at 1; "
-        "choose divergence='forward_kl' for alpha=0",
+        rule="must lie strictly between 0 and 1, since skew_kl is zero at 1; choose "
+        "divergence='forward_kl' for alpha=0",
     ),
     "skew_reverse_kl": DivergenceSpec(
         _skew_reverse_kl,
         is_mixture=True,
         parameter="alpha",
-        rule="must lie strictly between 0 and 1, for skew_reverse_kl is zero at 1; "
-        "choose divergence='reverse_kl' for alpha=0",
+        rule="must lie strictly between 0 and 1, since skew_reverse_kl is zero at 1; choose "
+        "divergence='reverse_kl' for alpha=0",
     ),
     "tvd": DivergenceSpec(_tvd, is_mixture=True),
 }

@@ -60,13 +60,13 @@ def expected_logit_loss(
     is_vector = isinstance(targets, VectorTargets)
     if is_vector and student_softcap is not None:
         raise ValueError(
-            f"student_softcap = {student_softcap}: the expectation of a capped logit is no product "
-            "with a vector: use drawn tokens, or the teacher's hidden states"
+            f"student_softcap = {student_softcap}: a vector cannot give the expectation of a "
+            "capped logit; use drawn tokens, or the teacher's hidden states"
         )
     if is_vector and student_head.requires_grad:
         raise ValueError(
-            "student_head requires a gradient: a vector was made with one head, and says nothing "
-            "of another: freeze the head, or use the teacher's hidden states"
+            "student_head requires a gradient, but a vector is valid only for the head that it "
+            "was made with: freeze the head, or use the teacher's hidden states"
         )
     check_tensors(
         student_hidden=student_hidden,

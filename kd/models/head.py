@@ -1,5 +1,5 @@
-"""Where a model's last step stands: the backbone before its lm_head, and the head as the loss wants
-it.
+"""The two parts of a model: the backbone before its lm_head, and the head in the form that the loss
+needs.
 """
 
 import inspect
@@ -57,8 +57,7 @@ def head_of(model: PreTrainedModel) -> Head:
     """The model's head; its weights are the model's own, and whole only where ZeRO-3 has gathered
     them.
 
-    An architecture that does something else than is named above is found out by kd.models.probe
-    when it is loaded.
+    kd.models.probe finds an architecture that does anything else when it is loaded.
     """
     lm_head, config = model.get_output_embeddings(), model.config.get_text_config()
     factors = [getattr(config, name, None) or 1.0 for name in MULTIPLIERS]

@@ -1,6 +1,4 @@
-"""Teacher and student from a recipe: attention chosen and named, weights partitioned while they are
-read.
-"""
+"""Load teacher and student: choose and log their attention, and partition weights while reading."""
 
 from collections.abc import Callable
 from typing import Any
@@ -82,8 +80,8 @@ def load_partitioned(
         # The whole model was loaded a moment ago, for the probe: partitioning is the cause
         model_type = load_config(section, role=role).model_type
         raise UserError(
-            f"{role}.model = {section.model!r}: {model_type} cannot be loaded under ZeRO-3: "
-            f"transformers fails where weights are partitioned. Choose another architecture\n"
+            f"{role}.model = {section.model!r}: {model_type} cannot be loaded under ZeRO-3, since "
+            "transformers fails on partitioned weights. Choose another architecture\n"
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
     return model
@@ -124,10 +122,9 @@ def choose_attention(
     if section.attention not in choices:
         raise UserError(
             f'{role}.attention = "{section.attention}" is not available here for '
-            f"{config.model_type} in "
-            f"{_dtype(ds_config)}, only {', '.join(choices)}: flash attention needs a GPU of a "
-            f"fitting kind, the extra "
-            f'"flash", and bf16 in the file of deepspeed.{role}; "auto" takes what there is'
+            f"{config.model_type} in {_dtype(ds_config)}, only {', '.join(choices)}: flash "
+            'attention needs a GPU that supports it, the extra "flash", and bf16 in the file of '
+            f'deepspeed.{role}; "auto" uses what is available'
         )
     return section.attention
 

@@ -1,8 +1,7 @@
-"""A model looked at before anything is loaded: its files, their headers, its tokenizer; no weight
-is read.
+"""Check a model before it is loaded: its files, their headers and its tokenizer. No weight is read.
 
-transformers itself says what it would load, on the meta device: so names that it converts on the
-way (experts, say) are compared as they will be.
+transformers itself says what it would load, on the meta device, so names that it converts while
+loading (of experts, for example) are compared in their final form.
 """
 
 import contextlib
@@ -63,8 +62,8 @@ def check_models(recipe: Recipe) -> int:
 
 
 def needs_weights(teacher: TeacherSection) -> bool:
-    """Whether of a teacher: a cache of its tokens or vectors stands for all of it, and one of its
-    hidden states for all but its head.
+    """Whether the teacher's weights are read. A cache of tokens or vectors replaces all of them,
+    and a cache of hidden states all but the head.
     """
     if teacher.cache is None:
         return True
@@ -92,9 +91,9 @@ def check_data_ids(data: "Data", tokenizer: PreTrainedTokenizerFast, num_embedde
 def _check_token_id(what: str, token_id: int, num_embedded: int) -> None:
     if token_id >= num_embedded:
         raise UserError(
-            f"{what} has id {token_id}, and the models embed {num_embedded} tokens, 0 to "
+            f"{what} has id {token_id}, but the models embed only {num_embedded} tokens, 0 to "
             f"{num_embedded - 1}: save the model after model.resize_token_embeddings(), or the "
-            "tokenizer without what was added to it"
+            "tokenizer without added tokens"
         )
 
 
@@ -129,8 +128,8 @@ def _check_config(field: str, section: ModelSection, folder: Path) -> None:
     where = f"{field} = {section.model!r}"
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{where}: adapter_config.json: adapters are not loaded; merge it into its base model "
-            "and save that, or remove the file if these are merged weights already"
+            f"{where}: adapter_config.json: adapters cannot be loaded: merge it into its base "
+            "model and save that, or remove the file if the weights are merged already"
         )
     config = _config(field, section, folder)
     quantised = getattr(config.get_text_config(), "quantization_config", None) or getattr(
@@ -139,8 +138,8 @@ def _check_config(field: str, section: ModelSection, folder: Path) -> None:
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UserError(
-            f"{where}: its weights are quantised (quantization_config, {method}), which ZeRO "
-            "cannot divide: name the model in bfloat16"
+            f"{where}: its weights are quantised (quantization_config, {method}), and ZeRO cannot "
+            "divide those: name the model in bfloat16"
         )
 
 
@@ -185,7 +184,7 @@ def _weight_files(field: str, section: ModelSection, folder: Path) -> list[Path]
         raise UserError(f"{where}: {index} has no weight_map: save the model again")
     for shard in names.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"{where}: {index} names {shard!r}, which is no file of its folder")
+            raise UserError(f"{where}: {index} names {shard!r}, which is not a file in its folder")
     files = [folder / shard for shard in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.exists()]
     if missing and not _is_local(section, folder):
@@ -193,7 +192,7 @@ def _weight_files(field: str, section: ModelSection, folder: Path) -> list[Path]
     if missing:
         raise UserError(
             f"{where}: {len(missing)} of the {len(files)} files that {index.name} names are not "
-            f"in {folder}, {missing[0]} for one: copy or download them"
+            f"in {folder}, such as {missing[0]}: copy or download them"
         )
     return files
 
@@ -205,7 +204,7 @@ def _check_header(field: str, section: ModelSection, file: Path) -> None:
     with file.open("rb") as content:
         if content.read(40).startswith(b"version https://git-lfs"):
             raise UserError(
-                f"{where} is a pointer of Git LFS, not weights: run `git lfs pull` in its "
+                f"{where} is a Git LFS pointer, not weights: run `git lfs pull` in its "
                 "repository, or download the file"
             )
     if file.suffix != ".safetensors":
@@ -221,8 +220,8 @@ def _check_header(field: str, section: ModelSection, file: Path) -> None:
     for name, dtype in dtypes.items():
         if name.endswith(".weight") and dtype not in FLOATS:
             raise UserError(
-                f"{where}: {name} is {dtype}: quantised weights cannot be divided by ZeRO: name "
-                "the model in bfloat16"
+                f"{where}: {name} is {dtype}: ZeRO cannot divide quantised weights: name the "
+                "model in bfloat16"
             )
 
 
@@ -246,20 +245,21 @@ def _described(
     model, info = loaded
     if info["missing_keys"]:
         raise UserError(
-            f"{where}: the checkpoint lacks {_some(info['missing_keys'])}: is it the whole model?"
+            f"{where}: the checkpoint lacks {_some(info['missing_keys'])}: check that the model "
+            "is complete"
         )
     if info["mismatched_keys"]:
         name, stored, wanted = sorted(info["mismatched_keys"])[0]
         raise UserError(
-            f"{where}: {name} is {tuple(stored)} in the checkpoint, and {tuple(wanted)} by "
-            f"config.json ({len(info['mismatched_keys'])} such weights): the two are not of one "
-            "model"
+            f"{where}: {name} is {tuple(stored)} in the checkpoint but {tuple(wanted)} by "
+            f"config.json ({len(info['mismatched_keys'])} such weights): use the config.json that "
+            "belongs to the weights"
         )
     left_out = [name for name in info["unexpected_keys"] if _belongs_to(model, name)]
     if left_out:
         raise UserError(
             f"{where}: config.json describes a model without {_some(left_out)}, which the "
-            "checkpoint has: the two are not of one model"
+            "checkpoint has: use the config.json that belongs to the weights"
         )
     if info["unexpected_keys"]:
         log.warning("%s: not loaded: %s", where, _some(info["unexpected_keys"]))
@@ -307,9 +307,9 @@ def _check_tied(where: str, model: PreTrainedModel, files: list[Path]) -> None:
     if any(tensor is None for tensor in stored) or torch.equal(*stored):  # type: ignore[arg-type]
         return
     raise UserError(
-        f"{where}: config.json says tie_word_embeddings = true, and the checkpoint has another "
-        f"{names[-1]}.weight beside {names[0]}.weight: set tie_word_embeddings to false to keep "
-        "it, or remove it from the checkpoint"
+        f"{where}: config.json says tie_word_embeddings = true, but {names[-1]}.weight in the "
+        f"checkpoint differs from {names[0]}.weight: set tie_word_embeddings to false to keep it, "
+        "or remove it from the checkpoint"
     )
 
 

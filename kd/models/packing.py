@@ -1,4 +1,4 @@
-"""What transformers would ask the device: whether position ids restart."""
+"""Tell transformers whether position ids restart, which it would otherwise ask the device."""
 
 import contextlib
 from collections.abc import Iterator

@@ -40,6 +40,7 @@ def load_pretrained(
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(
-            f"{field} = {section.model!r}: the checkpoint lacks {names}: is it the whole model?"
+            f"{field} = {section.model!r}: the checkpoint lacks {names}: check that the model is "
+            "complete"
         )
     return model

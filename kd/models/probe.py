@@ -1,9 +1,9 @@
-"""Proof, before a GPU hour is spent, that weights arrived and that the model's head is one we can
-fuse.
+"""Check, before a GPU hour is spent, that the weights were loaded and that the loss knows the
+model's head.
 
-transformers 5 under ZeRO-3 has left weights at their random start without a word; and an
+transformers 5 under ZeRO-3 has silently left weights at their random initial values; and an
 architecture that does something unknown between lm_head and softmax would be trained on wrong
-logits. Both show on a few tokens.
+logits. A few tokens show both.
 """
 
 import contextlib
@@ -75,8 +75,8 @@ def reference_of(model: PreTrainedModel, *, role: str) -> Reference:
     whole = probed.hidden_BLH[:, : prefix.shape[1]]
     if not _relative_error(prefix, whole) <= CAUSAL_TOLERANCE:
         raise UserError(
-            f"{role}.model: a token of {type(model).__name__} sees the tokens after it: only "
-            "causal models are trained"
+            f"{role}.model: {type(model).__name__} lets a token see the tokens after it: choose a "
+            "causal model"
         )
     return Reference(probed, keeps_packed_apart)
 
@@ -108,9 +108,9 @@ def verify_weights(
         error = _relative_error(ours.cpu(), theirs)
         if not error <= TOLERANCE[ours.dtype]:
             raise UserError(
-                f"{role}.model: {what} after loading differ from the checkpoint's (relative "
-                f"error {error:.2g}): its weights did not arrive. Try the versions of "
-                "constraints.txt"
+                f"{role}.model: {what} after loading differ from those of the checkpoint "
+                f"(relative error {error:.2g}): the weights were not loaded correctly. Try the "
+                "versions in constraints.txt"
             )
         largest = max(largest, error)
     return largest
@@ -137,7 +137,7 @@ def _check_finite(model: PreTrainedModel, role: str) -> None:
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise UserError(
                 f"{role}.model: {name} has values that are not finite (NaN or infinity): the "
-                "checkpoint is damaged, or was saved by a run that had diverged"
+                "checkpoint is damaged, or comes from a run that had diverged"
             )
 
 
@@ -153,7 +153,7 @@ def _check_head(model: PreTrainedModel, hidden: Tensor | None, logits: Tensor, r
     if not error <= HEAD_TOLERANCE[model.dtype]:
         raise UserError(
             f"{role}.model: {type(model).__name__} does something between lm_head and logits that "
-            f"is not known here (relative error {error:.2g}); teach kd/models/head.py about it"
+            f"is not supported (relative error {error:.2g}): add it to kd/models/head.py"
         )
 
 

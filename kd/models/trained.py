@@ -32,7 +32,9 @@ def set_trained(model: PreTrainedModel, section: StudentSection, seed: int) -> N
         model.requires_grad_(False)
         _add_adapters(model, section, section.lora, seed)
     elif not section.trains_head and is_tied(model):
-        log.info("student   freeze_head: the embeddings are the same tensor, and frozen with it")
+        log.info(
+            "student   freeze_head: the embeddings are the same tensor, so they are frozen too"
+        )
     if not section.trains_head:
         head.requires_grad_(False)
     if not section.trains_embeddings:
@@ -59,9 +61,9 @@ def check_trained(model: PreTrainedModel, section: StudentSection) -> None:
         _adapted_layers(model, section.lora)
     elif section.freeze_embeddings and not section.freeze_head and is_tied(model):
         raise UserError(
-            "student.freeze_embeddings = true with student.freeze_head = false: the embeddings of "
-            f"{section.model!r} and its lm_head are one tensor (tie_word_embeddings): freeze both, "
-            "or neither"
+            "student.freeze_embeddings = true with student.freeze_head = false: the embeddings "
+            f"and the lm_head of {section.model!r} are one tensor (tie_word_embeddings): freeze "
+            "both or neither"
         )
 
 
@@ -96,7 +98,7 @@ def _add_adapters(
             f"student.lora: peft adds no adapters to {type(model).__name__}: {first_line(error)}"
         ) from error
     config.target_modules = sorted(config.target_modules or ())
-    log.info("student   adapters of rank %d next to %d matrices", lora.rank, len(layers))
+    log.info("student   adapters of rank %d on %d matrices", lora.rank, len(layers))
 
 
 def _adapted_layers(model: PreTrainedModel, lora: LoraSection) -> list[str]:
@@ -113,8 +115,8 @@ def _adapted_layers(model: PreTrainedModel, lora: LoraSection) -> list[str]:
         if not any(_is_named(name, target) for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise UserError(
-                f"student.lora.target_modules: {target!r} is no linear layer of the backbone of "
-                f"{type(model).__name__}; there are {', '.join(known)}"
+                f"student.lora.target_modules: {target!r} is not a linear layer of the backbone "
+                f"of {type(model).__name__}; write one or more of {', '.join(known)}"
             )
     return [name for name in linear if any(_is_named(name, t) for t in lora.target_modules)]
 

@@ -18,7 +18,7 @@ from kd.recipe import ModelSection
 
 
 def weights_folder(section: ModelSection, *, role: str) -> Path:
-    """Where a model's weights lie on this host: its folder, or its place in the hub's cache.
+    """Where a model's weights are on this host: its folder, or its place in the hub's cache.
 
     Raises UserError where there are none.
     """
@@ -31,8 +31,8 @@ def weights_folder(section: ModelSection, *, role: str) -> Path:
             )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(
-            f"{field} = {section.model!r}: no weights in {folder}: run launch/prepare.py with this "
-            "recipe"
+            f"{field} = {section.model!r}: no weights in {folder}: run launch/prepare.py with "
+            "this recipe"
         )
     return folder
 

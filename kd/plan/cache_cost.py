@@ -1,4 +1,4 @@
-"""What a teacher's cache takes, and what it spares."""
+"""What a teacher's cache costs and saves."""
 
 from kd.cache.kinds import HiddenKind, Kind, kind_of
 from kd.cache.store import read_manifest
@@ -22,16 +22,18 @@ def describe_cache(recipe: Recipe, plan: RunPlan, traces: Traces, site: Site | N
         manifest = read_manifest(recipe.teacher.cache)
         each = kind_of(manifest.kind, manifest.parameters).bytes_per_token(*sizes)
         read_mb = each * plan.num_input_tokens_per_step / plan.world_size / 1e6
-        text = f"teacher.cache: of kind {manifest.kind}, a rank reads {read_mb:.1f} MB a step"
+        text = f"teacher.cache of kind {manifest.kind}: a rank reads {read_mb:.1f} MB per step"
         if site:
             text += f", {read_mb / plan.step_time(site).seconds:.0f} MB/s"
         return text
     share = plan.flops_per_step.teacher / plan.flops_per_step.model
-    text = f"teacher.cache would spare {share:.0%} of the FLOPs and the teacher's memory"
+    text = f"teacher.cache would save {share:.0%} of the FLOPs and the teacher's memory"
     num_tokens = _num_tokens(traces)
     if num_tokens:
         gigabytes = HiddenKind("bf16").bytes_per_token(*sizes) * num_tokens / 1e9
-        text += f": {gigabytes:,.0f} GB of hidden states in bf16 for {num_tokens:,} tokens"
+        text += (
+            f", and take {gigabytes:,.0f} GB on disk (bf16 hidden states of {num_tokens:,} tokens)"
+        )
     return text
 
 

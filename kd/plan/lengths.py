@@ -1,4 +1,4 @@
-"""Lengths of the sequences that a run reads: of its data where they are here, else as stated.
+"""Lengths of the sequences that a run reads: from its data if these are here, else as stated.
 
 Shapes: N sequences, R of them sampled.
 """
@@ -67,7 +67,7 @@ class DataTraces:
     def __str__(self) -> str:
         mean = self.examples.num_tokens_N3.sum(axis=1).mean()
         rows = f"{len(self.examples)} training rows"
-        return f"of the data: {rows}, {mean:.0f} tokens on average, at most {self.longest}"
+        return f"from the data: {rows}, {mean:.0f} tokens on average, at most {self.longest}"
 
     def read(self, recipe: Recipe, num_ranks: int) -> tuple[Lengths, int]:
         """The sequences of the first epoch under the recipe's truncation, and the optimizer steps
@@ -98,7 +98,8 @@ class StatedTraces:
         batch_size = recipe.training.global_batch_size
         if self.num_rows is not None and self.num_rows < batch_size:
             raise UserError(
-                f"--rows {self.num_rows} is less than training.global_batch_size = {batch_size}"
+                f"--rows {self.num_rows} is less than training.global_batch_size = {batch_size}: "
+                "raise --rows or lower the batch"
             )
         num_kept = batch_size - recipe.num_rollouts
         num_tokens_N3 = np.repeat(np.array([[0, self.mean, 0]]), num_kept, axis=0)
@@ -149,7 +150,7 @@ def find_traces(recipe: Recipe) -> Traces:
     except UserError as error:
         stated = state_traces(recipe)
         reason = str(error).partition("\n")[0]
-        return replace(stated, words=f"{stated.words}\nthe data were not read: {reason}")
+        return replace(stated, words=f"{stated.words}\nthe data could not be read: {reason}")
 
 
 def state_traces(
@@ -167,23 +168,23 @@ def state_traces(
     if longest is None:
         longest, origin = (
             model_shapes(recipe.student, role="student").max_position_embeddings,
-            "the student's positions",
+            "max_position_embeddings of the student",
         )
     if mean is not None and mean > longest:
         raise UserError(
             f"--mean-tokens {mean} is more than the longest sequence, {longest} ({origin}): "
-            "correct one"
+            "correct one of the two"
         )
     num_rows = num_rows or recipe.data.num_train
     parts = [
         f"{num_rows or 'an unknown number of'} training rows",
         f"{mean} tokens on average, as stated"
         if mean
-        else "all as long as the longest, an upper bound",
+        else "all of the longest length, an upper bound",
         f"at most {longest} ({origin})",
         "every token supervised",
     ]
-    return StatedTraces(mean or longest, longest, num_rows, f"not of the data: {', '.join(parts)}")
+    return StatedTraces(mean or longest, longest, num_rows, f"assumed: {', '.join(parts)}")
 
 
 def epoch_lengths(loader: Loader, num_ranks: int) -> Lengths:

@@ -62,12 +62,12 @@ class MemoryPlan:
         return self.gib_per_rank.total
 
     def verdict(self, gpu_gib: float) -> str | None:
-        """None where the run fits on GPUs of gpu_gib, else what would make it fit."""
+        """None if the run fits on GPUs of gpu_gib, else what would make it fit."""
         if self._fits(gpu_gib):
             return None
         needs = (
-            f"{self.total_gib:.1f} GiB per GPU, most of it in {self.moment}, and "
-            f"{RESERVED_GIB:.0f} GiB for CUDA itself do not fit in {gpu_gib:.1f} GiB"
+            f"{self.total_gib:.1f} GiB per GPU, with the peak in {self.moment}, and "
+            f"{RESERVED_GIB:.0f} GiB for CUDA do not fit in {gpu_gib:.1f} GiB"
         )
         for factor, changes in itertools.product(
             range(1, MAX_NODES_FACTOR + 1), _settings(self.recipe)
@@ -80,8 +80,11 @@ class MemoryPlan:
             if other._fits(gpu_gib):
                 words = [f"{key} = {json.dumps(value)}" for key, value in changes.items()]
                 words += [f"{num_nodes} nodes"] if factor > 1 else []
-                return f"{needs}; {' and '.join(words)} would do ({other.total_gib:.1f} GiB)"
-        return f"{needs}, whatever is set: take larger GPUs, or lower truncation.max_full_tokens"
+                return f"{needs}: use {' and '.join(words)} ({other.total_gib:.1f} GiB)"
+        return (
+            f"{needs}, and no other setting helps: use larger GPUs, or lower "
+            "truncation.max_full_tokens"
+        )
 
     def _fits(self, gpu_gib: float) -> bool:
         return self.total_gib + RESERVED_GIB <= gpu_gib
@@ -142,8 +145,8 @@ def engines_of(recipe: Recipe, num_nodes: int, gpus_per_node: int) -> Engines:
     """
     if recipe.autos:
         raise UserError(
-            f'{" and ".join(recipe.autos)} = "auto" is chosen for a kind of GPU: name it, or write '
-            "what is meant"
+            f'{" and ".join(recipe.autos)} = "auto" depends on the kind of GPU: name the GPU, or '
+            "write a value"
         )
     world_size = num_nodes * gpus_per_node
     trainable = trainable_of(recipe.student, model_shapes(recipe.student, role="student"))

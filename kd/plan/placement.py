@@ -1,7 +1,7 @@
-"""Where both models may live, and the fastest of these places that fits: what "auto" in a recipe
-becomes, and what a plan compares.
+"""How both models may be divided over ranks, and the fastest placement that fits: the value of
+"auto" in a recipe, and what a plan compares.
 
-None of it changes what is learned, beyond the order in which gradients are added up.
+A placement changes nothing about what is learned, except the order in which gradients are added.
 """
 
 import itertools
@@ -76,7 +76,7 @@ def settle(
     seconds, total_gib, settled, choice = min(fitting, key=lambda found: found[0])
     words = ", ".join(f"{key} = {_text(value)}" for key, value in choice.items())
     reason = f"{total_gib:.1f} of {gib:.1f} GiB on each rank" + (
-        f", {seconds:.3f} s a step planned, the fastest that fits"
+        f", {seconds:.3f} s per step planned, the fastest that fits"
         if site
         else ", the least divided"
     )

@@ -18,9 +18,9 @@ GIB_PER_RANK = {
     "[bold]total[/]": "total",
 }
 GIB_AT_MOST = {
-    "gathered at most": "gather_peak",
+    "gathered, at most": "gather_peak",
     "student, checkpointed": "activations_checkpointed",
-    "student, not so": "activations_not_checkpointed",
+    "student, not checkpointed": "activations_not_checkpointed",
 }
 FLOPS = {
     "teacher": "teacher",
@@ -36,9 +36,9 @@ FLOPS = {
 MARGIN = 0.05
 NUM_SHOWN = 5
 REASONS = {
-    "compute": "what comes after the micro-batches",
-    "gathers": "gathers, which do not depend on the length",
-    "host": "the host, which has as much to do for few tokens",
+    "compute": "the work after the micro-batches",
+    "gathers": "gathers, which take the same time at any length",
+    "host": "the host, which has the same work for fewer tokens",
 }
 
 
@@ -51,13 +51,10 @@ def print_report(report: dict[str, Any]) -> None:
     ]
     console.print("\n".join(lines), markup=False)
     console.print(make_table(plans), soft_wrap=False)
-    notes = [
-        "GiB at the moment of a step that takes most: "
-        f"{', '.join(_different(plans, 'gib_per_rank', 'moment'))}"
-    ]
+    notes = [f"GiB at the peak of a step: {', '.join(_different(plans, 'gib_per_rank', 'moment'))}"]
     notes += [
-        "FLOPs: 2 m n k of each product, attention in full; what is recomputed is not in the sum, "
-        "nor in MFU"
+        "FLOPs: 2 m n k of each product, with full attention; neither the sum nor MFU counts what "
+        "is recomputed"
     ]
     if report["cache"]:
         notes += [f"at keep {plans[-1]['keep_fraction']}, {report['cache']}"]
@@ -66,9 +63,9 @@ def print_report(report: dict[str, Any]) -> None:
         console.print("\n".join(notes), markup=False)
         return
     notes += [
-        f"times: planned, not measured, from {gpu}'s data sheet, {report['network_gbps']:g} Gbit/s "
-        f"between nodes, {report['disk_gb_s']:g} GB/s to the disk, and the host's time as measured "
-        "on another machine's CPU (kd/plan/step_time.py)",
+        f"times: planned, not measured, from the data sheet of {gpu}, {report['network_gbps']:g} "
+        f"Gbit/s between nodes, {report['disk_gb_s']:g} GB/s to the disk, and host times measured "
+        "on another machine (kd/plan/step_time.py)",
         *([report["choice"]] if report["choice"] else []),
         *(f"keep {plan['keep_fraction']} on {gpu}: {plan['verdict']}" for plan in plans),
         *idle_ranks(report),
@@ -79,18 +76,18 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def idle_ranks(report: dict[str, Any]) -> list[str]:
-    """What ranks lose to one another, where that is more than a tenth."""
+    """A line for each plan in which ranks wait for others more than a tenth of the time."""
     return [
-        f"keep {plan['keep_fraction']}: ranks wait {plan['idle_share']:.0%} of the time for those "
-        "with most to do: fewer GPUs, a larger training.global_batch_size, or "
-        "training.max_tokens_per_micro_batch share the work more evenly"
+        f"keep {plan['keep_fraction']}: ranks wait {plan['idle_share']:.0%} of the time for the "
+        "busiest one; to balance them, use fewer GPUs, a larger training.global_batch_size, or "
+        "training.max_tokens_per_micro_batch"
         for plan in report["plans"]
         if plan["idle_share"] > 0.1
     ]
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """The lengths at which time falls less than the FLOPs do, beside the longest that is planned,
+    """A line for each length whose time falls less than its FLOPs, relative to the longest plan,
     and what would help.
     """
     whole = max(report["plans"], key=lambda plan: plan["keep_fraction"])
@@ -100,10 +97,10 @@ def warnings(report: dict[str, Any]) -> list[str]:
         time = plan["seconds_per_step"] / whole["seconds_per_step"]
         flops = plan["flops_per_step"]["model"] / whole["flops_per_step"]["model"]
         if time > flops + MARGIN:
-            remedy = f"; faster: {fastest['settings']}" if fastest["settings"] else ""
+            remedy = f"; faster with {fastest['settings']}" if fastest["settings"] else ""
             lines.append(
                 f"keep {plan['keep_fraction']} takes {flops:.0%} of the FLOPs of keep "
-                f"{whole['keep_fraction']}, and {time:.0%} of its time, bound by "
+                f"{whole['keep_fraction']} but {time:.0%} of its time, bound by "
                 f"{REASONS[plan['bound']]}{remedy}"
             )
     return lines
@@ -111,13 +108,13 @@ def warnings(report: dict[str, Any]) -> list[str]:
 
 def print_placements(console: Console, placements: dict[str, Any]) -> None:
     """The fastest that fit, and the recipe's own."""
-    lines = [f"\nwhere the models may live, at keep {placements['keep_fraction']}, fastest first:"]
+    lines = [f"\nplacements of the models, at keep {placements['keep_fraction']}, fastest first:"]
     for number, row in enumerate(placements["rows"]):
         if number < NUM_SHOWN or not row["settings"]:
             lines.append(
-                f"{row['seconds_per_step']:.3f} s a step, MFU {row['mfu']:.2f}, bound by "
-                f"{row['bound']}, {row['total_gib']:.1f} GiB"
-                f"{'' if row['fits'] else ', does not fit'}: "
+                f"{row['seconds_per_step']:.3f} s per step, MFU {row['mfu']:.2f}, bound by "
+                f"{row['bound']}, {row['total_gib']:.1f} "
+                f"GiB{'' if row['fits'] else ', does not fit'}: "
                 f"{row['settings'] or 'the recipe as it is'}"
             )
     console.print("\n".join(lines), markup=False)
@@ -143,17 +140,17 @@ def make_table(plans: list[dict[str, Any]]) -> Table:
         table.add_section()
 
     add_part("GiB per rank", GIB_PER_RANK, "gib_per_rank", ".2f")
-    add_part("GiB, each at most", GIB_AT_MOST, "gib_per_rank", ".2f")
-    add_part("PFLOP per step", FLOPS, "flops_per_step", ".4g", 1e15)
-    add("longest, tokens read", [plan["longest_sequence_tokens"] for plan in plans], ",")
+    add_part("GiB, at most", GIB_AT_MOST, "gib_per_rank", ".2f")
+    add_part("PFLOPs per step", FLOPS, "flops_per_step", ".4g", 1e15)
+    add("tokens read of the longest", [plan["longest_sequence_tokens"] for plan in plans], ",")
     add("tokens per step", [plan["num_input_tokens_per_step"] for plan in plans], ",.0f")
     add("steps", [plan["num_steps"] for plan in plans], ",")
-    add("tokens in all", [plan["num_input_tokens"] for plan in plans], ",.0f")
+    add("tokens in total", [plan["num_input_tokens"] for plan in plans], ",.0f")
     table.add_section()
     for name in ("compute", "gathers", "host", "after"):
         parts = [plan["seconds"] and plan["seconds"][name] for plan in plans]
-        add(f"s a step, {name}", parts, ".3f")
-    add("[bold]s a step[/]", [plan["seconds_per_step"] for plan in plans], ".3f")
+        add(f"s per step, {name}", parts, ".3f")
+    add("[bold]s per step[/]", [plan["seconds_per_step"] for plan in plans], ".3f")
     add("bound by", [plan["bound"] for plan in plans], "")
     add("MFU", [plan["mfu"] for plan in plans], ".2f")
     add("hours, all", [plan["hours"] for plan in plans], ".2f")

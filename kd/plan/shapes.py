@@ -121,8 +121,8 @@ def check_shapes(section: ModelSection, model: PreTrainedModel, *, role: str) ->
             f"{name} is {loaded[name]}, stored as {stored[name]}" for name in differing
         )
         raise UserError(
-            f"{role}.model = {section.model!r} is not the model of {path}, from which memory was "
-            f"planned: {listing}. Remove that file, or name the model's revision"
+            f"{role}.model = {section.model!r} differs from {path}, by which memory was planned: "
+            f"{listing}. Remove that file, or set the model's revision"
         )
 
 
@@ -143,7 +143,7 @@ def shapes_of(model: PreTrainedModel) -> ModelShapes:
     try:
         return _shapes_of(model)
     except AttributeError as error:
-        raise UserError(f"the cost of {type(model).__name__} cannot be planned: {error}") from None
+        raise UserError(f"cannot plan the cost of {type(model).__name__}: {error}") from None
 
 
 def _shapes_of(model: PreTrainedModel) -> ModelShapes:

@@ -34,18 +34,21 @@ def check_disk(plan: MemoryPlan, layout: Layout) -> list[Check]:
     if problems:
         return [fail("shared folder", f"{where}: {not_shared(problems, layout)}")]
     me = f"rank {layout.rank} on {socket.gethostname()}"
-    shared = ok("shared folder", f"{folder}: all ranks read what rank 0 writes")
+    shared = ok("shared folder", f"{folder}: all ranks see the files of rank 0")
     free, there = on_rank_zero(
         lambda: (shutil.disk_usage(folder).free, _bytes_of_run(plan.recipe.run_dir))
     )
     needed = max(plan.disk_gib - there / GIB, plan.checkpoint_gib)
     needs = (
         f"{size(free / GIB)} free in {folder}, {size(needed)} needed: {size(plan.disk_gib)} for "
-        f"{plan.recipe.training.keep_last + 2} checkpoints of {size(plan.checkpoint_gib)} and the "
-        "exports" + (f", less {size(there / GIB)} that are there" if there else "")
+        f"{plan.recipe.training.keep_last + 2} checkpoints of {size(plan.checkpoint_gib)} and "
+        "exports" + (f", minus {size(there / GIB)} written already" if there else "")
     )
     if free < needed * GIB:
-        return [shared, fail("free space", f"{needs}: make room, or lower training.keep_last")]
+        return [
+            shared,
+            fail("free space", f"{needs}: free some space, or lower training.keep_last"),
+        ]
     return [
         shared,
         ok("free space", needs),
@@ -68,16 +71,16 @@ def _check_speed(plan: MemoryPlan, folder: Path, free: int, me: str, world_size:
     results = gather_objects(_write(folder / f".preflight_{uuid.uuid4().hex}", num_blocks, me))
     problems = [result for result in results if isinstance(result, str)]
     if problems:
-        return fail("write speed", f"{problems[0]}: see to the disk or the quota of run.output_dir")
+        return fail("write speed", f"{problems[0]}: check the disk or the quota of run.output_dir")
     slowest = max(result for result in results if not isinstance(result, str))
     rate = world_size * num_blocks * BLOCK_BYTES / slowest
     seconds = plan.checkpoint_gib * GIB / rate
     speed = f"{rate / 2**20:.0f} MiB/s by {world_size} ranks, fsync included"
-    text = f"{speed}: {seconds:.1f} s for a checkpoint"
+    text = f"{speed}, {seconds:.1f} s for a checkpoint"
     if seconds > LAUNCHER_SECONDS:
         text += (
-            f", more than the {LAUNCHER_SECONDS} s that DeepSpeed's launcher leaves after a TERM: "
-            "signal the ranks themselves, as launch/hosts.sh and launch/slurm do"
+            f", but DeepSpeed's launcher kills ranks {LAUNCHER_SECONDS} s after a TERM: signal "
+            "the ranks directly, as launch/hosts.sh and launch/slurm do"
         )
     return ok("write speed", text)
 

@@ -144,12 +144,12 @@ def _available_gib() -> float:
 def _judge_inputs(everyone: list[Facts]) -> Check:
     problems = [(rank, facts) for rank, facts in enumerate(everyone) if facts["inputs"]]
     if not problems:
-        return ok("models and data", f"{describe(everyone)} find them")
+        return ok("models and data", f"found by {describe(everyone)}")
     rank, facts = problems[0]
     others = f" (and {len(problems) - 1} more)" if problems[1:] else ""
     return fail(
         "models and data",
-        f"rank {rank} on {facts['host']}{others}: {facts['inputs']}. Correct it, or bring it to "
+        f"rank {rank} on {facts['host']}{others}: {facts['inputs']}. Correct this, or copy it to "
         "every host",
     )
 
@@ -161,8 +161,8 @@ def _judge_attention(everyone: list[Facts]) -> Check:
             return fail(
                 "attention",
                 f"{facts['attention']} on rank {rank} ({facts['host']}), {first} on rank 0: "
-                "install the same packages and use GPUs of one kind, or name teacher.attention "
-                "and student.attention in the recipe",
+                "install the same packages and use one kind of GPU, or set teacher.attention and "
+                "student.attention in the recipe",
             )
     if isinstance(first, str):
         return fail("attention", first)
@@ -173,7 +173,7 @@ def _judge_gpu_memory(plan: MemoryPlan, everyone: list[Facts]) -> Check:
     gpus = [
         (facts["gpu"], rank, facts["host"]) for rank, facts in enumerate(everyone) if facts["gpu"]
     ]
-    needs = f"{size(plan.total_gib)} planned, most of it in {plan.moment}"
+    needs = f"{size(plan.total_gib)} planned, with the peak in {plan.moment}"
     if not gpus:
         return skipped("GPU memory", f"no GPU; {needs}")
     gpu, rank, host = min(gpus, key=lambda found: found[0]["free_gib"])
@@ -196,5 +196,6 @@ def _judge_host_memory(plan: MemoryPlan, everyone: list[Facts]) -> Check:
     if gib <= least["host_gib"]:
         return ok("host memory", text)
     return fail(
-        "host memory", f"{text}: fewer ranks per node, or a student JSON without offload_optimizer"
+        "host memory",
+        f"{text}: start fewer ranks per node, or use a student JSON without offload_optimizer",
     )

@@ -30,7 +30,9 @@ def check_port() -> Check:
             raise
         where = f"{address}:{port} is in use on {socket.gethostname()}"
         return fail(
-            "port", f"{where}: stop this run where it is at work, or set MASTER_PORT to a free port"
+            "port",
+            f"{where}: end this run if it is still at work there, or set MASTER_PORT to a "
+            "free port",
         )
     return ok("port", f"{address}:{port} is free")
 
@@ -50,7 +52,7 @@ def check_bandwidth(
     if len(nodes) > 1 and min(map(len, nodes)) > 1:
         num_ranks = len(nodes[layout.node])
         checks.append(_check("bandwidth in a node", group, num_ranks, device, minimum))
-    where = "bandwidth in a node" if len(nodes) == 1 else "bandwidth of all"
+    where = "bandwidth in a node" if len(nodes) == 1 else "bandwidth of all ranks"
     checks.append(_check(where, dist.group.WORLD, layout.world_size, device, minimum, plan))
     return checks
 
@@ -91,8 +93,8 @@ def _check(
     if min(reduce, gather) < minimum:
         return fail(
             name,
-            f"{text}: less than --min-bandwidth {minimum:g}: NCCL_DEBUG=INFO tells which network "
-            "is used",
+            f"{text}: less than --min-bandwidth {minimum:g}; set NCCL_DEBUG=INFO to see which "
+            "network is used",
         )
     return ok(name, text)
 

@@ -65,9 +65,9 @@ def check_ranks(recipe: Recipe, *, timeout_seconds: float, min_bandwidth: float)
 def _describe(error: LostPeer, timeout_seconds: float) -> str:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     return (
-        f"rank {os.environ['RANK']} on {socket.gethostname()} does not meet the others at {where} "
-        f"within {timeout_seconds:g} s: did all start, and does a firewall let them reach each "
-        f"other? [{str(error.__cause__).strip().splitlines()[0]}]"
+        f"rank {os.environ['RANK']} on {socket.gethostname()} did not reach the others at {where} "
+        f"within {timeout_seconds:g} s: check that all ranks started and that no firewall blocks "
+        f"them [{str(error.__cause__).strip().splitlines()[0]}]"
     )
 
 

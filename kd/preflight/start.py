@@ -65,17 +65,18 @@ def check_ssh(host: str) -> Check:
     if done.returncode == 0:
         return ok(
             name,
-            f"{time.perf_counter() - started:.2f} s, no password; environment and checkout are "
-            "there",
+            f"{time.perf_counter() - started:.2f} s, no password; environment and checkout found",
         )
     if done.returncode != 255:
         return fail(
             name,
-            f"{sys.executable} or {SCRIPT} is not there: hosts need both at the same path as here",
+            f"{sys.executable} or {SCRIPT} is missing: every host needs both at the same path as "
+            "here",
         )
     said = (done.stderr.strip().splitlines() or ["no message"])[-1]
     return fail(
-        name, f"{said}: `ssh {host}` must work without a question: name, key, known_hosts, sshd"
+        name,
+        f"{said}: make `ssh {host}` work without a prompt (check name, key, known_hosts and sshd)",
     )
 
 

@@ -1,4 +1,4 @@
-"""The licence that a card states: a trained model has that of its base model, unless told."""
+"""The licence that a card states: that of the base model, unless another one is given."""
 
 from pathlib import Path
 
@@ -22,20 +22,22 @@ def find_licence(asked: str | None, model: str | None, revision: str | None) -> 
     if asked is not None:
         return {"license": asked}
     if model is None:
-        why = "the student began with random weights, so no base model has a licence to take over"
+        why = (
+            "the student began with random weights, so there is no base model whose licence applies"
+        )
     else:
         try:
             metadata = ModelCard.load(_card_of(model, revision)).data.to_dict()
         except (OSError, ValueError, YAMLError, HTTPError) as error:
-            why = f"no licence is known of the base model {model!r} ({first_line(error)})"
+            why = f"the licence of the base model {model!r} cannot be read ({first_line(error)})"
         else:
             # The hub also takes a list of several licences: which one holds is for people to say.
             if isinstance(metadata.get("license"), str):
                 return {key: metadata[key] for key in KEYS if isinstance(metadata.get(key), str)}
             why = f"the README.md of the base model {model!r} states no single licence"
     raise UserError(
-        f"--license is required: {why}; give an id of the hub's list, as in --license apache-2.0, "
-        "or --license other"
+        f"--license is required: {why}; give a licence id of the hub, such as --license "
+        "apache-2.0, or --license other"
     )
 
 

@@ -1,5 +1,5 @@
-"""The model card of a finished run: what was trained from what, what it scores, what it cost, and
-how to train it again. All of it is read from the run's folder, apart from the licence.
+"""The model card of a finished run: its models and data, scores, cost, and how to train it again.
+Everything except the licence is read from the run's folder.
 """
 
 import json
@@ -63,8 +63,8 @@ def read_finished(folder: Path) -> FinishedRun:
     run = found.runs[0]
     if not run.is_finished:
         raise UserError(
-            f"RUN = {str(folder)!r}: {run.state}: only a finished run is exported; finish it with "
-            "launch/train.py --resume auto"
+            f"RUN = {str(folder)!r}: {run.state}: only a finished run can be exported; finish it "
+            "with launch/train.py --resume auto"
         )
     recipe = read_record(run.folder / "recipe.json", RecordedRecipe, REMEDY)
     environment = read_record(run.folder / "environment.json", EnvironmentRecord, REMEDY)

@@ -1,4 +1,4 @@
-"""Files to a model repository of the Hugging Face hub, in one commit: it has all of them or none.
+"""Push files to a model repository of the Hugging Face hub in one commit: all of them or none.
 
 Run against a server in a test, which speaks the part of the hub's API that huggingface_hub uses
 here with LFS uploads (tests/publish/hub_server.py). It was not run against the hub itself, nor with
@@ -24,10 +24,10 @@ from kd.hub import causes, first_line
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter/*")
 _AGAIN = "push again"
 _REMEDIES = {
-    401: "the hub does not accept the token: `hf auth login` again, or set HF_TOKEN",
+    401: "the hub does not accept the token: run `hf auth login` again, or set HF_TOKEN",
     403: "the token may not write there: name a repository of your own or of your organisation, "
     "and use a token with write access",
-    404: "the hub does not find it, or not for this token: check owner, name and --revision",
+    404: "the hub does not find it, or this token cannot see it: check owner, name and --revision",
     409: f"the repository changed in the meantime: {_AGAIN}",
     412: f"the repository changed in the meantime: {_AGAIN}",
 }
@@ -42,21 +42,21 @@ def exported_files(run: Path, which: str) -> dict[str, Path]:
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     if "config.json" not in files:
         others = [path.parent.name for path in sorted(run.glob("export/*/config.json"))]
-        remedy = f"--which {others[0]}" if others else "copy it back from where it was trained"
+        remedy = f"--which {others[0]}" if others else "copy it from the machine that trained it"
         raise UserError(f"--which {which}: {folder} holds no export of a model: {remedy}")
     return files
 
 
 def check_repo_id(repo_id: str) -> None:
     """Raises UserError for what is not owner/name."""
-    problem = "it is not of the form owner/name"
+    problem = "it does not have the form owner/name"
     try:
         validate_repo_id(repo_id)
         is_valid = repo_id.count("/") == 1
     except HFValidationError as error:
         is_valid, problem = False, first_line(error)
     if not is_valid:
-        raise UserError(f"--push {repo_id!r}: {problem}: write it as in --push my-name/my-model")
+        raise UserError(f"--push {repo_id!r}: {problem}: write it like --push my-name/my-model")
 
 
 def push(
@@ -72,8 +72,8 @@ def push(
     with _push_errors(repo_id):
         if get_token() is None:
             raise UserError(
-                f"--push {repo_id}: not logged in to the hub: `hf auth login`, or set HF_TOKEN to "
-                "a token with write access"
+                f"--push {repo_id}: not logged in to the hub: run `hf auth login`, or set "
+                "HF_TOKEN to a token with write access"
             )
         api = HfApi()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -82,8 +82,8 @@ def push(
         there = api.model_info(repo_id, revision=revision)
         if private and not there.private:
             raise UserError(
-                f"--push {repo_id} --private: the repository is there and public: make it private "
-                "in its settings on the hub, or name a new one"
+                f"--push {repo_id} --private: the repository exists and is public: make it "
+                "private in its settings on the hub, or name a new one"
             )
         # Not upload_folder: with Xet it makes several commits.
         commit = api.create_commit(
@@ -124,11 +124,11 @@ def _push_errors(repo_id: str) -> Iterator[None]:
             status = responses[0].status_code
             remedy = _REMEDIES.get(status, f"the hub answers with status {status}: {_AGAIN} later")
         elif names & set(_NETWORK):
-            remedy = f"the hub cannot be reached: {_AGAIN} where there is a network"
+            remedy = f"the hub cannot be reached: {_AGAIN} on a machine with network access"
         else:
-            remedy = f"it was not pushed: correct what is said below, and {_AGAIN}"
+            remedy = f"it was not pushed: correct the error below, then {_AGAIN}"
         raise UserError(
-            f"--push {repo_id}: {remedy}. The repository has all of the files or none.\n"
+            f"--push {repo_id}: {remedy}. The repository has either all of the files or none.\n"
             f"({type(error).__name__}: {_one_line(error)})"
         ) from error
 

@@ -144,8 +144,8 @@ class Rollouts:
             choice = server.sample(prompts[number].tolist(), **parameters)
             if choice.get("token_ids") is None:
                 raise UserError(
-                    f"rollout.server = {server.url!r}: vLLM {server.version} returns no token ids: "
-                    "serve with a later one"
+                    f"rollout.server = {server.url!r}: vLLM {server.version} returns no token "
+                    "ids: use a later version"
                 )
             token_ids: list[int] = choice["token_ids"]
             return token_ids

@@ -1,1 +1,1 @@
-"""A run's folder: whose it is, what it holds, and whether it may begin or continue."""
+"""A run's folder: its owner, its files, and whether a run may start or continue in it."""

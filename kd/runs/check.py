@@ -1,6 +1,4 @@
-"""All that can be known of a recipe without a GPU, a network or a process group: what --check and a
-submission ask.
-"""
+"""Checks of a recipe that need no GPU, network or process group, for --check and submissions."""
 
 import os
 from pathlib import Path
@@ -29,8 +27,8 @@ def check_recipe(recipe: Recipe, *, awaits_cache: bool = False) -> None:
         cache = recipe.teacher.cache
         if not os.path.isfile(os.path.join(cache, "manifest.json")):
             raise UserError(
-                f"teacher.cache = {cache!r}: no such cache: fill it with launch/cache.py, or leave "
-                "it out"
+                f"teacher.cache = {cache!r}: no such cache: fill it with launch/cache.py, or "
+                "remove the key"
             )
     models = {"student.model": recipe.student, "teacher.model": recipe.teacher}
     if any(section and find_model(field, section) for field, section in models.items()):
@@ -40,7 +38,7 @@ def check_recipe(recipe: Recipe, *, awaits_cache: bool = False) -> None:
 
 
 def inputs(recipe: Recipe) -> dict[str, str]:
-    """{section.key: value} of all that a run reads by path or hub id, JSON of DeepSpeed apart."""
+    """{section.key: value} of all that a run reads by path or hub id, except DeepSpeed's JSON."""
     found = {
         "student.model": recipe.student.model,
         "teacher.model": recipe.teacher.model if recipe.teacher else None,

@@ -1,4 +1,4 @@
-"""A run's folder: whose run it is, whether it may be continued, and where everything lands.
+"""A run's folder: which run it holds, whether that may be continued, and where files go.
 
 recipe.json        the resolved recipe
 ds_config.json     the JSON of both engines
@@ -34,7 +34,7 @@ from kd.runs.records import (
 
 SUCCESS, INTERRUPTED, METRICS = "SUCCESS", "INTERRUPTED", "metrics.jsonl"
 NOTHING_TO_LEARN = "NOTHING_TO_LEARN"
-REMEDY = "restore it, or begin another run with --set run.name=NAME"
+REMEDY = "restore it, or start another run with --set run.name=NAME"
 
 
 def open_run(recipe: Recipe, resume: str | None) -> None:
@@ -97,9 +97,10 @@ def check_same_run(recipe: Recipe) -> None:
     if changed:
         listing = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in changed)
         raise UserError(
-            f"{folder} holds the run of another recipe:\n{listing}\nUse the same recipe, or --set "
-            "run.name=NAME; to train a finished student further, begin a new run with "
-            "student.model = its export"
+            f"{folder} holds the run of another recipe:\n"
+            f"{listing}\n"
+            "Use the same recipe, or another folder with --set run.name=NAME. To train a finished "
+            "student further, start a new run with its export as student.model"
         )
 
 
@@ -114,9 +115,12 @@ def record_data(folder: Path, report: str, fingerprints: Mapping[int, str]) -> N
         there = read_record(path, DataRecord, REMEDY)
         if there.fingerprint != fingerprints[there.format_version]:
             raise UserError(
-                f"{folder} began with other data: its rows or their tokens have changed since. "
-                "Restore them, or --set run.name=NAME\n"
-                f"there:\n{there.report}\nhere:\n{report}"
+                f"{folder} was started with other data: rows or their tokens have changed since. "
+                "Restore them, or use --set run.name=NAME\n"
+                "there:\n"
+                f"{there.report}\n"
+                "here:\n"
+                f"{report}"
             )
     version = max(fingerprints)
     write_json(
@@ -125,7 +129,7 @@ def record_data(folder: Path, report: str, fingerprints: Mapping[int, str]) -> N
 
 
 def as_begun(recipe: Recipe) -> Recipe:
-    """The recipe with what its run began with in the place of each "auto"; unchanged where no run
+    """The recipe with the value that its run began with instead of each "auto"; unchanged if no run
     has begun.
     """
     if not recipe.autos or not _has_begun(recipe.run_dir):

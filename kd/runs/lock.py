@@ -1,6 +1,4 @@
-"""One process at a time in a folder: a lock that goes with the process that holds it, however that
-ends.
-"""
+"""A lock that keeps other processes out of a folder, and is released however its process ends."""
 
 import contextlib
 import fcntl
@@ -38,12 +36,12 @@ def hold(folder: Path, name: str = ".lock", patience_seconds: float = PATIENCE_S
         holder = _holder(file)
         if time.monotonic() >= deadline:
             raise UserError(
-                f"{folder} is in use by {holder}: wait until that ends, or end it; if its node is "
+                f"{folder} is in use by {holder}: wait until it ends, or end it; if its node is "
                 f"lost, remove {path}"
             )
         if not is_told:
             log.warning(
-                "%s is in use by %s: waiting for its end, at most %g s",
+                "%s is in use by %s: waiting up to %g s for it to end",
                 folder,
                 holder,
                 patience_seconds,
@@ -98,7 +96,7 @@ def _try(file: IO[str]) -> bool:
         return False
     except OSError as error:
         log.warning(
-            "%s: this file system has no locks (%s): start no second run in this folder",
+            "%s: this file system has no locks (%s): do not start a second run in this folder",
             file.name,
             error,
         )

@@ -1,7 +1,7 @@
-"""What a run or a study left behind, read back as typed values: a damaged file is one error that
-names the file, the field and the value.
+"""Typed records of the files of a run or a study. A damaged file is one error that names the file,
+the field and the value.
 
-Keys that are not known here are kept: a later version may have written them.
+Unknown keys are kept, since a later version may have written them.
 """
 
 import os
@@ -189,17 +189,19 @@ class EvaluationRecord(Record):
     def _numbers_agree(self) -> Self:
         num_responses = self.num_problems * self.num_samples
         if self.num_correct > num_responses:
-            raise ValueError(f"num_correct = {self.num_correct} of {num_responses} responses")
+            raise ValueError(
+                f"num_correct = {self.num_correct}, but there are {num_responses} responses"
+            )
         share, (low, high) = self.num_correct / num_responses, self.ci95
         if abs(self.accuracy - share) > 1e-6:
             raise ValueError(
-                f"accuracy = {self.accuracy}, and num_correct = {self.num_correct} of "
+                f"accuracy = {self.accuracy}, but num_correct = {self.num_correct} of "
                 f"{num_responses} responses"
             )
         # What a report computes from the interval of several samples needs it to be proper.
         is_proper = 0.0 < low < share if share else 0.0 < high < 1.0
         if low > high or (self.num_samples > 1 and not is_proper):
-            raise ValueError(f"ci95 = {self.ci95} is no interval around {share}")
+            raise ValueError(f"ci95 = {self.ci95} is not an interval around {share}")
         return self
 
 
@@ -250,7 +252,7 @@ def to_record(content: Any, kind: type[R], where: str, remedy: str) -> R:
         if problem["type"] == "missing":
             what = f"{field} is missing"
         elif not isinstance(content, dict):
-            what = f"holds {shortened(content)}, not an object"
+            what = f"it holds {shortened(content)}, not an object"
         else:
             message = problem["msg"].removeprefix("Value error, ")
             shown = f"{field} = {shortened(problem['input'])}: " if field else ""

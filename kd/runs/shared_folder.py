@@ -37,8 +37,8 @@ def check_shared(field: str, folder: Path, layout: Layout) -> None:
 
 def not_shared(problems: list[str], layout: Layout) -> str:
     return (
-        f"{problems[0]}; {len(problems)} of {layout.world_size} ranks do not see what rank 0 "
-        "writes: put it on a file system that all hosts mount at the same path"
+        f"{problems[0]}; {len(problems)} of {layout.world_size} ranks do not see the files of "
+        "rank 0: use a folder on a file system that all hosts mount at the same path"
     )
 
 
@@ -58,7 +58,7 @@ def _problem_of(token: Path, me: str) -> str | None:
     while True:
         try:
             same = token.read_text() == token.name
-            return None if same else f"{me} reads other contents in {token.parent}"
+            return None if same else f"{me} sees other files in {token.parent}"
         except OSError as error:
             if time.monotonic() > deadline:
                 return f"{me}: {error.strerror} in {token.parent}"

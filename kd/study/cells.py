@@ -21,7 +21,7 @@ from kd.runs.records import FILLED, StudyRecord, read_record
 
 AXES = ("keep_fraction", "sections", "window", "rollout_tokens")
 MAX_SEEDS = 1000
-REMEDY = "restore it, or remove it: cells that are trained and scored stay as they are"
+REMEDY = "restore it or remove it; cells that are trained and scored are kept"
 WINDOWS = get_args(TruncationSection.model_fields["window"].annotation)
 
 
@@ -156,13 +156,13 @@ def make_study(
     ):
         raise UserError(
             f"--windows {','.join(axes.window)}: at truncation.keep_fraction = "
-            f"{base.truncation.keep_fraction:g} nothing is cut, and all windows are one: --set "
-            "truncation.keep_fraction=0.5, or --cross with --keep"
+            f"{base.truncation.keep_fraction:g} nothing is cut, so all windows are the same: use "
+            "--set truncation.keep_fraction=0.5, or --cross with --keep"
         )
     _check_names(points)
     if cache_request is not None:
         if base.teacher is None:
-            raise UserError(f"--cache: {base.run.name} has no [teacher]: leave it out")
+            raise UserError(f"--cache: {base.run.name} has no [teacher]: leave out --cache")
         base = base.with_values({"teacher.cache": str(folder / "cache")})
     cells = tuple(Cell(point, _recipe_at(base, point, folder)) for point in points)
     return Study(base.run.name, folder, cells, cache_request)
@@ -196,7 +196,7 @@ def _points(base: Recipe, axes: Axes) -> Iterator[Point]:
     if axes.rollout_tokens and base.rollout is None:
         raise UserError(
             f"--rollout-tokens {','.join(map(str, axes.rollout_tokens))}: {base.run.name} has no "
-            "[rollout]: add one, as by --set rollout.fraction=1.0"
+            "[rollout]: add one, for example with --set rollout.fraction=1.0"
         )
     varied: dict[str, tuple[Any, ...]] = {
         name: getattr(axes, name) for name in AXES if getattr(axes, name)
@@ -238,15 +238,15 @@ def _check_names(points: Iterable[Point]) -> None:
         if other is not point:
             raise UserError(
                 f"--keep {other.keep_fraction!r},{point.keep_fraction!r}: both are "
-                f"{point.keep_fraction:g} in the name of a cell: choose values that differ in six "
-                "digits"
+                f"{point.keep_fraction:g} in the name of a cell: choose values that differ within "
+                "six digits"
             )
 
 
 def _split(flag: str, text: str | None) -> list[str]:
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     if not all(parts) or len(set(parts)) != len(parts):
-        raise UserError(f"{flag} {text}: write distinct values with commas between them")
+        raise UserError(f"{flag} {text}: write distinct values separated by commas")
     return parts
 
 
@@ -256,13 +256,13 @@ def _fraction(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0.0 < value <= 1.0:
-        raise UserError(f"--keep {text}: write a fraction above 0 and at most 1, as in 0.5")
+        raise UserError(f"--keep {text}: write a fraction above 0 and at most 1, such as 0.5")
     return value
 
 
 def _num_tokens(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise UserError(f"--rollout-tokens {text}: write whole numbers of tokens, as in 16,32,64")
+        raise UserError(f"--rollout-tokens {text}: write whole numbers of tokens, such as 16,32,64")
     return int(text)
 
 
@@ -271,7 +271,7 @@ def _names(text: str) -> tuple[str, ...]:
     names = tuple(text.split("+"))
     if not set(names) <= set(known) or len(set(names)) != len(names):
         raise UserError(
-            f"--sections {text}: join any of {', '.join(known)} with +, as in prompt+cot"
+            f"--sections {text}: join any of {', '.join(known)} with +, such as prompt+cot"
         )
     return tuple(name for name in known if name in names)
 

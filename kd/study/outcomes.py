@@ -24,12 +24,14 @@ def outcome_of(recipe: Recipe, run: Path) -> Outcome:
     if (run / NOTHING_TO_LEARN).exists():
         return Outcome("no_supervised_token", (run / NOTHING_TO_LEARN).read_text().strip())
     if not (run / SUCCESS).exists():
-        return Outcome("failed", f"the log of its job is in the folder that {run}/slurm.json names")
+        return Outcome(
+            "failed", f"see the log of its job, in the folder that {run}/slurm.json names"
+        )
     exports = [name for name in ("best", "last") if (run / "export" / name).exists()]
     scores = result_files(recipe, run / "evaluation", f"export-{exports[0]}") if exports else []
     if scores and is_scored(recipe, scores):
         return Outcome("done", ", ".join(map(describe, scores)))
-    return Outcome("pending", "trained, and not scored yet")
+    return Outcome("pending", "trained but not scored yet")
 
 
 def record_outcome(run: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A teacher that ran before: its cache is read, and of itself at most the head is left."""
+"""A teacher whose outputs are read from a cache; at most its head is loaded."""
 
 import contextlib
 import time

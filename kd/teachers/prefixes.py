@@ -32,10 +32,10 @@ def check_prefixes(teacher: LiveTeacher, input_ids_L: Tensor) -> None:
         error = float((prefix_LH.float() - whole_LH[:n].float()).norm() / whole_LH[:n].norm())
         if not error <= TOLERANCE[whole_LH.dtype]:
             raise UserError(
-                f"teacher.model: of a trace of {num_tokens} tokens, the states of its first {n} "
-                f"depend on what follows them (relative error {error:.2g}): its positions are "
-                "scaled by the longest of them. No cache can serve several lengths of it: train "
-                f"without teacher.cache, or set truncation.max_full_tokens to at most {n}"
+                f"teacher.model: in a trace of {num_tokens} tokens, the states of the first {n} "
+                f"depend on later tokens (relative error {error:.2g}), since its positions are "
+                "scaled by the length. A cache cannot serve several lengths: train without "
+                f"teacher.cache, or set truncation.max_full_tokens to at most {n}"
             )
 
 

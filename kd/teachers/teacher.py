@@ -1,4 +1,4 @@
-"""The seam behind which a teacher stands."""
+"""The interface of all kinds of teacher."""
 
 import contextlib
 from typing import Protocol

@@ -213,7 +213,9 @@ def gathers_whole(recipe: Recipe, layout: Layout) -> bool:
         try:
             needed = memory_plan(whole, num_nodes, ranks_per_node).total_gib
         except UserError as error:
-            log.warning("sampling gathers layer by layer, since nothing is planned: %s", error)
+            log.warning(
+                "sampling gathers layer by layer, since its memory could not be planned: %s", error
+            )
             return False
         fits = needed + RESERVED_GIB <= gib
         word = "with whole weights" if fits else "gathered layer by layer"
@@ -237,9 +239,9 @@ def choose_layout(
     mixing = [role for role, model in models.items() if not model.keeps_packed_apart]
     wanted = recipe.training.sequence_layout
     if wanted == "packed" and mixing:
-        kinds = " and ".join(f"{role}, {type(models[role].model).__name__}" for role in mixing)
+        kinds = " and ".join(f"the {role} ({type(models[role].model).__name__})" for role in mixing)
         raise UserError(
-            f'training.sequence_layout = "packed": the {kinds}, carries one sequence into the '
+            f'training.sequence_layout = "packed": {kinds} would carry one sequence into the '
             'next: use "padded"'
         )
     if wanted != "auto":

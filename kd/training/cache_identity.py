@@ -80,8 +80,9 @@ def check_same(there: CacheManifest, here: CacheManifest, folder: Path) -> None:
     if differing:
         listing = "\n".join(differing)
         raise UserError(
-            f"{folder} is the cache of another teacher, kind or way to make tokens:\n{listing}\n"
-            "Use what it was filled with, or fill another folder"
+            f"{folder} is the cache of another teacher, kind or tokenisation:\n"
+            f"{listing}\n"
+            "Use the settings that it was filled with, or fill another folder"
         )
 
 
@@ -99,7 +100,9 @@ def check_is_of(cache: Cache, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
     except UserError as error:
         if isinstance(cache.kind, HiddenKind):
             raise
-        log.warning("teacher.cache: its weights are not compared with the teacher's: %s", error)
+        log.warning(
+            "teacher.cache: could not check that it belongs to the teacher's weights: %s", error
+        )
         weights = there.teacher.weights_sha256
     here = make_manifest(recipe, cache.kind, tokenizer, weights, there.server)
     check_same(there, here, cache.folder)
@@ -121,27 +124,27 @@ def check_serves(kind: Kind, recipe: Recipe, where: str) -> None:
         return
     if kind.temperature != loss.temperature:
         raise UserError(
-            f"{where} was filled at temperature {kind.temperature}, and loss.temperature = "
-            f"{loss.temperature}: set the cache's, or fill another"
+            f"{where} was filled at temperature {kind.temperature}, but loss.temperature = "
+            f"{loss.temperature}: set the cache's temperature, or fill another cache"
         )
     if isinstance(kind, TopKKind):
         return
     if loss.divergence != "forward_kl":
         raise UserError(
-            f"{where} is of kind {kind.name}, which serves forward_kl alone, and loss.divergence = "
+            f"{where} is of kind {kind.name}, which serves only forward_kl, but loss.divergence = "
             f"{loss.divergence!r}: set forward_kl, or fill a cache of hidden states"
         )
     if isinstance(kind, VectorKind):
         if recipe.student.trains_head:
             raise UserError(
-                f"{where} is of kind vector, made with one head of the student, which this recipe "
-                "trains: set student.freeze_head = true, or fill a cache of hidden states"
+                f"{where} is of kind vector, made with the student's head, but this recipe trains "
+                "that head: set student.freeze_head = true, or fill a cache of hidden states"
             )
         ours = head_sha256(student_head(recipe, torch.device("cpu")))
         if ours != kind.head_sha256:
             raise UserError(
                 f"{where} was made with another student's head: SHA-256 {kind.head_sha256} there, "
-                f"{ours} of {recipe.student.model!r} here: fill one for this student"
+                f"{ours} of {recipe.student.model!r} here: fill a cache for this student"
             )
 
 
@@ -155,7 +158,6 @@ def check_holds(cache: Cache, data: Data, where: str) -> None:
         if missing:
             rows = ", ".join(str(int(examples.row_N[i]) + 1) for i in missing[:5])
             raise UserError(
-                f"{where} lacks {len(missing)} of {len(examples)} {name} rows, the first of them "
-                f"{rows} (counted from 1): run launch/cache.py with this recipe, which fills them "
-                "alone"
+                f"{where} lacks {len(missing)} of {len(examples)} {name} rows, such as {rows} "
+                "(counted from 1): run launch/cache.py with this recipe, which fills only these"
             )

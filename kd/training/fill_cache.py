@@ -87,7 +87,7 @@ def fill_cache(
         manifest = on_rank_zero(lambda: make_manifest(recipe, kind, tokenizer))
         on_rank_zero(lambda: prepare(folder, manifest))
         missing = missing_rows(open_cache(folder), data)
-        log.info("%s: %d rows are to be filled", folder, len(missing))
+        log.info("%s: filling %d rows", folder, len(missing))
         if missing:
             teacher = build_live_teacher(recipe, layout)
             examples, longest = missing[0]
@@ -101,10 +101,10 @@ def finish(folder: Path, data: Data, recipe: Recipe, kind: Kind) -> None:
     """Say that the cache is whole. Raises UserError when it is not."""
     cache = open_cache(folder)
     if left := len(missing_rows(cache, data)):
-        raise UserError(f"{folder}: {left} rows are still missing: start again")
+        raise UserError(f"{folder}: {left} rows are still missing: run the same command again")
     filled = set_filled(folder, filling_flops(recipe, kind, cache.lengths_N))
     log.info(
-        "%s: whole, %d rows of %d tokens, %.2f GiB, %.1f rank minutes",
+        "%s: complete, %d rows of %d tokens, %.2f GiB, %.1f rank minutes",
         folder,
         len(cache),
         filled.num_tokens,
@@ -116,7 +116,7 @@ def finish(folder: Path, data: Data, recipe: Recipe, kind: Kind) -> None:
 def make_kind(recipe: Recipe, name: str, dtype: str, num_tokens: int | None) -> Kind:
     """The kind of a cache for this recipe. Raises UserError for what a kind does not have."""
     if num_tokens is not None and num_tokens < 1:
-        raise UserError(f"--num-tokens {num_tokens}: at least 1 is needed")
+        raise UserError(f"--num-tokens {num_tokens}: write at least 1")
     parameters: dict[str, Any] = {}
     if name in ("hidden", "vector"):
         if num_tokens is not None:
@@ -128,7 +128,7 @@ def make_kind(recipe: Recipe, name: str, dtype: str, num_tokens: int | None) -> 
         parameters["k"] = num_tokens
     if name == "vector":
         if dtype == "int8":
-            raise UserError("--dtype int8: a vector is kept in fp32 or bf16")
+            raise UserError("--dtype int8: vectors are stored in fp32 or bf16; write one of them")
         parameters["head_sha256"] = head_sha256(student_head(recipe, torch.device("cpu")))
     if name != "hidden":
         parameters["temperature"] = recipe.loss.temperature
@@ -150,7 +150,7 @@ def check_request(recipe: Recipe, request: CacheRequest, folder: Path) -> None:
 def whole_traces(recipe: Recipe) -> Recipe:
     """The recipe without truncation, and with a teacher that runs."""
     if recipe.teacher is None:
-        raise UserError(f"{recipe.run.name} has no [teacher], of which a cache could be filled")
+        raise UserError(f"{recipe.run.name} has no [teacher] to fill a cache from: add one")
     values = {"keep_fraction": 1.0, "max_tokens": None, "window": "head", "cut_after_think": False}
     changes: dict[str, Any] = {f"truncation.{key}": value for key, value in values.items()}
     changes["data.loss_sections"] = ["prompt", "cot", "answer"]
@@ -168,7 +168,7 @@ def prepare(folder: Path, manifest: CacheManifest) -> None:
     (folder / "shards").mkdir(exist_ok=True)
     remove_unfinished(folder)
     for shard, what in damage_of(folder):
-        log.warning("%s is damaged: %s; its rows are filled again", shard, what)
+        log.warning("%s is damaged: %s; filling its rows again", shard, what)
         remove_shard(shard)
 
 
@@ -240,5 +240,6 @@ def _stop_together(problem: OSError | None, folder: Path, layout: Layout) -> Non
     if any_rank(problem is not None, layout.device):
         reason = problem.strerror if problem else "another rank cannot write"
         raise UserError(
-            f"{folder}: {reason}: make room, and start again: what is written stays ({REMEDY})"
+            f"{folder}: {reason}: free some space and run the same command again; what is written "
+            f"is kept ({REMEDY})"
         )

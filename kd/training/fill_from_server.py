@@ -75,7 +75,7 @@ def fill_from_server(
     manifest = make_manifest(recipe, kind, tokenizer, server=f"vllm {server.version}")
     prepare(folder, manifest)
     missing = missing_rows(open_cache(folder), data)
-    log.info("%s: %d rows are to be filled by %s", folder, len(missing), url)
+    log.info("%s: filling %d rows from %s", folder, len(missing), url)
     reader = Reader(server, kind, manifest.vocab_size, manifest.teacher.vocab_size)
     if missing:
         spread = range(0, len(missing), -(-len(missing) // NUM_CHECKED))
@@ -94,7 +94,9 @@ def fill_from_server(
                 break
         writer.flush()
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}: make room, and start again") from None
+        raise UserError(
+            f"{folder}: {error.strerror}: free some space and run the same command again"
+        ) from None
     if interrupted:
         raise Interrupted
     finish(folder, data, recipe, kind)
@@ -109,7 +111,7 @@ class Reader:
         """vocab_size: that teacher and student share. Raises UserError for a K above it."""
         if kind.k > vocab_size:
             raise UserError(
-                f"--num-tokens {kind.k}: the models share {vocab_size} tokens: lower it"
+                f"--num-tokens {kind.k}: the models share only {vocab_size} tokens; lower it"
             )
         self.server, self.kind, self.vocab_size = server, kind, vocab_size
         self.num_asked = kind.k + min(teacher_vocab_size - vocab_size, NUM_SPARE)
@@ -133,8 +135,8 @@ class Reader:
             found.append({int(key.removeprefix("token_id:")): last[key] for key in last})
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             raise UserError(
-                f"--server {self.server.url}: prompt_logprobs or logprobs are missing in what it "
-                "answers: name a server of vLLM"
+                f"--server {self.server.url}: its answer lacks prompt_logprobs or logprobs: name "
+                "a vLLM server"
             ) from None
         rows = [self._likeliest(position) for position in found]
         return {
@@ -147,8 +149,8 @@ class Reader:
         shared = [item for item in position.items() if item[0] < self.vocab_size]
         if len(shared) < self.kind.k:
             raise UserError(
-                f"--num-tokens {self.kind.k}: of the {self.num_asked} likeliest tokens of the "
-                f"teacher, {len(shared)} are the student's too: lower it"
+                f"--num-tokens {self.kind.k}: the student has only {len(shared)} of the teacher's "
+                f"{self.num_asked} most likely tokens; lower it"
             )
         return sorted(shared, key=lambda item: -item[1])[: self.kind.k]
 
@@ -162,26 +164,26 @@ def check_server(reader: Reader, teacher: TeacherSection, examples: list[Example
     except UserError as error:
         longest = max(len(example.input_ids) for example in examples)
         raise UserError(
-            f"{error}\n--num-tokens {reader.kind.k} needs a server with --max-logprobs "
-            f"{reader.num_asked} or more, and its longest trace one with --max-model-len "
-            f"{longest + 1} or more"
+            f"{error}\n"
+            f"--num-tokens {reader.kind.k} needs a server with --max-logprobs {reader.num_asked} "
+            f"or more, and the longest trace needs --max-model-len {longest + 1} or more"
         ) from None
     second = in_parallel(reader.read, [*examples, *reversed(examples)])[: len(examples)]
-    pairs = {"a second reading of it": (second, READINGS_BOUND)}
+    pairs = {"its second answer": (second, READINGS_BOUND)}
     try:
         weights_folder(teacher, role="teacher")
-        pairs["the teacher here"] = (_of_teacher(reader, teacher, examples), LOCAL_BOUND)
+        pairs["the local teacher"] = (_of_teacher(reader, teacher, examples), LOCAL_BOUND)
     except UserError as error:
-        log.warning("what the server says is not compared with the teacher's: %s", error)
+        log.warning("could not compare the server with the teacher's weights: %s", error)
     for name, (other, bound) in pairs.items():
         distance = mean_distance(first, other)
         log.info("%d rows: the server and %s differ by %.2g", len(examples), name, distance)
         if not distance <= bound:
             raise UserError(
                 f"--server {reader.server.url} and {name} differ by {distance:.3g} in total "
-                f"variation, mean of a token, over {len(examples)} rows, and at most {bound} is "
-                f"taken: does it serve teacher.model = {teacher.model!r}, in the dtype of its "
-                "weights, and unquantised?"
+                f"variation (mean per token over {len(examples)} rows), more than the {bound} "
+                f"allowed: check that it serves teacher.model = {teacher.model!r} unquantised, in "
+                "the dtype of its weights"
             )
 
 
@@ -219,18 +221,18 @@ def _of_teacher(reader: Reader, teacher: TeacherSection, examples: list[Example]
 def _check_arguments(kind: Kind, url: str) -> None:
     if not isinstance(kind, TopKKind):
         raise UserError(
-            f"--kind {kind.name} with --server {url}: a server tells the likeliest tokens alone: "
+            f"--kind {kind.name} with --server {url}: a server gives only the most likely tokens; "
             "set --kind top_k, or leave out --server"
         )
     if kind.temperature != 1.0:
         raise UserError(
-            f"loss.temperature = {kind.temperature} with --server {url}: a server tells the "
-            "teacher's probabilities at temperature 1 alone: set loss.temperature = 1.0, or leave "
-            "out --server"
+            f"loss.temperature = {kind.temperature} with --server {url}: a server gives "
+            "probabilities only at temperature 1; set loss.temperature = 1.0, or leave out "
+            "--server"
         )
     num_ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
     if num_ranks > 1:
         raise UserError(
-            f"WORLD_SIZE = {num_ranks} with --server {url}: the server computes, and one process "
-            "asks it: start launch/cache.py with python"
+            f"WORLD_SIZE = {num_ranks} with --server {url}: a single process asks the server; "
+            "start launch/cache.py with python"
         )

@@ -63,7 +63,7 @@ def plan_training(recipe: Recipe, loader: Loader, nodes: Nodes) -> RunPlan | Non
     except Exception as error:
         # A model whose shapes were not tried must not end a run that could be trained.
         log.warning(
-            "no plan, and no FLOPs in the metrics: %s",
+            "could not plan this run, so the metrics have no FLOPs: %s",
             error,
             exc_info=not isinstance(error, UserError),
         )
@@ -137,7 +137,7 @@ class PlanReport:
             write_json(self._path, {"format_version": FORMAT_VERSION, **report})
         except OSError as error:
             # As for the metrics: the next checkpoint says what is wrong, on all ranks.
-            log.warning("%s: %s; it is left out", self._path, error.strerror)
+            log.warning("%s: %s; it is not written", self._path, error.strerror)
 
     def _measured(self) -> dict[str, Any]:
         records = self._records[1:] or self._records

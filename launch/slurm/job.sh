@@ -11,7 +11,7 @@ trap 'early=USR1' USR1
 trap 'early=TERM' TERM
 begin() {
   [[ -z "$early" ]] && return
-  say "failed: $early came before anything had begun, perhaps while --setup was sourced: submit again, with more time"
+  say "failed: $early came before the job had begun, perhaps while it sourced --setup: submit again with more time"
   exit 1
 }
 cd -- "$work_dir" || exit
@@ -19,7 +19,7 @@ PATH="$python_dir:$PATH"
 if [[ -n "${setup:-}" ]]; then
   # shellcheck source=/dev/null
   source -- "$setup" || { # before set -u, for which few such files are written
-    say "failed: --setup $setup, or its last command, has status $?"
+    say "failed: --setup $setup, or its last command, returned status $?"
     exit 1
   }
 fi
@@ -48,7 +48,7 @@ say "$(date -Is): job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), o
 # Exit status of a mistake that another start would repeat (kd.constants.EXIT_USER_ERROR)
 user_error=2
 # Of a cell of a study: how it ended, into the study's file.
-record() { "${task[@]}" -m kd.study.outcomes "$run" || say "the outcome could not be written to the study's file"; }
+record() { "${task[@]}" -m kd.study.outcomes "$run" || say "could not write the outcome to the study's file"; }
 # A task of an array by its index: the id of its last task is that of the whole array.
 requeue() { scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"; }
 
@@ -76,7 +76,7 @@ on_all_ranks() {
 }
 tell() { # srun passes USR1 on to the tasks, and would end them of TERM
   woken=yes told=yes
-  say "$1: the ranks are told"
+  say "$1: telling the ranks to save"
   kill -USR1 "$srun" || true
 }
 
@@ -88,19 +88,19 @@ end_unfinished() {
   failures="$(cat -- "$restarted" 2>/dev/null || echo 0)"
   if [[ -n "$told_to_end" ]]; then
     [[ -n "$interrupted" ]] || saved="$newest"
-    say "told to end by TERM (scancel, preemption, or a node that failed), $saved: where SLURM requeues the job it goes" \
-      "on by itself, else submit the same again"
+    say "told to end by TERM (scancel, preemption, or a node that failed), $saved: if SLURM requeues the job, it" \
+      "continues by itself; otherwise submit the same again"
   elif [[ -n "$interrupted" ]]; then
     if ((ended_at == begun_at)); then
-      say "interrupted at $unit $ended_at, where it began: not requeued, since it would not get further"
+      say "interrupted at $unit $ended_at, where it began: not requeued, since it would get no further"
       record
     elif requeue; then
       say "interrupted, $saved: requeued"
     else
-      say "interrupted, $saved, and SLURM does not requeue it: submit the same again to go on"
+      say "interrupted, $saved, but SLURM does not requeue it: submit the same again to continue"
     fi
   else
-    say "failed: srun's status is $status and there is no $marker; $newest"
+    say "failed: srun returned status $status, and there is no $marker; $newest"
     if ((status != user_error && ended_at > begun_at && failures < restarts)); then
       echo "$((failures + 1))" >"$restarted"
       requeue && say "requeued, since it left a new $what: restart $((failures + 1)) of at most $restarts" &&

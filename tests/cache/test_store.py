@@ -79,7 +79,7 @@ def test_every_part_of_every_row_is_read_as_it_was_written(folder: Path):
 
 
 def test_more_than_a_row_holds_is_refused(folder: Path):
-    with pytest.raises(UserError, match="a row of 1 tokens was asked for tokens 0 to 2"):
+    with pytest.raises(UserError, match="tokens 0 to 2 were asked of a row of 1 tokens"):
         open_cache(folder).read(key(0), 0, 2)
 
 
@@ -102,7 +102,9 @@ def test_a_flipped_byte_is_found_where_it_is_read_and_by_its_shards_hash(folder:
     flip(damaged, damaged.stat().st_size - header_end(header) + begin + (end - begin) // 2)
     cache = open_cache(folder)
     number = len(LENGTHS) - 1
-    with pytest.raises(UserError, match=rf"{damaged.name} is damaged: what it holds of a row"):
+    with pytest.raises(
+        UserError, match=rf"{damaged.name} is damaged: a row differs from its checksum"
+    ):
         cache.read(key(number), 0, LENGTHS[number])
     assert [path for path, _ in damage_of(folder)] == [damaged]
 
@@ -160,7 +162,7 @@ def test_another_writer_of_the_same_name_overwrites_nothing(folder: Path):
 
 
 def test_what_is_no_cache_is_said(tmp_path: Path):
-    with pytest.raises(UserError, match=r"is no cache: it has no manifest.json; launch/cache.py"):
+    with pytest.raises(UserError, match=r"is not a cache, since it has no manifest.json"):
         open_cache(tmp_path)
 
 
@@ -173,7 +175,7 @@ def test_a_kind_is_what_its_manifest_says(kind):
 
 def test_a_kind_of_a_later_version_is_refused():
     with pytest.raises(
-        UserError, match="kind = 'sketch': this version reads hidden, top_k, sampled, vector"
+        UserError, match="kind = 'sketch': this version reads only hidden, top_k, sampled, vector"
     ):
         kind_of("sketch", {})
     with pytest.raises(UserError, match="kind = 'top_k'"):
@@ -209,7 +211,7 @@ def test_top_k_holds_the_likeliest_tokens_of_what_both_models_share():
     expected = torch.log_softmax(logits / 2.0, -1)[:, :16].topk(4)
     assert torch.equal(fields["ids"].long(), expected.indices)
     torch.testing.assert_close(fields["logprobs"], expected.values)
-    with pytest.raises(UserError, match="--num-tokens 17: the models share 16 tokens"):
+    with pytest.raises(UserError, match="--num-tokens 17: the models share only 16 tokens"):
         TopKKind(17).encode(hidden, heads, seed=0)
 
 

@@ -404,7 +404,7 @@ def test_what_is_printed_and_written_are_the_counts_and_the_filters(
         "dropped 2: empty reasoning",
         "dropped 1: longer than truncation.max_full_tokens = 200",
         str(data.report.train),
-        "were left out: no supervised token 1 0.048",
+        "are dropped: no supervised token 1 0.048",
         "lose the marker that closes the thought 20 1.000 1, 2, 3, 4, 5",
         "loss_sections = ['cot']",
     ):

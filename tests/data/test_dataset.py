@@ -245,7 +245,7 @@ def test_a_process_that_is_ended_from_outside_is_one_error_and_leaves_no_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kd.data.tokenised, "_tokenise_row", lambda *_: os._exit(1))
-    with pytest.raises(UserError, match="ended from outside.*data.num_proc = 2"):
+    with pytest.raises(UserError, match="a tokenising process was killed.*data.num_proc = 2"):
         load_data(recipe(data={"num_proc": 2}), tiny)
     assert os.listdir(tmp_path / "cache") == []
 
@@ -279,8 +279,8 @@ def test_lines_may_differ_in_type_and_hold_line_separators(
         ("rows.csv", "prompt,answer", "name a .jsonl or a .parquet file"),
         ("empty.jsonl", "\n", "the file is empty"),
         ("bad.jsonl", '{"prompt": 1', "bad.jsonl: line 1: not valid JSON"),
-        ("list.jsonl", "[1, 2]", "a JSON object is needed"),
-        ("bad.parquet", "PAR?", "not a .parquet file"),
+        ("list.jsonl", "[1, 2]", "instead of a JSON object"),
+        ("bad.parquet", "PAR?", "not a Parquet file"),
         ("folder.jsonl", "FOLDER", "name a .jsonl or a .parquet file"),
     ],
 )
@@ -437,7 +437,7 @@ def test_prompts_of_validation_in_training_are_counted_and_left_out_if_the_recip
     held_out = {row % 5 if row < 15 else row for row in rows_of(data.validation)}
     shared = [row for row in rows_of(data.train) if row < 15 and row % 5 in held_out]
     assert data.report.num_shared_prompts == len(shared) > 0
-    assert f"warning: {len(shared)} training rows have a prompt that is also in" in str(data.report)
+    assert f"warning: {len(shared)} training rows share their prompt" in str(data.report)
     without = load_data(recipe(data=wanted | {"exclude_validation_prompts": True}), tiny)
     assert without.validation is not None
     assert rows_of(without.validation) == rows_of(data.validation)
@@ -454,7 +454,7 @@ def test_prompts_of_a_validation_file_are_looked_for_in_training(
     assert load_data(recipe(data={"validation_path": path}), tiny).report.num_shared_prompts == 1
     wanted = {"validation_path": path, "exclude_validation_prompts": True}
     assert sorted(rows_of(load_data(recipe(data=wanted), tiny).train)) == [0, 1, *range(3, 20)]
-    with pytest.raises(UserError, match="19 are left .* and 1 with a prompt of validation"):
+    with pytest.raises(UserError, match="19 are left .* and 1 rows with a validation prompt"):
         load_data(recipe(data=wanted | {"num_train": 20}), tiny)
 
 
@@ -503,7 +503,8 @@ def test_a_file_of_bad_rows_alone_says_so(
 ) -> None:
     write_jsonl(tmp_path / "rows.jsonl", BAD_ROWS)
     with pytest.raises(
-        UserError, match=r"no row can be used\n.*6 rows, 0 usable\n  dropped 2: empty answer"
+        UserError,
+        match=r"none of its rows can be used\n.*6 rows, 0 usable\n  dropped 2: empty answer",
     ):
         load_data(recipe(), tiny)
 

@@ -157,8 +157,8 @@ def test_diagnostics_tell_sources_apart_and_together_are_what_they_were() -> Non
 
 BAD: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
     ([{"num": 3, "num_rows": 4}], {}, r"data\.sources\[0\]\.num_rows = 4: .* has 3 usable rows"),
-    ([{"num": 3, "weight": 1.0}, {"num": 3}], {}, "a weight is a share of all"),
-    ([{"num": 3, "weight": 1.0, "num_rows": 2}], {}, "write one of them"),
+    ([{"num": 3, "weight": 1.0}, {"num": 3}], {}, "give each of them a weight"),
+    ([{"num": 3, "weight": 1.0, "num_rows": 2}], {}, "weight and num_rows exclude each other"),
     ([{"num": 3, "weight": 0.0}], {}, "weight"),
     ([{"num": 3, "weight": -1.0}], {}, "weight"),
     ([{"num": 3, "weight": True}], {}, "weight"),
@@ -166,9 +166,9 @@ BAD: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
     ([{"num": 3, "wieght": 1.0}], {}, "wieght"),
     ([{"num": 3, "source": "nobody"}], {}, "source"),
     ([{"num": 3, "columns": {"question": "q"}}], {}, r"columns\.question"),
-    ([{"num": 3}], {"path": "rows.jsonl"}, "stands in the place of"),
-    ([{"num": 3}], {"columns": {"prompt": "p"}}, "stands in the place of"),
-    ([{"num": 3, "weight": 1.0}, {"num": 3, "weight": 1e-9}], {}, "less than a row"),
+    ([{"num": 3}], {"path": "rows.jsonl"}, r"replaces data\.path"),
+    ([{"num": 3}], {"columns": {"prompt": "p"}}, r"replaces .* data\.columns"),
+    ([{"num": 3, "weight": 1.0}, {"num": 3, "weight": 1e-9}], {}, "less than one row"),
 ]
 
 

@@ -62,7 +62,7 @@ def test_what_a_template_does_not_print_is_a_bad_row(
     with_template: Any, removed: str, turns: list[Any], tools: list[Any], reason: str
 ) -> None:
     assert render_prompt(with_template(ALL), turns, DATA, tools)
-    with pytest.raises(BadRow, match=f"does not print {reason}: name one .* data.chat_template"):
+    with pytest.raises(BadRow, match=f"does not print {reason}: set data.chat_template"):
         render_prompt(with_template(ALL.replace(removed, "")), turns, DATA, tools)
 
 
@@ -137,7 +137,7 @@ def test_a_template_may_write_results_as_json_and_the_system_prompt_later(
 def test_a_prompt_that_leaves_no_place_for_the_thought_is_refused(
     with_template: Any, end: str
 ) -> None:
-    with pytest.raises(BadRow, match=r"data\.template_kwargs, as enable_thinking = true"):
+    with pytest.raises(BadRow, match=r"data\.template_kwargs, such as enable_thinking = true"):
         render_prompt(with_template(ALL + written(end)), [USER], DATA)
 
 

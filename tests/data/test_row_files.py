@@ -200,7 +200,7 @@ def test_parquet_that_is_damaged_in_its_middle_is_one_error(tmp_path: Path) -> N
     content = bytearray(path.read_bytes())
     content[10:400] = b"\xff" * 390
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"rows\.parquet: not a \.parquet file, or a damaged one"):
+    with pytest.raises(UserError, match=r"rows\.parquet: not a Parquet file, or a damaged one"):
         read(path)
 
 
@@ -211,12 +211,12 @@ TWICE = pyarrow.StructArray.from_arrays([TEXTS, TEXTS], names=["role", "role"])
 @pytest.mark.parametrize(
     ("arrays", "names", "column"),
     [
-        ([TEXTS, TEXTS, TEXTS], ["prompt", "answer", "answer"], "'answer' is there 2 times"),
-        ([TWICE], ["turn"], "'turn.role' is there 2 times"),
+        ([TEXTS, TEXTS, TEXTS], ["prompt", "answer", "answer"], "'answer' appears 2 times"),
+        ([TWICE], ["turn"], "'turn.role' appears 2 times"),
         (
             [pyarrow.ListArray.from_arrays([0, 1, 2], TWICE)],
             ["messages"],
-            r"'messages\.\w+\.role' is there 2 times",
+            r"'messages\.\w+\.role' appears 2 times",
         ),
     ],
 )

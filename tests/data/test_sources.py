@@ -174,7 +174,7 @@ BAD = {
     "two places for a thought": (
         "local",
         {"messages": [USER, {**THOUGHT, "reasoning_content": "One and one."}]},
-        "both beside its content and in it",
+        "two thoughts",
     ),
     "no thought": ("local", {"messages": [USER, ANSWER]}, "no <think> ... </think>"),
     "another thought in a column": (

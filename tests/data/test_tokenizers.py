@@ -118,7 +118,9 @@ def test_a_template_that_thinks_only_on_demand_is_told_by_the_recipe(
     if opens:
         assert load_tokenizers(made).chat_template
     else:
-        with pytest.raises(UserError, match=r"data\.template_kwargs, as enable_thinking = true"):
+        with pytest.raises(
+            UserError, match=r"data\.template_kwargs, such as enable_thinking = true"
+        ):
             load_tokenizers(made)
 
 
@@ -221,8 +223,9 @@ def test_one_vocabulary_that_is_read_in_two_ways_is_refused_with_the_place(
     assert other.get_vocab() == qwen3.get_vocab()
     with pytest.raises(UserError) as caught:
         check_same_tokenizer(teacher=qwen3, student=other)
-    assert "but read texts differently: after 'The 3rd', at token 4 of a probe, the teacher" in str(
-        caught.value
+    assert (
+        "but split text differently: after 'The 3rd', at token 4 of a test text, the teacher"
+        in str(caught.value)
     )
     assert re.search(
         r"reads \['.of', '.', '1', '2'\] and the student .* \['.', 'of', '.', '1'\]",

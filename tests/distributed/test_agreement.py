@@ -74,7 +74,7 @@ def test_every_rank_ends_with_the_rank_and_host_that_differs_each_fact_and_its_r
     for remedy in (
         "install the same versions",
         "write the variable into launch/nodes.env",
-        "start every host with the same command, from the same files",
+        "start every host with the same command",
     ):
         assert done.stderr.count(remedy) == 1
     assert done.stdout == ""

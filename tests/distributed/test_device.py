@@ -51,7 +51,7 @@ def test_one_visible_gpu_is_the_tasks_own_whatever_its_local_rank(
     machine.setattr(torch.cuda, "device_count", lambda: num_visible)
     assert device_of_rank(local_rank) == torch.device("cuda", index)
     if num_visible > 1:
-        with pytest.raises(UserError, match=f"LOCAL_RANK = {num_visible}, and {num_visible} GPUs"):
+        with pytest.raises(UserError, match=f"LOCAL_RANK = {num_visible}, but {num_visible} GPUs"):
             device_of_rank(num_visible)
 
 
@@ -88,5 +88,7 @@ def test_a_rank_keeps_its_own_gpus_of_those_that_it_sees(
 
 def test_a_rank_without_gpus_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    with pytest.raises(UserError, match="LOCAL_RANK = 1, 2 GPUs a rank, and 3 are visible"):
+    with pytest.raises(
+        UserError, match="LOCAL_RANK = 1 with 2 GPUs per rank, but only 3 GPUs are visible"
+    ):
         keep_gpus_of_rank(1, 2)

@@ -30,7 +30,7 @@ def test_a_process_that_has_ended_is_named_and_its_zombie_too() -> None:
     try:
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
         message = lose(peers, CLOSED)
-        assert message.startswith(f"rank 1 (process {ended.pid} of this host) ended.")
+        assert message.startswith(f"rank 1 (process {ended.pid} on this host) ended.")
         assert message.endswith("[Read error [127.0.0.1]:1: Connection reset by peer]")
     finally:
         ended.wait()
@@ -39,7 +39,7 @@ def test_a_process_that_has_ended_is_named_and_its_zombie_too() -> None:
 def test_a_rank_of_another_host_cannot_be_seen_and_its_host_is_named() -> None:
     peers = [Peer(0, HOST, os.getpid()), Peer(1, "node7", 1)]
     assert lose(peers, CLOSED).startswith(
-        "a rank of another host ended, or its network did (node7)"
+        "a rank on another host ended, or its network failed (node7)"
     )
 
 

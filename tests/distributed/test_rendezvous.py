@@ -53,7 +53,7 @@ def test_the_store_listens_on_the_interface_of_the_run_alone_and_says_who_is_mis
     done = ends(first)
     assert done.returncode == -signal.SIGTERM
     host = re.escape(socket.gethostname())
-    assert re.search(rf"rank 1 of 3 has not come \({host}: 0, 2 are here\)", done.stderr)
+    assert re.search(rf"rank 1 of 3 has not started \({host}: 0, 2 are here\)", done.stderr)
     assert ends(last).returncode == 1
 
 
@@ -73,8 +73,8 @@ def test_a_port_in_use_is_named_with_who_has_it() -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"MASTER_ADDR": "root@127.0.0.1"}, "MASTER_ADDR = 'root@127.0.0.1' is no name or address"),
-        ({"MASTER_ADDR": "192.0.2.1"}, "192.0.2.1 is no address of "),
+        ({"MASTER_ADDR": "root@127.0.0.1"}, "MASTER_ADDR = 'root@127.0.0.1' is not a name or"),
+        ({"MASTER_ADDR": "192.0.2.1"}, "192.0.2.1 is not an address of "),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT = '99999': write a port"),
     ],
     ids=str,
@@ -138,10 +138,10 @@ def test_ranks_that_never_meet_need_no_address(variables: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"RANK": "1", "WORLD_SIZE": "4"}, "RANK = 1 is set and LOCAL_RANK is not"),
-        ({"RANK": "1", "LOCAL_RANK": "1"}, "RANK = 1 is set and WORLD_SIZE is not"),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "RANK = 1 is set but LOCAL_RANK is not"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, "RANK = 1 is set but WORLD_SIZE is not"),
         ({"RANK": "one", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "RANK = 'one'"),
-        ({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "count from 0 to below WORLD_SIZE"),
+        ({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "from 0 to WORLD_SIZE - 1"),
     ],
     ids=str,
 )

@@ -73,7 +73,7 @@ def test_a_foreign_pickle_is_refused_by_name_and_not_run_though_its_manifest_mat
 def test_a_random_state_that_is_none_is_one_error_on_every_rank(results, case):
     first, second = results["refused"][case]
     assert first == second
-    assert "step_4/rng_rank1.safetensors: holds no random state" in first
+    assert "step_4/rng_rank1.safetensors: it holds no random state" in first
 
 
 @pytest.mark.dist

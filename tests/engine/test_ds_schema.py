@@ -101,9 +101,9 @@ def test_what_is_wrong_at_other_depths_is_named_too(content, problem):
         ),
         ({"stage": 3}, "stage = 3: .* write zero_optimization.stage or remove it"),
         ({"reduce_bucket_size": 5}, "write zero_optimization.reduce_bucket_size or remove it"),
-        ({"no_such_key": 1}, "no_such_key = 1: not a key that this project knows: remove it"),
-        ({"a\nb": 1}, r"'a\\nb' = 1: not a key"),
-        ({"": 1}, "'' = 1: not a key"),
+        ({"no_such_key": 1}, "no_such_key = 1: unknown key: remove it"),
+        ({"a\nb": 1}, r"'a\\nb' = 1: unknown key"),
+        ({"": 1}, "'' = 1: unknown key"),
         (
             {"zero_optimization": {"reduce_buckets_size": 5}},
             "reduce_buckets_size = 5: .* write zero_optimization.reduce_bucket_size or remove it",
@@ -135,7 +135,7 @@ def test_auto_is_found_at_any_depth():
         "comms_logger": {"prof_ops": ["all_reduce", "auto"]},
         "mine": [{"deep": ["auto"]}],
     }
-    found = {line.split(" = ")[0] for line in problems(content) if '"auto" is dropped' in line}
+    found = {line.split(" = ")[0] for line in problems(content) if '"auto" has no meaning' in line}
     assert found == {
         "bf16",
         "zero_optimization.stage",
@@ -153,10 +153,13 @@ def test_each_of_several_problems_has_its_line():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"bf16": {"enabled": true}, "bf16": {}}', "the key 'bf16' is there twice"),
-        ('{"zero_optimization": {"stage": 3, "stage": 2}}', "the key 'stage' is there twice"),
-        ('{"gradient_predivide_factor": NaN}', "NaN is not a number"),
-        ('{"zero_optimization": {"reduce_bucket_size": Infinity}}', "Infinity is not a number"),
+        ('{"bf16": {"enabled": true}, "bf16": {}}', "the key 'bf16' appears twice"),
+        ('{"zero_optimization": {"stage": 3, "stage": 2}}', "the key 'stage' appears twice"),
+        ('{"gradient_predivide_factor": NaN}', "NaN is not a JSON number"),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": Infinity}}',
+            "Infinity is not a JSON number",
+        ),
         ('{"a": ' + "[" * 100_000, "nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
     ],

@@ -93,7 +93,7 @@ def test_a_file_of_another_form_is_refused(tmp_path, form):
     path = tmp_path / "a.pt"
     path.write_bytes(FORMS[form])
     found = foreign_code(path) or ""
-    assert found.startswith(f"{path} cannot be scanned as a file of torch.save (")
+    assert found.startswith(f"{path} cannot be scanned as a file written by torch.save (")
     assert "\n" not in found
 
 

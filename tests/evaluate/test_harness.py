@@ -168,7 +168,7 @@ def test_a_task_without_a_metric_of_right_and_wrong_is_an_error(
     write_run(tmp_path / "lm-eval" / "raw" / "m", "2026-01-01T00-00-00.1", num_right=1)
     monkeypatch.setattr(harness, "METRICS", ("acc",))
     with pytest.raises(
-        UserError, match="task 'gsm' reports alias, sample_len, exact_match.* and none of acc"
+        UserError, match="task 'gsm' reports alias, sample_len, exact_match.* but none of acc"
     ):
         evaluate_with_harness(recipe, subject(model_dir), "gsm", [], tmp_path)
 
@@ -224,6 +224,6 @@ def test_the_real_harness_fails_on_an_unknown_task(
     recipe: Recipe, model_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        UserError, match="--harness lm-eval: it failed, for the reason above: .* -m lm_eval run"
+        UserError, match="--harness lm-eval: it failed; see the reason above: .* -m lm_eval run"
     ):
         evaluate_with_harness(recipe, subject(model_dir), "no_such_task", [], tmp_path)

@@ -34,9 +34,9 @@ def test_ids_default_to_row_numbers_and_numbers_become_text(path: Path) -> None:
         (GOOD + '{"prompt": " ", "answer": "3"}\n', "row 4 has no 'prompt'"),
         (GOOD + '{"prompt": "3+', "row 4: not valid JSON"),
         (GOOD + "[1]\n", "row 4 is not an object"),
-        (GOOD + '{"id": "b", "prompt": "x", "answer": "3"}\n', "id 'b' stands on two rows"),
+        (GOOD + '{"id": "b", "prompt": "x", "answer": "3"}\n', "id 'b' is on two rows"),
         (GOOD + '{"prompt": "\\ud800", "answer": "3"}\n', "row 4 is not valid Unicode"),
-        ("\n", "no problems in it"),
+        ("\n", "it holds no problems"),
     ],
 )
 def test_a_bad_file_is_an_error_that_names_field_file_and_row(

@@ -144,7 +144,7 @@ def test_rows_keep_characters_beyond_ascii(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", r"holds \[\], not an object"),
+        ("[]", r"it holds \[\], not an object"),
         ('{"label": "half"}', "model is missing"),
     ],
 )

@@ -284,7 +284,7 @@ def test_ranks_that_never_meet_leave_the_results_of_one(
     run_rank("two", 1, 2)
     assert not list((tmp_path / "two").glob("*.json*"))
     begun = json.loads(next((tmp_path / "two").glob("a.*.1-of-2.progress")).open().readline())
-    with pytest.raises(UserError, match="was begun with 2 ranks, and there are 1 now"):
+    with pytest.raises(UserError, match="was begun with 2 ranks, but there are 1 now"):
         run_rank("two", 0, 1)
     run_rank("two", 0, 2)
     for label in ("a", "b"):
@@ -305,16 +305,16 @@ def test_ranks_that_never_meet_leave_the_results_of_one(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--num-samples", "0"), "--num-samples = 0: at least one response"),
+        (("--num-samples", "0"), "--num-samples = 0: write at least 1"),
         (
             ("--num-samples", "4"),
-            "--num-samples = 4 with evaluation.temperature = 0: greedy responses are all alike",
+            "--num-samples = 4 with evaluation.temperature = 0: greedy responses are all the same",
         ),
-        (("--tasks", "gsm8"), "'gsm8' is no task. Did you mean gsm8k?"),
+        (("--tasks", "gsm8"), "'gsm8' is not a task. Did you mean gsm8k?"),
         (("--harness", "lm-eval"), "--harness lm-eval needs --tasks"),
         (
             ("--harness", "lm-eval", "--tasks", "x", "--num-samples", "1"),
-            "--num-samples = 1: the harness's tasks say",
+            "--num-samples = 1: tasks of a harness",
         ),
         (("--", "--limit", "5"), "unknown arguments --limit 5"),
     ],

@@ -86,7 +86,7 @@ def test_an_unknown_task_is_an_error_with_the_nearest_names() -> None:
     assert parse_tasks(["gsm8k", " aime24", "gsm8k"]) == ["gsm8k", "aime24"]
     with pytest.raises(
         UserError,
-        match=r"(?s)'amie24' is no task. Did you mean aime24.*There are: aime24, aime25, amc23",
+        match=r"(?s)'amie24' is not a task. Did you mean aime24.*The tasks are aime24, aime25",
     ):
         parse_tasks(["gsm8k", "amie24"])
     with pytest.raises(UserError, match="name at least one of aime24"):

@@ -64,14 +64,14 @@ LEGS = [
         "killed in forward",
         6,
         "kill -9 in forward",
-        r"rank 0 on .*: rank 1 \(process \d+ of",
+        r"rank 0 on .*: rank 1 \(process \d+ on",
         KILLED,
     ),
     Leg(
         "killed in all-reduce",
         11,
         "kill -9 before an all-reduce",
-        r"rank 0 on .*: rank 1 \(process \d+ of",
+        r"rank 0 on .*: rank 1 \(process \d+ on",
         KILLED,
     ),
     Leg(

@@ -80,7 +80,12 @@ def test_a_cache_whose_disk_is_full_says_so_on_all_ranks_and_is_filled_with_room
         done = launch(*arguments, "--dtype", "fp32")
         assert done.returncode == 2, done.stderr[-2000:]
         assert "Traceback" not in done.stderr
-        assert done.stderr.count("make room, and start again: what is written stays") == 1
+        assert (
+            done.stderr.count(
+                "free some space and run the same command again; what is written is kept"
+            )
+            == 1
+        )
         assert not (folder / "cache" / "filled.json").exists()
         assert not list((folder / "cache" / "shards").glob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=8m", folder], check=True)

@@ -156,7 +156,7 @@ def test_vllm_that_is_not_installed_is_an_error_that_names_the_extra(
 ) -> None:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r'--backend vllm: vLLM is not installed: pip install -e ".\[vllm\]"'
+        UserError, match=r'--backend vllm: vLLM is not installed: run pip install -e ".\[vllm\]"'
     ):
         choose_backend("vllm")
 
@@ -173,12 +173,12 @@ def test_the_version_is_the_modules_own_whatever_its_distribution_is_called(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("transformers", None, 2), "--tensor-parallel 2: vLLM alone shares a model"),
-        (("transformers", None, 0), "--tensor-parallel 0: at least 1 is needed"),
+        (("transformers", None, 2), "--tensor-parallel 2: only vLLM divides a model"),
+        (("transformers", None, 0), "--tensor-parallel 0: write at least 1"),
         (("vllm", "http://127.0.0.1:1", 1), "leave out --backend vllm"),
         (("auto", "http://127.0.0.1:1", 2), "leave out --tensor-parallel"),
         (("auto", "http://127.0.0.1:1", 1), "--server http://127.0.0.1:1: no answer to /version"),
-        (("auto", "127.0.0.1:8000", 1), "--server 127.0.0.1:8000: no address"),
+        (("auto", "127.0.0.1:8000", 1), "--server 127.0.0.1:8000: not a URL"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_the_users_error(

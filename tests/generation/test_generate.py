@@ -83,10 +83,10 @@ def test_ranks_that_never_meet_write_the_file_of_one(
 @pytest.mark.parametrize(
     ("arguments", "world_size", "message"),
     [
-        (("--num-samples", "0"), "1", "--num-samples = 0: at least one response"),
+        (("--num-samples", "0"), "1", "--num-samples = 0: write at least 1"),
         (("--num-samples", "2"), "1", "--num-samples = 2 with evaluation.temperature = 0"),
-        (("--tensor-parallel", "2"), "1", "--tensor-parallel 2: vLLM alone shares a model"),
-        (("--limit", "8"), "2", "WORLD_SIZE = 2, and there are 1 batches of 8 responses"),
+        (("--tensor-parallel", "2"), "1", "--tensor-parallel 2: only vLLM divides a model"),
+        (("--limit", "8"), "2", "WORLD_SIZE = 2, but there are only 1 batches of 8 responses"),
         (("--server", "http://127.0.0.1:1"), "1", "--server http://127.0.0.1:1: no answer"),
     ],
 )

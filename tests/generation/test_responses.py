@@ -102,7 +102,7 @@ def test_responses_of_other_settings_are_neither_mixed_in_nor_lost(
     run(tmp_path, other, {**SETTINGS, "seed": 1})
     assert other.batches == [0, 1, 2, 3]
     assert (
-        f"label: begun before with other settings, and left as it is: "
+        f"label: an earlier one with other settings is kept: "
         f"label.{fingerprint(SETTINGS)}.progress" in (capsys.readouterr().out)
     )
     first = Generator()

@@ -73,7 +73,7 @@ def test_another_model_than_the_one_named_is_refused_with_both_names(
     with pytest.raises(UserError) as caught:
         connect(url, "teacher.model", ModelSection(model="owner/teacher"))
     said = str(caught.value)
-    assert f"--server {url} serves owner/model, and not teacher.model = 'owner/teacher'" in said
+    assert f"--server {url} serves owner/model, not teacher.model = 'owner/teacher'" in said
     assert "--served-model-name owner/teacher" in said
 
 
@@ -81,8 +81,8 @@ def test_another_model_than_the_one_named_is_refused_with_both_names(
     ("answer", "message"),
     [
         ((503, "busy"), "/version is refused with status 503: busy"),
-        ("no JSON", "what it answers to /version is not vLLM's"),
-        ({"v": 1}, "what it answers to /version is not vLLM's"),
+        ("no JSON", "its answer to /version is not that of vLLM"),
+        ({"v": 1}, "its answer to /version is not that of vLLM"),
     ],
 )
 def test_what_is_no_server_of_vllm_is_named(

@@ -114,7 +114,7 @@ def test_another_number_of_ranks_is_refused_with_both(
     fill(output, 0, before, stop=1)
     with pytest.raises(UserError) as caught:
         open_share(output, SETTINGS, 0, now)
-    assert f"was begun with {before} ranks, and there are {now} now" in str(caught.value)
+    assert f"was begun with {before} ranks, but there are {now} now" in str(caught.value)
     assert open_share(output, SETTINGS, 0, before).num_batches == 1
 
 

@@ -61,7 +61,7 @@ def test_a_loss_that_cannot_run_here_is_named_before_a_model_is_loaded(recipe):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = train(recipe, "run.name=backend", "loss.backend=triton", env=environment)
     assert_one_block(
-        done, "loss.backend = 'triton': backend='triton' runs on CUDA and the tensors are on cpu"
+        done, "loss.backend = 'triton': backend='triton' runs on CUDA, but the tensors are on cpu"
     )
     assert not (recipe.parent / "runs" / "backend").exists()
 
@@ -163,7 +163,7 @@ def test_an_error_of_every_rank_is_printed_once_and_every_launcher_fails(recipe,
         ("data.path=missing.jsonl", "data.path = 'missing.jsonl': no such file or folder"),
         (
             "deepspeed.student=zero9.json",
-            "deepspeed.student = 'zero9.json': no such file; ds_configs/ has ",
+            "deepspeed.student = 'zero9.json': no such file; the files in ds_configs/ ",
         ),
     ],
 )
@@ -223,7 +223,7 @@ def test_another_seed_or_other_data_is_not_a_continuation(recipe, finished):
     traces.write_text("".join(rows.splitlines(keepends=True)[:-1]))
     done = train(recipe, *arguments, resume="auto")
     traces.write_text(rows)
-    assert_one_block(done, "began with other data")
+    assert_one_block(done, "was started with other data")
 
 
 def test_several_processes_without_ranks_are_an_error(recipe):
@@ -248,6 +248,6 @@ def test_a_run_folder_that_ranks_do_not_share_is_found_before_the_first_step(rec
     _, errors = ranks[0].communicate(timeout=100)
     assert ranks[0].returncode == 2
     assert "run.output_dir = 'runs': rank 1 on " in errors
-    assert "1 of 2 ranks do not see what rank 0 writes" in errors
+    assert "1 of 2 ranks do not see the files of rank 0" in errors
     ranks[1].communicate(timeout=100)
     assert not (tmp_path / "node0/runs/tiny_test/metrics.jsonl").exists()

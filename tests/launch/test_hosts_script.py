@@ -53,7 +53,7 @@ def test_bad_arguments_are_refused_with_what_would_be_right(arguments, message):
 def test_an_address_that_nobody_knows_is_refused_before_anything_waits_for_it():
     done = hosts_sh(HOSTFILE, *RECIPE, MASTER_ADDR="root@127.0.0.1")
     assert done.returncode == 2
-    assert done.stderr.count("MASTER_ADDR = 'root@127.0.0.1' is no name or address that") == 1
+    assert done.stderr.count("MASTER_ADDR = 'root@127.0.0.1' is not a name or address that") == 1
 
 
 def test_a_hostfile_without_a_host_is_refused(tmp_path):

@@ -53,12 +53,10 @@ def test_a_shipped_recipe_is_planned_in_a_table_and_as_json_without_gpu_data_or_
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert [plan["keep_fraction"] for plan in report["plans"]] == [0.25, 0.5, 0.75, 1.0]
-    assert report["lengths"].startswith(
-        "not of the data: 8000 training rows, all as long as the longest"
-    )
+    assert report["lengths"].startswith("assumed: 8000 training rows, all of the longest length")
     for text in (
         "truncation.max_full_tokens",
-        "the data were not read: ",
+        "the data could not be read: ",
         "keep 0.75 on h100: fits in 79.6 GiB",
     ):
         assert done.stdout.count(text) == 1, done.stdout
@@ -101,7 +99,7 @@ def test_every_shipped_recipe_is_planned(monkeypatch, name: str):
 
 def test_data_that_are_here_give_the_lengths(monkeypatch, recipe: str):
     report = report_of(monkeypatch, recipe, "--keep=0.5,1.0")
-    assert report["lengths"].startswith("of the data: 70 training rows, ")
+    assert report["lengths"].startswith("from the data: 70 training rows, ")
     half, whole = report["plans"]
     from kd.data.dataset import load_data
     from kd.data.tokenizers import load_tokenizers
@@ -143,7 +141,9 @@ def test_batches_are_planned_as_they_are_collated(recipe: str):
 def test_what_cannot_be_known_is_not_guessed(monkeypatch, recipe: str, capsys):
     report = report_of(monkeypatch, recipe, "--set=data.path=missing.jsonl")
     assert "an unknown number of training rows" in report["lengths"]
-    assert "the data were not read: data.path = 'missing.jsonl': no such file" in report["lengths"]
+    assert (
+        "the data could not be read: data.path = 'missing.jsonl': no such file" in report["lengths"]
+    )
     for plan in report["plans"]:
         assert (
             plan["num_steps"] is plan["num_input_tokens"] is plan["hours"] is plan["fits"] is None
@@ -157,7 +157,7 @@ def test_what_cannot_be_known_is_not_guessed(monkeypatch, recipe: str, capsys):
 
 
 def test_rows_that_a_truncation_leaves_without_a_label_are_not_counted(monkeypatch, recipe: str):
-    with pytest.raises(UserError, match="as many training examples, and there are 0"):
+    with pytest.raises(UserError, match="as many training examples, but there are 0"):
         report_of(monkeypatch, recipe, "--keep=0.1", '--set=data.loss_sections=["cot"]')
 
 
@@ -189,8 +189,7 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch):
     )
     (plan,) = report_of(monkeypatch, QWEN, *settings, "--keep=1.0")["plans"]
     assert plan["fits"] is False
-    assert "do not fit in 45.0 GiB; " in plan["verdict"]
-    assert "would do" in plan["verdict"]
+    assert "do not fit in 45.0 GiB: use " in plan["verdict"]
 
 
 @pytest.mark.parametrize(
@@ -205,8 +204,8 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch):
         ("--network-gbps=nan", "--network-gbps nan: write a rate above 0"),
         ("--disk-gb-s=inf", "--disk-gb-s inf: write a rate above 0"),
         ("--set=teacher.shard=auto", 'teacher.shard = "auto" depends on the GPU: add --gpu KIND'),
-        ("--nodes=0", "--nodes 0: at least 1 is needed"),
-        ("--rows=0", "--rows 0: at least 1 is needed"),
+        ("--nodes=0", "--nodes 0: write at least 1"),
+        ("--rows=0", "--rows 0: write at least 1"),
         (
             "--mean-tokens=9000",
             "--mean-tokens 9000 is more than the longest sequence, 8192 (truncation.max_",
@@ -237,10 +236,10 @@ def test_the_fastest_place_is_printed_ready_to_paste(monkeypatch, capsys):
         fastest["seconds_per_step"]
     )
     # A quarter of short traces is bound by the host as the recipe stands
-    assert "keep 0.25 takes 24% of the FLOPs of keep 1.0, and " in printed
+    assert "keep 0.25 takes 24% of the FLOPs of keep 1.0 but " in printed
     assert (
-        f"bound by the host, which has as much to do for few tokens; faster: {fastest['settings']}"
-        in printed
+        "bound by the host, which has the same work for fewer tokens; "
+        f"faster with {fastest['settings']}" in printed
     )
 
 
@@ -254,5 +253,7 @@ def test_auto_is_settled_for_the_gpu_that_is_named(monkeypatch, capsys):
 def test_the_plan_says_what_a_cache_would_take_and_spare(monkeypatch):
     report = report_of(monkeypatch, QWEN, "--mean-tokens=2000", "--rows=1000", "--keep=1.0")
     # 7168 bytes a token: 3584 channels in bf16
-    assert report["cache"].startswith("teacher.cache would spare 5")
-    assert report["cache"].endswith(": 14 GB of hidden states in bf16 for 2,000,000 tokens")
+    assert report["cache"].startswith("teacher.cache would save 5")
+    assert report["cache"].endswith(
+        ", and take 14 GB on disk (bf16 hidden states of 2,000,000 tokens)"
+    )

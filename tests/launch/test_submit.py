@@ -111,12 +111,18 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus-per-node=0",), "say how many ranks with --tasks-per-node"),
-        (("--gpus-per-node=2", "--tasks-per-node=2"), "say how many ranks with --tasks-per-node"),
-        ((*ON_CPUS, "--nodes=0"), "--nodes 0: at least 1 is needed"),
+        (
+            ("--gpus-per-node=0",),
+            "--gpus-per-node 0: a node has a rank per GPU; give --tasks-per-node",
+        ),
+        (
+            ("--gpus-per-node=2", "--tasks-per-node=2"),
+            "--gpus-per-node 2: a node has a rank per GPU",
+        ),
+        ((*ON_CPUS, "--nodes=0"), "--nodes 0: write at least 1"),
         (
             (*ON_CPUS, "--time=11"),
-            "--time 11 is over when the signal comes, 600 s (--signal-seconds)",
+            "--time 11 ends before the signal to save, which comes 600 s (--signal-seconds)",
         ),
         (
             (*ON_CPUS, "--time=soon"),
@@ -124,15 +130,15 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         ),
         ((*ON_CPUS, "--setup=no file"), "--setup no file: no such file"),
         ((*ON_CPUS, "--container=image.sif"), "--container image.sif: no such image"),
-        ((*ON_CPUS, "--evaluate"), "evaluation.path is not set, nor is evaluation.tasks"),
+        ((*ON_CPUS, "--evaluate"), "neither evaluation.path nor evaluation.tasks is set"),
         ((*ON_CPUS, "--keep=2"), "--keep 2: write a fraction above 0 and at most 1"),
         (
             (*ON_CPUS, "--keep=0.5", "--array-over=seed=1,2"),
-            "the axes of a study make an array of their own",
+            "--array-over seed=1,2 with axes of a study",
         ),
         (
             (*ON_CPUS, "--array-over=keep_fraction"),
-            "write FIELD=VALUE,VALUE, as in keep_fraction=0.25,0.5",
+            "write FIELD=VALUE,VALUE, such as keep_fraction=0.25,0.5",
         ),
         (
             (*ON_CPUS, "--array-over=keep=0.5"),
@@ -151,22 +157,22 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         ((*ON_CPUS, "--set=run.name=a:b"), "a:b' has ':' in it"),
         (
             (*ON_CPUS, "--", "--mem", "0"),
-            "'0', after --, is no option of sbatch: write --name=value",
+            "'0', after --, is not an option of sbatch: write --name=value",
         ),
-        ((*ON_CPUS, "--", "--comment=a\nb"), "an option of sbatch is one line"),
+        ((*ON_CPUS, "--", "--comment=a\nb"), "an option of sbatch must be one line"),
         (
             (*ON_CPUS, "--cache"),
-            "--cache hidden: a study has one for all of its cells: add an axis",
+            "--cache hidden needs a study: add an axis",
         ),
         (
             (*ON_CPUS, "--fill-cache=c", "--keep=0.5"),
-            "--fill-cache c: a study fills one in its own",
+            "--fill-cache c with axes of a study",
         ),
         ((*ON_CPUS, "--fill-cache=c", "--evaluate"), "--fill-cache c with --evaluate: "),
         ((*ON_CPUS, "--keep=0.5", "--cache", "--preflight"), "--cache hidden with --preflight, "),
         (
             (*ON_CPUS, "--dtype=fp32"),
-            "--cache-dtype fp32 is of a teacher's cache: add --fill-cache",
+            "--cache-dtype fp32 needs a teacher's cache: add --fill-cache",
         ),
         ((*ON_CPUS, "--fill-cache=a:b"), "the cache's folder 'a:b' has ':' in it"),
         (
@@ -179,22 +185,25 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
         ),
         (
             (*ON_CPUS, "--fill-cache=c", "--kind=sampled", "--set=loss.divergence=reverse_kl"),
-            "the cache c is of kind sampled, which serves forward_kl alone",
+            "the cache c is of kind sampled, which serves only forward_kl",
         ),
         (
             (*ON_CPUS, "--keep=0.5", "--kind=vector"),
-            "cache is of kind vector, made with one head of the student, which this recipe trains",
+            "cache is of kind vector, made with the student's head, but this recipe trains",
         ),
-        ((*ON_CPUS, "--generate=t"), "--generate t needs --problems FILE"),
-        ((*ON_CPUS, "--problems=p"), "--problems p is of launch/generate.py: add --generate FILE"),
+        ((*ON_CPUS, "--generate=t"), "--generate t needs the problems: add --problems FILE"),
+        ((*ON_CPUS, "--problems=p"), "--problems p needs launch/generate.py: add --generate FILE"),
         ((*ON_CPUS, "--generate=t", "--problems=/nowhere"), "--problems = '/nowhere'"),
         ((*ON_CPUS, "--generate=t", "--problems=p", "--evaluate"), "--generate t with --evaluate"),
         ((*ON_CPUS, "--generate=t", "--problems=p", "--seeds=2"), "t with an axis of a study"),
         (
             (*ON_CPUS, "--generate=t", "--problems=p", "--generate-arg=4"),
-            "--generate-arg 4: write a flag",
+            "--generate-arg 4: write an option",
         ),
-        ((*ON_CPUS, "--evaluate", "--evaluate-ranks=3"), "--evaluate-ranks 3: a node has"),
+        (
+            (*ON_CPUS, "--evaluate", "--evaluate-ranks=3"),
+            "--evaluate-ranks 3: an evaluation runs on one node, which has 2 ranks",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments, message):
@@ -205,8 +214,7 @@ def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments
 def test_an_input_that_only_the_repository_has_does_not_reach_a_copy_of_it(recipe, tmp_path):
     assert_refused(
         submit(recipe, *ON_CPUS, "--set=evaluation.path=README.md", cwd=tmp_path),
-        f"evaluation.path = 'README.md' is in {ROOT}, and jobs run from a copy of its code: submit "
-        f"from there",
+        f"evaluation.path = 'README.md' is in {ROOT}, but jobs run from a copy",
     )
     assert submit(recipe, *ON_CPUS, "--set=evaluation.path=README.md", "--dry-run").returncode == 0
     # Which are copied
@@ -229,7 +237,7 @@ def test_a_run_that_is_finished_or_of_another_recipe_is_refused(recipe, tmp_path
     other = submit(recipe, *ON_CPUS, *settings, "--set=loss.temperature=2.0")
     assert_refused(other, "loss.temperature: 1.0 there, 2.0 here")
     (run / "SUCCESS").write_text("{}")
-    assert_refused(submit(recipe, *ON_CPUS, *settings), "is finished, with a SUCCESS")
+    assert_refused(submit(recipe, *ON_CPUS, *settings), "is finished (SUCCESS")
 
 
 def test_the_cells_of_a_study_that_are_not_trained_yet_are_tasks_of_an_array(recipe, tmp_path):
@@ -322,7 +330,7 @@ ENDS = {
     "of TERM": ("kill -TERM $PPID; sleep 1; more; exit 85", "told to end by TERM", False),
     "failed": ("more; exit 1", "requeued, since it left a new shard: restart 1 of at most 3", True),
     "failed, and no further": ("exit 1", "no filled.json; 1 shards are whole", False),
-    "refused": ("more; exit 2", "srun's status is 2 and there is no filled.json", False),
+    "refused": ("more; exit 2", "srun returned status 2, and there is no filled.json", False),
 }
 
 
@@ -405,14 +413,13 @@ def test_what_does_not_fit_is_refused_with_what_would(recipe, tmp_path):
     large = ["qwen3_8b_to_4b_trunc50", *where]
     done = submit(*large, "--gpu=a100-40gb")
     assert_refused(done, "--gpu a100-40gb: ")
-    assert "do not fit in 39.4 GiB" in done.stderr
-    assert "would do (" in done.stderr
+    assert "do not fit in 39.4 GiB: use " in done.stderr
     assert submit(*large).returncode == 0
     # The teacher alone fits there, until its micro-batches are too long
     assert submit(*large, "--gpu=a100-40gb", f"--fill-cache={tmp_path}/c").returncode == 0
     budget = "--set=training.max_tokens_per_micro_batch=200000"
     done = submit(*large, "--gpu=a100-40gb", f"--fill-cache={tmp_path}/c", budget)
-    assert_refused(done, "--gpu a100-40gb: to fill the cache takes 56.9 GiB per GPU")
+    assert_refused(done, "--gpu a100-40gb: filling the cache takes 56.9 GiB per GPU")
     assert_refused(
         submit(recipe, "--gpus-per-node=1", "--gpu=abacus", "--dry-run"),
         "--gpu abacus: choose from a100",
@@ -426,7 +433,8 @@ def test_without_slurm_nothing_is_left_behind(recipe, tmp_path):
         command, env={"PATH": ""}, capture_output=True, text=True, timeout=60, check=False
     )
     assert_refused(
-        done, "sbatch is not here: submit where SLURM is, or look at the script with --dry-run"
+        done,
+        "sbatch is not installed here: submit on a machine with SLURM",
     )
     assert not (tmp_path / "runs" / "tiny_test").exists()
 
@@ -504,7 +512,7 @@ def test_a_job_begins_with_its_own_code_recipe_and_environment(tmp_path, commit)
     ("nodes_env", "setup", "message"),
     [
         ("A=1\nexport B=2\n", "true\n", "failed: launch/nodes.env: export B=2: write KEY=VALUE"),
-        ("A=1\n", "module load cuda/13\n", "or its last command, has status 127"),
+        ("A=1\n", "module load cuda/13\n", "or its last command, returned status 127"),
     ],
 )
 def test_a_job_that_cannot_begin_says_why(tmp_path, nodes_env, setup, message):
@@ -574,5 +582,5 @@ def test_a_frozen_recipe_is_the_resolved_one(recipe, tmp_path):
 
 
 def test_a_time_limit_that_is_not_one_says_how_to_write_it():
-    with pytest.raises(UserError, match="as in 90 or 24:00:00"):
+    with pytest.raises(UserError, match="such as 90 or 24:00:00"):
         seconds_of("1h")

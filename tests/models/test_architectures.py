@@ -201,7 +201,7 @@ def test_the_probe_would_see_a_scale_or_softcap_left_out(
     monkeypatch.setattr(
         "kd.models.probe.head_of", lambda model: head_of(model)._replace(softcap=None, scale=1.0)
     )
-    with pytest.raises(UserError, match=r"teach kd/models/head\.py"):
+    with pytest.raises(UserError, match=r"add it to kd/models/head\.py"):
         reference_of(build(architecture, tied=True, seed=0).to(dtype), role="student")
 
 
@@ -238,6 +238,6 @@ def test_experts_without_a_known_block_are_refused() -> None:
     model.config.num_experts = 8
     model._no_split_modules = None
     with pytest.raises(
-        UserError, match="LlamaForCausalLM has experts, but none of its modules is recognised"
+        UserError, match="LlamaForCausalLM has experts, but no mixture-of-experts block"
     ):
         set_leaf_modules(model)

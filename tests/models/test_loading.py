@@ -211,7 +211,8 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_with_its_name(
         {"format": "pt"},
     )
     with pytest.raises(
-        UserError, match=rf"^teacher\.model = .*: the checkpoint lacks .*{lacking}.*whole model"
+        UserError,
+        match=rf"^teacher\.model = .*: the checkpoint lacks .*{lacking}.*model is complete",
     ):
         load_whole(section(folder), FP32, role="teacher")
 

@@ -70,7 +70,7 @@ class Foreign:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "an LFS pointer": (lambda f: (f / WEIGHTS).write_bytes(LFS), "pointer of Git LFS"),
+    "an LFS pointer": (lambda f: (f / WEIGHTS).write_bytes(LFS), "Git LFS pointer"),
     "half a file": (lambda f: cut(f / WEIGHTS), "model.safetensors is damaged"),
     "no header": (lambda f: (f / WEIGHTS).write_bytes(b"{}"), "model.safetensors is damaged"),
     "an empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "model.safetensors is damaged"),
@@ -95,7 +95,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another width": (
         lambda f: change_json(f / "config.json", intermediate_size=64),
-        r"mlp\.\w+\.weight is \(.*48.*\) in the checkpoint, and \(.*64.*\) by config\.json",
+        r"mlp\.\w+\.weight is \(.*48.*\) in the checkpoint but \(.*64.*\) by config\.json",
     ),
     "fewer layers than weights": (
         lambda f: change_json(f / "config.json", num_hidden_layers=0, layer_types=[]),
@@ -114,17 +114,17 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
             f,
             **{"lm_head.weight": load_file(f / WEIGHTS)["model.embed_tokens.weight"] + 1.0},
         ),
-        r"tie_word_embeddings = true, and the checkpoint has another lm_head\.weight",
+        r"tie_word_embeddings = true, but lm_head\.weight in the checkpoint differs",
     ),
     "integers": (
         lambda f: change_weights(f, **{f"{LAYER}.weight": torch.zeros(32, 32, dtype=torch.int8)}),
-        rf"{LAYER}\.weight is I8: quantised",
+        rf"{LAYER}\.weight is I8: ZeRO cannot",
     ),
     "8-bit floats": (
         lambda f: change_weights(
             f, **{f"{LAYER}.weight": torch.zeros(32, 32).to(torch.float8_e4m3fn)}
         ),
-        rf"{LAYER}\.weight is F8_E4M3: quantised",
+        rf"{LAYER}\.weight is F8_E4M3: ZeRO cannot",
     ),
     "a quantised model": (
         lambda f: change_json(f / "config.json", quantization_config={"quant_method": "gptq"}),
@@ -145,7 +145,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a shard of elsewhere": (
         lambda f: as_shards(f, "one.safetensors", "../teacher/model.safetensors"),
-        r"names '\.\./teacher/model\.safetensors', which is no file of its folder",
+        r"names '\.\./teacher/model\.safetensors', which is not a file in its folder",
     ),
     "an index of nothing": (
         lambda f: (
@@ -174,7 +174,7 @@ def test_a_bad_folder_is_one_message_that_names_the_field(
 
 @pytest.mark.parametrize("where", ["student.model", "teacher.model"])
 def test_a_file_in_the_place_of_a_model_is_refused(recipe: Recipe, where: str) -> None:
-    with pytest.raises(UserError, match=rf"{where} = .*: a file; name the folder"):
+    with pytest.raises(UserError, match=rf"{where} = .*: it is a file; name the folder"):
         check_models(recipe.with_values({where: str(recipe.data.path)}))
 
 
@@ -234,7 +234,9 @@ def test_no_weight_is_read(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_special_token_without_an_embedding_is_refused(recipe: Recipe, change: str) -> None:
     for model in (recipe.student.model, recipe.teacher.model):
         add_token(Path(model), change)
-    with pytest.raises(UserError, match=r"token '<new>' has id \d+, and the models embed \d+ tok"):
+    with pytest.raises(
+        UserError, match=r"token '<new>' has id \d+, but the models embed only \d+ tok"
+    ):
         check_models(recipe)
 
 

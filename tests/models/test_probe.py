@@ -50,7 +50,7 @@ def test_a_head_that_does_not_read_the_last_hidden_states_is_refused(head: str) 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
     model = build("gemma3_text", tied=True, seed=0, use_bidirectional_attention=True)
-    with pytest.raises(UserError, match="a token of Gemma3ForCausalLM sees the tokens after it"):
+    with pytest.raises(UserError, match="Gemma3ForCausalLM lets a token see the tokens after it"):
         reference_of(model, role="student")
 
 
@@ -90,7 +90,8 @@ def test_one_random_layer_of_eight_is_found(dtype: torch.dtype, layer: int) -> N
     )
     model.model.layers[layer] = other.model.layers[layer]
     with pytest.raises(
-        UserError, match=r"^student\.model: hidden states after loading differ .* did not arrive"
+        UserError,
+        match=r"^student\.model: hidden states after loading differ .* were not loaded correctly",
     ):
         verify_weights(model, partial(run_probe, model), reference, role="student", device=CPU)
 

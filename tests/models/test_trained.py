@@ -59,7 +59,9 @@ def test_adapters_stand_where_the_recipe_says(tmp_path):
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "query", "proj", "input_layernorm"])
 def test_a_target_that_is_no_matrix_of_the_backbone_is_refused_by_name(tmp_path, target):
-    with pytest.raises(UserError, match=f"target_modules: '{target}' is no linear.*o_proj, q_proj"):
+    with pytest.raises(
+        UserError, match=f"target_modules: '{target}' is not a linear.*o_proj, q_proj"
+    ):
         student(tmp_path / "model", lora={"target_modules": ["q_proj", target]})
 
 

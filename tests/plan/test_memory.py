@@ -160,7 +160,7 @@ def test_what_a_verdict_proposes_fits(
 ):
     verdict = plan_of(*overrides, gpus=gpus).verdict(gpu_gib)
     assert verdict is not None
-    proposed = verdict.partition("; ")[2]
+    proposed = verdict.partition(": use ")[2]
     assert setting in proposed
     nodes = re.search(r"(\d+) nodes", proposed)
     settings = [f"{key}={value}" for key, value in re.findall(r"(\w+\.\w+) = (\S+)", proposed)]
@@ -173,7 +173,7 @@ def test_what_a_verdict_proposes_fits(
 
 
 def test_what_can_never_fit_is_said_to():
-    assert "take larger GPUs" in str(plan_of().verdict(4.0))
+    assert "use larger GPUs" in str(plan_of().verdict(4.0))
 
 
 def test_every_shipped_recipe_has_a_plan():

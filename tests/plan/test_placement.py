@@ -36,7 +36,7 @@ def test_what_takes_least_time_on_large_gpus_is_whole_and_not_recomputed():
     assert (shard, checkpointing) == ("gpu", False)
     assert why.startswith("auto is teacher.shard = gpu, deepspeed.student = zero")
     assert "of 79.6 GiB on each rank, " in why
-    assert "s a step planned, the fastest that fits" in why
+    assert "s per step planned, the fastest that fits" in why
     assert not settled.autos
 
 
@@ -76,12 +76,11 @@ def test_where_nothing_fits_it_is_said_what_would():
         settle(recipe, 1, 1, 20.0, None)
     message = str(error.value)
     assert message.startswith("teacher.shard and deepspeed.student and student.gradient_checkpoin")
-    assert "do not fit in 20.0 GiB; " in message
-    assert "nodes would do" in message
+    assert re.search(r"do not fit in 20\.0 GiB: use \d+ nodes", message)
 
 
 def test_memory_is_not_planned_before_the_choice():
-    with pytest.raises(UserError, match='teacher.shard = "auto" is chosen for a kind of GPU'):
+    with pytest.raises(UserError, match='teacher.shard = "auto" depends on the kind of GPU'):
         memory_plan(load_recipe("tiny_trunc50", ["teacher.shard=auto"]))
 
 

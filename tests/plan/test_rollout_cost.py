@@ -101,9 +101,18 @@ def test_a_plan_counts_sampling_apart_and_says_how_long_it_takes():
     ("settings", "message"),
     [
         (["rollout.fraction=0.01"], "is 0 sequences"),
-        (["rollout.fraction=0.5", "rollout.samples_per_prompt=3"], "does not divide them"),
-        (['data.loss_sections=["prompt"]', "rollout.fraction=1.0"], "has neither: add one"),
-        (["teacher.cache=cache", "rollout.fraction=1.0"], "a cache knows nothing of responses"),
+        (
+            ["rollout.fraction=0.5", "rollout.samples_per_prompt=3"],
+            "samples_per_prompt = 3 does not divide",
+        ),
+        (
+            ['data.loss_sections=["prompt"]', "rollout.fraction=1.0"],
+            r"data\.loss_sections has neither",
+        ),
+        (
+            ["teacher.cache=cache", "rollout.fraction=1.0"],
+            'teacher.cache = "cache": a cache does not cover',
+        ),
         (["rollout.server=http://x:1"], "the student's change"),
         (["rollout.temperature=0"], "rollout.temperature"),
     ],

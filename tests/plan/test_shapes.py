@@ -77,7 +77,7 @@ def test_other_architectures_have_shapes_too():
 
 def test_an_architecture_that_cannot_be_planned_is_named():
     with pytest.raises(
-        UserError, match="the cost of xLSTMForCausalLM cannot be planned: .*num_attention_heads"
+        UserError, match="cannot plan the cost of xLSTMForCausalLM: .*num_attention_heads"
     ):
         config_shapes(xLSTMConfig(hidden_size=32, num_heads=4, num_hidden_layers=1, vocab_size=64))
 

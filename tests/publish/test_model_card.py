@@ -130,7 +130,9 @@ def test_a_licence_that_is_not_stated_is_asked_for(tmp_path: Path, content: str 
 
 def test_a_hub_that_does_not_know_the_base_model_is_no_licence(hub: Hub):
     assert find_licence(None, STUDENT, None) == MIT
-    with pytest.raises(UserError, match="--license is required: no licence is known .*'no/model'"):
+    with pytest.raises(
+        UserError, match="--license is required: the licence of .*'no/model' cannot be read"
+    ):
         find_licence(None, "no/model", None)
 
 
@@ -141,12 +143,10 @@ def test_a_card_is_written_without_a_push_or_an_export(
     export(STUDIED, "--card", path, "--license", "mit")
     assert path.read_text() == model_card(read_finished(STUDIED), "best", MIT)
     assert capsys.readouterr().out == f"{path}\n"
-    with pytest.raises(UserError, match="--card = .*: cannot write there"):
+    with pytest.raises(UserError, match="--card = .*: cannot be written"):
         export(STUDIED, "--card", tmp_path, "--license", "mit")
     with pytest.raises(SystemExit):
         export(STUDIED, "--card", path, "--private")
     with pytest.raises(SystemExit):
         export(STUDIED, "--card", path, "--push", "me/student")
-    assert (
-        "--private, --revision, --card-only and --dry-run go with --push" in capsys.readouterr().err
-    )
+    assert "--private, --revision, --card-only and --dry-run need --push" in capsys.readouterr().err

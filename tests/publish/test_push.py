@@ -88,7 +88,7 @@ def test_a_private_repository_is_made_private_and_a_public_one_is_refused(
     export(run, "--push", NAME, "--private")
     assert hub.repositories[NAME].private
     hub.repositories[f"{OWNER}/public"] = Repository()
-    with pytest.raises(UserError, match="--private: the repository is there and public"):
+    with pytest.raises(UserError, match="--private: the repository exists and is public"):
         export(run, "--push", f"{OWNER}/public", "--private")
     assert hub.repositories[f"{OWNER}/public"].num_commits == 0
 
@@ -125,7 +125,7 @@ def test_what_is_not_finished_or_not_there_is_refused(hub: Hub, run: Path, expor
     with pytest.raises(UserError, match="--which best: .* holds no export .*: --which last"):
         export(run, "--push", NAME)
     (run / "export" / "last").rename(run / "gone")
-    with pytest.raises(UserError, match="--which last: .*copy it back"):
+    with pytest.raises(UserError, match="--which last: .*copy it from"):
         export(run, "--push", NAME, "--which", "last")
     (run / "SUCCESS").unlink()
     with pytest.raises(UserError, match=r"not finished \(no SUCCESS\) after step 2"):
@@ -212,7 +212,7 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was_and_the_next_one_is_w
     with pytest.raises(UserError) as caught:
         export(run, "--push", NAME)
     assert str(caught.value).startswith(f"--push {NAME}: ")
-    assert "has all of the files or none" in str(caught.value)
+    assert "has either all of the files or none" in str(caught.value)
     assert set(hub.repositories[NAME].branches["main"]) == {".gitattributes"}
     hub.failures.clear()
     export(run, "--push", NAME)

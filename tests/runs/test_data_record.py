@@ -23,7 +23,7 @@ def test_other_tokens_are_refused_although_the_lengths_are_the_same(begun: Path)
         json.dumps({"format_version": 2, "fingerprint": "tokens", "report": "report"})
     )
     record_data(begun, "report", TODAY)
-    with pytest.raises(UserError, match="began with other data"):
+    with pytest.raises(UserError, match="was started with other data"):
         record_data(begun, "report", {1: "lengths", 2: "others"})
     assert json.loads((begun / "data.json").read_text()) == {
         "format_version": 2,

@@ -40,7 +40,7 @@ def check_same_data(recipe: Recipe) -> None:
 def test_a_whole_run_goes_on_and_its_torn_last_line_is_left_out(recipe):
     check_same_run(recipe)
     record_data(recipe.run_dir, "r", {1: "f", 2: "t"})
-    with pytest.raises(UserError, match="began with other data"):
+    with pytest.raises(UserError, match="was started with other data"):
         record_data(recipe.run_dir, "r", {1: "g", 2: "u"})
 
 
@@ -62,7 +62,7 @@ def test_a_damaged_file_of_a_begun_run_is_one_error_and_stays_as_it_is(recipe, f
     else:
         path.write_bytes(damaged)
     check = check_same_run if file != "data.json" else check_same_data
-    with pytest.raises(UserError, match=f"{file}: .*: restore it, or begin another run"):
+    with pytest.raises(UserError, match=f"{file}: .*: restore it, or start another run"):
         check(recipe)
     assert (path.read_bytes() if path.exists() else None) == damaged
 

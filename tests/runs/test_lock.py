@@ -35,7 +35,7 @@ def test_a_folder_that_another_process_holds_is_refused_with_its_name(tmp_path: 
     assert not is_free(tmp_path)
     with pytest.raises(
         UserError,
-        match=rf"is in use by process {holder.pid} on .*: wait until that ends, or end it; if its "
+        match=rf"is in use by process {holder.pid} on .*: wait until it ends, or end it; if its "
         rf"node",
     ):
         hold(tmp_path, patience_seconds=0)

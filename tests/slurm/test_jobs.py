@@ -96,7 +96,7 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
     endless = [f"--set={text}" for text in ENDLESS]
     submitted = submit(cluster, folder, "endless", *endless, "--time=2", "--signal-seconds=59")
     (job,), run = submitted.ids, submitted.run
-    told = "USR1: the ranks are told"
+    told = "USR1: telling the ranks"
     wait_until(lambda: num_steps(run) > 5 or told in log_of(submitted), "the first steps", 120)
     # A long step, so that the run to compare with can be short
     cluster.run("scancel", "--signal=STOP", job)
@@ -310,7 +310,7 @@ def test_a_submission_of_a_finished_run_is_refused(cluster: Cluster, folder: Pat
         cwd=folder,
     )
     assert done.returncode == 2
-    assert "is finished, with a SUCCESS" in done.stderr
+    assert "is finished (SUCCESS" in done.stderr
 
 
 class Failed(NamedTuple):
@@ -351,7 +351,7 @@ def test_a_run_whose_job_is_in_the_queue_is_not_submitted_again(failed: Failed):
 @pytest.mark.parametrize(
     ("python", "message"),
     [
-        ("exit 0", "srun's status is 0 and there is no SUCCESS"),
+        ("exit 0", "srun returned status 0, and there is no SUCCESS"),
         (
             'touch "$run/INTERRUPTED"; exit 85',
             "interrupted at step 0, where it began: not requeued",
@@ -418,7 +418,7 @@ def test_a_signal_while_the_environment_is_set_up_is_told(
     setup.write_text("kill -USR1 $$\n")
     submitted = submit(cluster, folder, "early", f"--setup={setup}")
     cluster.wait_for_state(submitted.ids[0], "FAILED", "COMPLETED", timeout=60)
-    assert "failed: USR1 came before anything had begun" in log_of(submitted)
+    assert "failed: USR1 came before the job had begun" in log_of(submitted)
 
 
 def test_of_two_submissions_while_sbatch_takes_its_time_one_is_refused(
@@ -449,14 +449,17 @@ def test_a_job_that_cannot_start_is_told_with_slurms_reason(cluster: Cluster, fo
     arguments = ("--set=run.output_dir=runs", "--set=run.name=closed", "--partition=closed")
     done = cluster.submit("tiny_test.toml", *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "SLURM does not start it as it was asked for: PartitionDown" in done.stdout
+    assert "SLURM cannot start it as requested: PartitionDown" in done.stdout
 
 
 def test_a_partition_whose_limit_comes_before_the_signal_is_refused(cluster: Cluster, folder: Path):
     arguments = ("--set=run.output_dir=runs", "--set=run.name=short", "--partition=short")
     done = cluster.submit("tiny_test.toml", *arguments, cwd=folder)
     assert done.returncode == 2
-    assert "partition short ends a job after 00:05:00, and it is told to save 600 s" in done.stderr
+    assert (
+        "partition short ends a job after 00:05:00, but the signal to save comes 600 s"
+        in done.stderr
+    )
     shorter = cluster.submit(
         "tiny_test.toml", *arguments, "--signal-seconds=60", "--dry-run", cwd=folder
     )
@@ -487,7 +490,7 @@ def test_cells_wait_for_the_job_that_fills_their_cache_and_go_with_it(
     cluster.wait_for_state(cells, "CANCELLED", "COMPLETED", "FAILED", timeout=60)
     assert [cluster.job(job)["JobState"] for job in (filler, cells)] == ["FAILED", "CANCELLED"]
     log = (study / "cache" / "slurm" / "1" / f"cache-{filler}.out").read_text()
-    assert "srun's status is 1 and there is no filled.json; 0 shards are whole" in log
+    assert "srun returned status 1, and there is no filled.json; 0 shards are whole" in log
 
     filler, cells = submit_cached_study(cluster, folder)
     assert f"afterok:{filler}" in cluster.job(cells)["Dependency"]

@@ -53,4 +53,4 @@ def test_a_job_of_preflight_has_what_a_run_would_have(
 def test_a_step_without_a_master_is_told_what_to_set(cluster: Cluster, recipe: Path):
     done = cluster.run("env", "--unset=MASTER_ADDR", *STEP, "--recipe", str(recipe))
     assert done.returncode == 1
-    assert "MASTER_ADDR is not set: export it before srun" in done.stdout
+    assert "MASTER_ADDR is not set: before srun, export" in done.stdout

@@ -26,11 +26,11 @@ def outcomes(run: Path) -> list[str]:
 
 def test_each_end_of_a_cell_is_told_from_its_folder(run: Path) -> None:
     assert record_outcome(run)
-    assert outcomes(run)[0].startswith("failed: the log of its job")
+    assert outcomes(run)[0].startswith("failed: see the log of its job")
     run.mkdir()
     (run / "SUCCESS").write_text("{}")
     record_outcome(run)
-    assert outcomes(run) == ["pending: trained, and not scored yet", "pending: "]
+    assert outcomes(run) == ["pending: trained but not scored yet", "pending: "]
     (run / "SUCCESS").unlink()
     (run / "NOTHING_TO_LEARN").write_text("no token is supervised\n")
     record_outcome(run)

@@ -236,7 +236,7 @@ def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(recipe, whole, t
     finally:
         problems.write_text(text)
     assert process.returncode == 1, output
-    assert "1 of 3 cells failed; the same command tries them again" in output
+    assert "1 of 3 cells failed; run the same command" in output
     assert cells(whole)[DONE[0]][0] == "failed"
     assert "problems.jsonl" in cells(whole)[DONE[0]][1]
     assert cells(whole)[DONE[1]][0] == "done"

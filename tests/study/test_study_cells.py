@@ -132,7 +132,7 @@ def test_a_damaged_file_of_a_study_is_named_and_stays_as_it_is(
     recipe: str, tmp_path: Path, text: str
 ):
     (tmp_path / "study.json").write_text(text)
-    with pytest.raises(UserError, match="study.json: .*: restore it, or remove it"):
+    with pytest.raises(UserError, match="study.json: .*: restore it or remove it"):
         write_study(make_study(recipe, [], Axes(), tmp_path))
     assert (tmp_path / "study.json").read_text() == text
 

@@ -49,7 +49,7 @@ def trace(num_tokens: int) -> torch.Tensor:
 def test_positions_that_the_longest_one_scales_are_refused_beyond_their_threshold(
     kind: str, num_tokens: int
 ):
-    with pytest.raises(UserError, match=r"states of its first \d+ depend on what follows them"):
+    with pytest.raises(UserError, match=r"states of the first \d+ depend on later tokens"):
         check_prefixes(teacher_with(SCALED[kind]), trace(num_tokens))
 
 

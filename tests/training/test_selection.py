@@ -72,8 +72,8 @@ def test_it_is_that_of_the_exported_student(launch: Any, recipe: Path, num_ranks
 def test_a_recipe_that_would_choose_by_its_reports_problems_is_refused(recipe: Path) -> None:
     script = [sys.executable, str(ROOT / "launch" / "train.py"), "--recipe", str(recipe), "--check"]
     for settings, words in {
-        f"evaluation.path={recipe.parent}/selection.jsonl": "would flatter it; name others",
-        "training.select_best=accuracy": "needs training.evaluate_every",
+        f"evaluation.path={recipe.parent}/selection.jsonl": "is evaluation.path too",
+        "training.select_best=accuracy": "set training.evaluate_every",
         "training.evaluate_every=5": None,
     }.items():
         command = [*script, "--set", settings]

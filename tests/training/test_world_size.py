@@ -92,7 +92,7 @@ def test_the_loss_goes_on_within_rounding(
         assert resolved["deepspeed"]["student"] == "zero1_bf16.json"
         assert resolved["teacher"]["shard"] == "gpu"
         assert resolved["student"]["gradient_checkpointing"] is False
-    assert f"step_10 was written by 2 ranks, and is converted for {num_ranks}" in done.stderr
+    assert f"step_10 was written by 2 ranks: converting it for {num_ranks}" in done.stderr
     records = read_metrics(folder / "metrics.jsonl")
     expected = read_metrics(folder.with_name(name) / "metrics.jsonl")
     assert len(records) == len(expected) == 20
