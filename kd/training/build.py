@@ -219,7 +219,7 @@ def gathers_whole(recipe: Recipe, layout: Layout) -> bool:
             return False
         fits = needed + RESERVED_GIB <= gib
         word = "with whole weights" if fits else "gathered layer by layer"
-        say("sampling", f"{word}: whole ones make it {needed:.1f} of {gib:.1f} GiB on each rank")
+        say("sampling", f"{word}: whole weights need {needed:.1f} of {gib:.1f} GiB on each rank")
         return fits
 
     return on_rank_zero(fits)
