@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(journey, fa
 
 def test_the_first_cause_stands_above_what_the_other_rank_says(journey):
     stderr = journey["exception"].stderr
-    assert stderr.index("MemoryError: rank 1 wanted more") < stderr.index("rank 0 on ")
+    assert stderr.index("MemoryError: rank 1 wanted more") < stderr.index("\nrank 0 on ")
     assert stderr.count("Traceback") == 1
 
 
