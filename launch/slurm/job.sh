@@ -63,11 +63,15 @@ meeting_point() {
 # Sets status, told where a signal came, and told_to_end where that was TERM.
 on_all_ranks() {
   meeting_point
-  # The first rank that fails ends the others where they would wait for it.
-  srun --export=ALL --kill-on-bad-exit="${kill_on_bad_exit:-1}" "${srun_options[@]}" "${task[@]}" "$code/launch/$1" --recipe "$recipe" "${@:2}" &
-  srun=$! told='' told_to_end=''
+  # Before srun starts: a signal that came in between would be lost, and nothing saved.
+  srun='' told='' told_to_end=''
   trap 'tell USR1' USR1                  # ahead of the time limit: --signal
   trap 'told_to_end=yes; tell TERM' TERM # of scancel, of preemption, or of a node that fails
+  begin
+  # The first rank that fails ends the others where they would wait for it.
+  srun --export=ALL --kill-on-bad-exit="${kill_on_bad_exit:-1}" "${srun_options[@]}" "${task[@]}" "$code/launch/$1" --recipe "$recipe" "${@:2}" &
+  srun=$!
+  if [[ -n "$told" ]]; then kill -USR1 "$srun" || true; fi
   while
     woken=
     wait "$srun" && status=0 || status=$?
@@ -77,7 +81,7 @@ on_all_ranks() {
 tell() { # srun passes USR1 on to the tasks, and would end them of TERM
   woken=yes told=yes
   say "$1: telling the ranks to save"
-  kill -USR1 "$srun" || true
+  [[ -z "$srun" ]] || kill -USR1 "$srun" || true
 }
 
 # Ends a job whose ranks left no $marker. $begun_at and $ended_at count what is saved, $saved and $newest say it, and

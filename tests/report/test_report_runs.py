@@ -222,7 +222,7 @@ def damage_of(folder: Path) -> str:
     ("file", "text", "message"),
     [
         ("recipe.json", "{", r"recipe.json: not valid JSON: .*: restore it"),
-        ("recipe.json", "[]", r"recipe.json: it holds \[\]"),
+        ("recipe.json", "[]", r"recipe.json: it holds \[\], not an object"),
         (
             "recipe.json",
             '{"run": {"name": "a", "seed": 0}, "student": {"model": "s"}}',
@@ -230,10 +230,10 @@ def damage_of(folder: Path) -> str:
         ),
         ("data.json", '{"fingerprint": 5, "report": ""}', "data.json: fingerprint = 5"),
         ("environment.json", '{"packages": 7}', "environment.json: packages = 7"),
-        ("ds_config.json", "[1]", r"ds_config.json: it holds \[1\]"),
+        ("ds_config.json", "[1]", r"ds_config.json: it holds \[1\], not an object"),
         ("metrics.jsonl", "{\n", "metrics.jsonl: line 1: not valid JSON"),
         ("metrics.jsonl", "\0\0garbage\n{}\n", "metrics.jsonl: line 1: not valid JSON"),
-        ("metrics.jsonl", "[3]\n", r"metrics.jsonl: line 1: it holds \[3\]"),
+        ("metrics.jsonl", "[3]\n", r"metrics.jsonl: line 1: it holds \[3\], not an object"),
         ("metrics.jsonl", '{"step": 1, "loss": 1}\n', "metrics.jsonl: line 1: step_ms is missing"),
         ("evaluation/a.json", '{"label": "a", "model": "b"}', "a.json: problems is missing"),
     ],
