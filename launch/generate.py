@@ -64,7 +64,8 @@ def main() -> None:
     described = settings(recipe, subject, problems, args.num_samples, batch_size, args.keep)
     folder, name = args.output.parent, args.output.name
     hold(folder, f".{share_name(name, rank, num_ranks)}.lock")
-    traces = open_share(args.output, described, rank, num_ranks)
+    with holding(folder, f".{name}.lock"):  # no other rank joins meanwhile
+        traces = open_share(args.output, described, rank, num_ranks)
     if not traces.complete:
         write_traces(recipe, subject, problems, args, batch_size, traces, rank, num_ranks)
     with holding(folder, f".{name}.lock"):

@@ -1,11 +1,13 @@
 """One model on one set of problems: responses, verdicts, and the two files that keep them."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd.errors import UserError
 from kd.evaluate.problems import Problem, load_problems, make_requests
 from kd.evaluate.results import (
     read_content,
@@ -24,8 +26,9 @@ from kd.generation.sampling import sampling_of
 from kd.generation.shares import check_num_batches, join_shares, remove_shares, share_name
 from kd.recipe import EvaluationSection, Recipe
 from kd.runs.lock import hold, holding
+from kd.runs.records import EvaluationRecord
 
-# How long a rank waits for another one that judges, which may take math-verify's patience
+# How long a rank waits while another one judges: some answers take math-verify to its time limit
 JUDGING_SECONDS = 3600.0
 
 
@@ -71,8 +74,8 @@ def result_files(recipe: Recipe, folder: Path, label: str) -> list[Path]:
 
 
 def is_scored(recipe: Recipe, files: Sequence[Path]) -> bool:
-    """Whether these results are there, of the recipe's present [evaluation] and seed 0. Raises
-    UserError for a damaged file.
+    """Whether these results are there, of the recipe's present [evaluation], problems and seed 0.
+    Raises UserError for a damaged file.
     """
     sampling = vars(sampling_of(recipe.evaluation, seed=0))
     for file in files:
@@ -83,6 +86,8 @@ def is_scored(recipe: Recipe, files: Sequence[Path]) -> bool:
         source = task.hub_id if task else recipe.evaluation.path
         expected = (recipe.evaluation.judge, sampling, source)
         if (found.judge, found.sampling, found.problems) != expected:
+            return False
+        if task is None and not _is_judged_so(found, recipe):
             return False
     return True
 
@@ -117,15 +122,20 @@ def evaluate(
     batch_size = _batch_size(subject.backend, recipe.evaluation, len(requests), num_ranks)
     settings = settings_of(subject, requests, batch_size)
     label, key, judge = subject.label, fingerprint(settings), recipe.evaluation.judge
-    shares = folder / f"{label}.{key}"
+    judging = judging_sha256(problems, judge, recipe.data.think_close)
+    shares, lock = folder / f"{label}.{key}", f".{label}.lock"
     hold(folder, f".{share_name(label, rank, num_ranks)}.lock")
-    if read_responses(folder, label, key) is None:
-        share = open_progress(shares, settings, rank, num_ranks)
+    share = None
+    with holding(folder, lock, JUDGING_SECONDS):  # no other rank joins meanwhile
+        if read_responses(folder, label, key) is None:
+            share = open_progress(shares, settings, rank, num_ranks)
+    if share is not None:
         respond(requests, batch_size, subject.load, share, rank, num_ranks)
 
-    with holding(folder, f".{label}.lock", JUDGING_SECONDS):
-        done = read_content(folder, label, key, judge) if num_ranks > 1 else None
+    with holding(folder, lock, JUDGING_SECONDS):
+        done = read_content(folder, label, key, judging) if num_ranks > 1 else None
         if done is not None:
+            remove_shares(shares)  # of a rank that was killed when it had written
             return done
         responses = read_responses(folder, label, key)
         if responses is None:
@@ -142,6 +152,7 @@ def evaluate(
             task=problem_set.task,
             problems=problem_set.source,
             judge=judge,
+            judging_sha256=judging,
             backend=settings["backend"],
             fingerprint=key,
         )
@@ -156,6 +167,23 @@ def _batch_size(
     """vLLM batches by itself, so that each rank may have as many requests as another."""
     size = batch_size_of(backend, evaluation)
     return size if backend.name == "transformers" else min(size, -(-num_requests // num_ranks))
+
+
+def _is_judged_so(found: EvaluationRecord, recipe: Recipe) -> bool:
+    """Results on a file that is gone, or can no longer be read, are taken as they are."""
+    assert recipe.evaluation.path is not None
+    try:
+        problems = load_problems("evaluation.path", recipe.evaluation.path)
+    except UserError:
+        return True
+    think_close = recipe.data.think_close
+    return found.judging_sha256 == judging_sha256(problems, recipe.evaluation.judge, think_close)
+
+
+def judging_sha256(problems: Sequence[Problem], judge: str, think_close: str) -> str:
+    """Of all that verdicts depend on, beyond the responses and the code."""
+    facts = [judge, think_close.strip(), [problem.answer for problem in problems]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def settings_of(subject: Subject, requests: Sequence[Request], batch_size: int) -> dict[str, Any]:

@@ -33,12 +33,13 @@ def results(
     judge: str,
     backend: str,
     fingerprint: str,
+    judging_sha256: str | None = None,
 ) -> dict[str, Any]:
     """The content of results JSON: the summary's fields, and all that repeats it.
 
     task: None for the problems of evaluation.path. problems: that path or a hub id. backend: with
         its version.
-    fingerprint: of all that the responses depend on.
+    fingerprint: of all that the responses depend on; judging_sha256: of what verdicts do beyond.
     """
     return {
         "label": subject.label,
@@ -47,6 +48,7 @@ def results(
         "task": task,
         "problems": problems,
         "judge": judge,
+        "judging_sha256": judging_sha256,
         **asdict(summary),
         "sampling": asdict(subject.sampling),
         "backend": backend,
@@ -99,14 +101,16 @@ def read_responses(folder: Path, label: str, fingerprint: str) -> list[Response]
     return None
 
 
-def read_content(folder: Path, label: str, fingerprint: str, judge: str) -> dict[str, Any] | None:
-    """What results() returned when it was written, of these responses and this judge; or None."""
+def read_content(
+    folder: Path, label: str, fingerprint: str, judging_sha256: str
+) -> dict[str, Any] | None:
+    """What results() returned when these responses were judged so, by the same commit; or None."""
     path = folder / f"{label}.json"
     found = read_results(path)
-    if found is None or (found.fingerprint, found.judge) != (fingerprint, judge):
+    if found is None or (found.fingerprint, found.judging_sha256) != (fingerprint, judging_sha256):
         return None
     content: dict[str, Any] = read_json(path)
-    return content
+    return content if content["environment"] == environment() else None
 
 
 def read_results(path: Path) -> EvaluationRecord | None:
@@ -157,7 +161,8 @@ def _set_aside(folder: Path, label: str, fingerprint: str) -> None:
         return
     replaced = folder / REPLACED / found
     replaced.mkdir(parents=True, exist_ok=True)
-    for name in (f"{label}.json", f"{label}.responses.jsonl"):
+    # Results last: without them nobody would know what the responses are of
+    for name in (f"{label}.responses.jsonl", f"{label}.json"):
         if (folder / name).exists():
             os.replace(folder / name, replaced / name)
     print(

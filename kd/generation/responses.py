@@ -39,7 +39,7 @@ def open_progress(
         for path in output.parent.glob(f"{output.stem}.{'?' * 12}*.progress")
         if not path.name.startswith(output.name)
     )
-    if others and rank == 0:
+    if others and rank == 0 and not progress.batches:
         print(
             f"{output.stem}: an earlier one with other settings is kept: {', '.join(others)} in "
             f"{output.parent}"

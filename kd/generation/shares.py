@@ -7,13 +7,16 @@ beside it, so that it may be killed at any time. No rank waits for another, and 
 between them: whoever finishes its share and finds all of them finished joins them.
 """
 
-import glob
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from kd.errors import UserError
 from kd.generation.journal import TraceFile, write_lines
+
+# Of a file of rows: what is being written, and its journal
+ENDINGS = r"(\.partial|\.progress)?"
 
 
 def open_share(output: Path, settings: dict[str, Any], rank: int, num_ranks: int) -> TraceFile:
@@ -23,14 +26,13 @@ def open_share(output: Path, settings: dict[str, Any], rank: int, num_ranks: int
     """
     if output.exists():
         return TraceFile(output, settings)
-    begun = {int(path.stem.rpartition("-")[2]) for path in _journals(output, "*")}
-    if not begun and output.with_name(output.name + ".progress").exists():
-        begun = {1}
-    if begun - {num_ranks}:
-        (other,) = sorted(begun - {num_ranks})[:1]
+    begun = set(_journals(output).values()) - {num_ranks}
+    if begun:
+        other = min(begun)
+        shares = f"{output}.R-of-{other}.*" if other > 1 else f"{output}.progress"
         raise UserError(
             f"{output} was begun with {other} ranks, but there are {num_ranks} now: start it with "
-            f"{other} ranks again, or remove {output}.* to start over"
+            f"{other} ranks again, or remove {shares} to start over"
         )
     return TraceFile(_share(output, rank, num_ranks), settings)
 
@@ -45,15 +47,17 @@ def join_shares(output: Path, settings: dict[str, Any], num_ranks: int) -> Trace
         if not all(share.exists() for share in shares):
             return None
         _join(output, settings, [TraceFile(share, settings) for share in shares])
-    for path in {*shares, *_journals(output, str(num_ranks))} - {output}:
-        path.unlink(missing_ok=True)
+    remove_shares(output, but_whole=True)
     return TraceFile(output, settings)
 
 
-def remove_shares(output: Path) -> None:
-    """Remove the whole file, all shares and journals: another file has what they hold."""
-    for path in output.parent.glob(f"{glob.escape(output.name)}*"):
-        path.unlink()
+def remove_shares(output: Path, *, but_whole: bool = False) -> None:
+    """Remove all shares and their journals, and the whole file with its own unless but_whole:
+    another file has what they hold.
+    """
+    share = r"\.\d+-of-\d+"
+    for path in _named(output, share + ENDINGS if but_whole else f"({share})?{ENDINGS}"):
+        path.unlink(missing_ok=True)
 
 
 def _join(output: Path, settings: dict[str, Any], shares: list[TraceFile]) -> None:
@@ -93,5 +97,18 @@ def _share(output: Path, rank: int, num_ranks: int) -> Path:
     return output.with_name(share_name(output.name, rank, num_ranks))
 
 
-def _journals(output: Path, num_ranks: str) -> list[Path]:
-    return [*output.parent.glob(f"{glob.escape(output.name)}.*-of-{num_ranks}.progress")]
+def _journals(output: Path) -> dict[Path, int]:
+    """The journals of all shares, or of the one file, and the number of ranks that began each."""
+    found = _named(output, r"(\.\d+-of-(\d+))?\.progress")
+    return {path: int(match[2] or 1) for path, match in found.items()}
+
+
+def _named(output: Path, ending: str) -> dict[Path, re.Match[str]]:
+    """The files of this output; another one may have a name that begins alike."""
+    if not output.parent.is_dir():
+        return {}
+    matches = {
+        path: re.fullmatch(re.escape(output.name) + ending, path.name)
+        for path in output.parent.iterdir()
+    }
+    return {path: match for path, match in matches.items() if match}

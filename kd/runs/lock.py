@@ -16,30 +16,38 @@ log = logging.getLogger(__name__)
 
 # A file server takes that long to notice that a node with a lock has died.
 PATIENCE_SECONDS = 120.0
+QUIET_SECONDS = 30.0
 _held: dict[Path, IO[str]] = {}  # open for the life of this process
 
 
-def hold(folder: Path, name: str = ".lock", patience_seconds: float = PATIENCE_SECONDS) -> None:
+def hold(
+    folder: Path,
+    name: str = ".lock",
+    patience_seconds: float = PATIENCE_SECONDS,
+    *,
+    quiet_seconds: float = 0.0,
+) -> None:
     """Keep other processes that ask for the same lock out of the folder until this one ends; makes
     the folder.
 
-    Raises UserError that names the holder when it does not go in time. File systems without locks
-    get a warning.
+    Raises UserError that names the holder if it has not ended in time. A wait of more than
+    quiet_seconds is logged. File systems without locks get a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / name
     if path in _held:
         return
     file = path.open("a+", encoding="utf-8")
-    deadline, is_told = time.monotonic() + patience_seconds, False
+    started, is_told = time.monotonic(), False
     while not _try(file):
         holder = _holder(file)
-        if time.monotonic() >= deadline:
+        waited = time.monotonic() - started
+        if waited >= patience_seconds:
             raise UserError(
                 f"{folder} is in use by {holder}: wait until it ends, or end it; if its node is "
                 f"lost, remove {path}"
             )
-        if not is_told:
+        if not is_told and waited >= quiet_seconds:
             log.warning(
                 "%s is in use by %s: waiting up to %g s for it to end",
                 folder,
@@ -58,11 +66,12 @@ def hold(folder: Path, name: str = ".lock", patience_seconds: float = PATIENCE_S
 def holding(folder: Path, name: str, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
     """hold(), for as long as the context is open. A lock that this process already holds is kept.
 
-    Raises UserError as hold() does.
+    Ranks that work together meet here, so that a short wait is not logged. Raises UserError as
+    hold() does.
     """
     path = folder.resolve() / name
     is_new = path not in _held
-    hold(folder, name, patience_seconds)
+    hold(folder, name, patience_seconds, quiet_seconds=QUIET_SECONDS)
     try:
         yield
     finally:

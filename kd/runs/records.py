@@ -173,6 +173,7 @@ class EvaluationRecord(Record):
     task: str | None = None
     problems: Text
     judge: str | None = None
+    judging_sha256: str | None = None
     backend: str | None = None
     fingerprint: str = "unknown"
     accuracy: Share

@@ -52,6 +52,9 @@ record() { "${task[@]}" -m kd.study.outcomes "$run" || say "could not write the 
 # A task of an array by its index: the id of its last task is that of the whole array.
 requeue() { scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"; }
 
+# The first rank that fails ends the others, which would wait for it.
+srun_ends=(--kill-on-bad-exit=1)
+
 # Where ranks meet: the first node of the job.
 meeting_point() {
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -68,8 +71,7 @@ on_all_ranks() {
   trap 'tell USR1' USR1                  # ahead of the time limit: --signal
   trap 'told_to_end=yes; tell TERM' TERM # of scancel, of preemption, or of a node that fails
   begin
-  # The first rank that fails ends the others where they would wait for it.
-  srun --export=ALL --kill-on-bad-exit="${kill_on_bad_exit:-1}" "${srun_options[@]}" "${task[@]}" "$code/launch/$1" --recipe "$recipe" "${@:2}" &
+  srun --export=ALL "${srun_ends[@]}" "${srun_options[@]}" "${task[@]}" "$code/launch/$1" --recipe "$recipe" "${@:2}" &
   srun=$!
   if [[ -n "$told" ]]; then kill -USR1 "$srun" || true; fi
   while

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kd.errors import UserError
-from kd.evaluate.evaluation import is_scored
+from kd.evaluate.evaluation import is_scored, judging_sha256
 from kd.evaluate.problems import Problem
 from kd.evaluate.results import read_responses, response_rows, results, table, write_evaluation
 from kd.evaluate.score import Summary, Verdict
@@ -174,8 +174,15 @@ def test_a_model_is_scored_where_problems_judge_and_sampling_are_the_recipes(
     path = tmp_path / "half.json"
     assert not is_scored(RECIPE, [path])
     sampling = {"max_new_tokens": 32768, "temperature": 0.6, "top_p": 0.95, "seed": 0}
-    recipe = RECIPE.with_values({"evaluation.path": "report.jsonl"})
-    fitting = {**CONTENT, "judge": "math", "sampling": sampling}
+    problems = tmp_path / "report.jsonl"
+    recipe = RECIPE.with_values({"evaluation.path": str(problems)})
+    facts = {"judge": "math", "sampling": sampling, "problems": str(problems)}
+    judging = judging_sha256([Problem("0", "1+1", "2")], "math", recipe.data.think_close)
+    fitting = {**CONTENT, **facts, "judging_sha256": judging}
+    for answer, expected in (("3", False), ("2", True)):
+        problems.write_text(json.dumps({"prompt": "1+1", "answer": answer}) + "\n")
+        write_json(path, fitting)
+        assert is_scored(recipe, [path]) == expected
     for changes, expected in (
         ({}, True),
         ({"judge": "exact"}, False),
