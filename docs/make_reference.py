@@ -48,7 +48,7 @@ def reference() -> str:
     facts, parts = key_facts(), []
     for section, field in Recipe.model_fields.items():
         model = section_model(field.annotation)
-        intro = f"When {field.description}.\n\n" if field.description else ""
+        intro = f"{field.description}.\n\n" if field.description else ""
         parts.append(f"### [{section}]\n\n{intro}{table(model, section, facts)}")
         for key, nested in TABLES.items():
             if key.startswith(f"{section}."):

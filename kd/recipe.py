@@ -193,20 +193,20 @@ class RunSection(RecipeSection):
     )
     log_seconds: Annotated[Seconds, PLACE] = Field(
         30.0,
-        description="between two lines on progress in a log, where there is no terminal for a bar; "
+        description="seconds between progress lines in a log, where no terminal shows a bar; "
         "0: a line for each step",
     )
     watchdog_minutes: Annotated[Minutes, PLACE] = Field(
         30.0,
-        description="when no step ends for this long, every rank prints its stack and the run ends",
+        description="if no step ends for this long, every rank prints its stack and the run ends",
     )
     rendezvous_timeout_minutes: Annotated[Minutes, PLACE] = Field(
         20.0, description="how long the first ranks wait for the others to start"
     )
     collective_timeout_minutes: Annotated[Minutes, PLACE] = Field(
         120.0,
-        description="must exceed the longest wait of one rank for another, as while one tokenises "
-        "or reads a checkpoint",
+        description="how long a rank waits for another before the run ends; must exceed the "
+        "longest normal wait, such as while one rank tokenises or reads a checkpoint",
     )
 
 
@@ -226,9 +226,9 @@ class ModelSection(RecipeSection):
 class TeacherSection(ModelSection):
     shard: Annotated[Literal["auto", "gpu", "node", "world"], FREE] = Field(
         "world",
-        description="the GPUs that divide one copy of the teacher: gpu, none (each GPU holds it "
-        "whole); node, those of a node (gathers never cross nodes); world, all; auto, the fastest "
-        "of these that fits, by the plan",
+        description="how the teacher is sharded: gpu, not at all (each GPU holds a whole copy); "
+        "node, over the GPUs of a node (gathers never cross nodes); world, over all GPUs; auto, "
+        "the fastest of these that fits, by the plan",
     )
     cache: Annotated[PathText | None, FIXED] = Field(
         None,
@@ -421,7 +421,7 @@ class DataSection(RecipeSection):
         0.0, description="fraction of the supervised tokens that lose their label, drawn at random"
     )
     on_bad_row: Annotated[Literal["drop", "error"], FIXED] = Field(
-        "drop", description="what to do with a row that has no markers, two thoughts or no answer"
+        "drop", description="what to do with a row that cannot be used, such as one with no answer"
     )
     num_proc: Annotated[NumProcesses, PLACE] = Field(1, description="processes that tokenise")
     cache_dir: Annotated[PathText, PLACE] = Field(
@@ -560,13 +560,13 @@ class RolloutSection(RecipeSection):
         "distillation",
     )
     max_new_tokens: Annotated[Positive, AXIS] = Field(
-        512, description="tokens to sample of each response; only these are learned from"
+        512, description="most tokens to sample for each response; only these are learned from"
     )
     temperature: Annotated[Temperature, FIXED] = Field(
         1.0, description="temperature at which responses are sampled"
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0), FIXED] = Field(
-        1.0, description="sample from the likeliest tokens that have this probability together"
+        1.0, description="sample from the likeliest tokens whose probabilities add up to this"
     )
     samples_per_prompt: Annotated[Positive, FIXED] = Field(
         1, description="responses to each prompt of a global batch"
@@ -578,8 +578,8 @@ class RolloutSection(RecipeSection):
     )
     gather: Annotated[Literal["auto", "whole", "layers"], FREE] = Field(
         "auto",
-        description="how to gather a model that ZeRO-3 divides while it samples: whole, at once; "
-        "layers, layer by layer for each token; auto: whole if it fits, by the plan",
+        description="how a model under ZeRO-3 is gathered for sampling: whole, all at once; "
+        "layers, layer by layer for each token; auto, whole if it fits, by the plan",
     )
     server: Annotated[Filled | None, FREE] = Field(
         None, description="URL of a vLLM server that samples instead of the teacher on these ranks"
@@ -617,9 +617,11 @@ class TrainingSection(RecipeSection):
     warmup_fraction: Annotated[Fraction, FIXED] = Field(
         0.1, description="fraction of all steps in which the learning rate rises"
     )
-    weight_decay: Annotated[Weight, FIXED] = Field(0.0, description="of AdamW")
-    adam_betas: Annotated[tuple[Beta, Beta], FIXED] = Field((0.9, 0.999), description="of AdamW")
-    adam_eps: Annotated[Magnitude, FIXED] = Field(1e-8, description="of AdamW")
+    weight_decay: Annotated[Weight, FIXED] = Field(0.0, description="weight decay of AdamW")
+    adam_betas: Annotated[tuple[Beta, Beta], FIXED] = Field(
+        (0.9, 0.999), description="betas of AdamW"
+    )
+    adam_eps: Annotated[Magnitude, FIXED] = Field(1e-8, description="epsilon of AdamW")
     max_grad_norm: Annotated[Magnitude, FIXED] = Field(
         1.0, description="gradients with a larger norm are scaled down to it"
     )
@@ -638,8 +640,8 @@ class TrainingSection(RecipeSection):
     )
     evaluate_every: Annotated[Positive | None, FREE] = Field(
         None,
-        description="steps between measurements of the student's accuracy on selection_path, "
-        "which each saved step gets too; default: none",
+        description="steps between measurements of the student's accuracy on selection_path; it is "
+        "measured at each saved step too; default: none",
     )
     selection_path: Annotated[PathText | None, FREE] = Field(
         None, description="a local JSONL of problems for evaluate_every, other than evaluation.path"
@@ -679,11 +681,13 @@ class EvaluationSection(RecipeSection):
         "math", description="compare answers as mathematics (math) or as text (exact)"
     )
     max_new_tokens: Annotated[Positive, PLACE] = Field(
-        32768, description="the most tokens of a response"
+        32768, description="most tokens of a response"
     )
-    temperature: Annotated[SamplingTemperature, PLACE] = Field(0.6, description="0: greedy")
+    temperature: Annotated[SamplingTemperature, PLACE] = Field(
+        0.6, description="temperature of sampling; 0: greedy"
+    )
     top_p: Annotated[float, Field(gt=0.0, le=1.0), PLACE] = Field(
-        0.95, description="sample from the likeliest tokens that have this probability together"
+        0.95, description="sample from the likeliest tokens whose probabilities add up to this"
     )
     batch_size: Annotated[BatchSize, PLACE] = Field(
         16, description="responses to generate at a time"
@@ -717,14 +721,15 @@ class DeepSpeedSection(RecipeSection):
 class Recipe(RecipeSection):
     run: RunSection = RunSection()
     teacher: TeacherSection | None = Field(
-        None, description="without it: plain fine-tuning, for which loss.kd_weight must be 0"
+        None,
+        description="Without this section a run is plain fine-tuning, and loss.kd_weight must be 0",
     )
     student: StudentSection
     data: DataSection
     truncation: TruncationSection = TruncationSection()
     loss: LossSection = LossSection()
     rollout: RolloutSection | None = Field(
-        None, description="without it: all responses come from the data"
+        None, description="Without this section all responses come from the data"
     )
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()

@@ -42,7 +42,9 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = recipe_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder of the cache"
+    )
     parser.add_argument(
         "--kind",
         choices=("hidden", "vector", "top_k", "sampled"),
@@ -67,8 +69,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--server",
         metavar="URL",
-        help="a vLLM server that has loaded the teacher, for top_k; only if the weights are here "
-        "too does this command load them, to compare a few rows",
+        help="a vLLM server that has loaded the teacher, for top_k; if the weights are on this "
+        "machine too, they are loaded to compare a few rows",
     )
     parser.add_argument(
         "--shard-mib", type=int, default=256, metavar="N", help="MiB per shard (%(default)s)"

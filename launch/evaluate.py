@@ -87,17 +87,17 @@ def parse_args() -> argparse.Namespace:
         "--model",
         required=True,
         action="append",
-        help="folder or hub id; may be repeated. A model's own code runs only if the recipe has "
-        "trust_remote_code for it: student.model, teacher.model, and this run's exports as the "
-        "student",
+        help="folder or hub id; may be repeated. A model's own code runs only if the recipe sets "
+        "trust_remote_code for that model: in [teacher] or [student] for the models named there, "
+        "and in [student] for this run's exports",
     )
     parser.add_argument(
         "--label", action="append", default=[], help="name in the table, one per --model"
     )
     parser.add_argument(
         "--tasks",
-        help="comma-separated names from kd/evaluate/tasks.py or of the harness; default: the "
-        "recipe's evaluation.tasks",
+        help="comma-separated names from kd/evaluate/tasks.py, or tasks of the harness; default: "
+        "the recipe's evaluation.tasks",
     )
     parser.add_argument(
         "--num-samples",
@@ -110,7 +110,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="default: evaluation/ in the recipe's run folder"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled responses")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the sampled responses (%(default)s)"
+    )
     parser.add_argument(
         "--local_rank",
         type=int,

@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
         "README.md states, in its folder or on the hub. It is required if that states none, since "
         "a licence is never guessed",
     )
-    of_push = parser.add_argument_group("of --push")
+    of_push = parser.add_argument_group("options of --push")
     of_push.add_argument(
         "--private",
         action="store_true",

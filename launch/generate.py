@@ -80,9 +80,14 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = recipe_parser("Write reasoning traces of the recipe's teacher.")
+    parser = recipe_parser(
+        "Let the recipe's teacher solve problems, and write its reasoning traces."
+    )
     parser.add_argument(
-        "--problems", required=True, help="JSONL file of rows with prompt, and id if they have one"
+        "--problems",
+        required=True,
+        help="JSONL file of rows with prompt, "
+        "answer (for --keep correct) and, if they have one, id",
     )
     parser.add_argument("--output", required=True, type=Path, help="JSONL file of traces")
     parser.add_argument(
@@ -101,17 +106,23 @@ def parse_args() -> argparse.Namespace:
         "with vLLM",
     )
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the sampled responses (%(default)s)"
+    )
     parser.add_argument(
         "--keep",
         choices=["ended", "closed", "correct"],
         default="ended",
-        help="ended: drop answers that max-new-tokens cut off; closed: keep them; correct: drop "
-        "them, and answers that evaluation.judge finds wrong. A thought that is never closed is "
-        "always dropped",
+        help="ended (the default): drop answers that --max-new-tokens cut off; closed: keep those "
+        "too; correct: as ended, and drop answers that evaluation.judge finds wrong. A response "
+        "whose thought is never closed is always dropped",
     )
     parser.add_argument(
-        "--num-samples", type=int, default=1, metavar="K", help="responses to each problem"
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="K",
+        help="responses per problem (%(default)s)",
     )
     generation_arguments(parser)
     parser.add_argument(

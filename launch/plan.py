@@ -4,8 +4,9 @@ what bounds its time, whether it fits, and which placement of its models would b
 python launch/plan.py --recipe NAME --nodes 2 --gpus-per-node 8 --gpu h100 [--keep 0.25,0.5,1.0]
 [--json FILE]
 
-Needs no GPU and fetches nothing. Lengths come from the data if they are on this machine, else from
---mean-tokens and --max-tokens, or else from the longest example that the recipe allows.
+Needs no GPU and fetches nothing. Lengths come from --mean-tokens, --max-tokens and --rows if any is
+given, else from the data if they are on this machine, or else from the longest example that the
+recipe allows.
 """
 
 import argparse
@@ -43,9 +44,9 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = recipe_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (%(default)s)")
     parser.add_argument(
-        "--gpus-per-node", type=int, required=True, help="GPUs, and so ranks, of each node"
+        "--gpus-per-node", type=int, required=True, help="GPUs of each node, with one rank on each"
     )
     parser.add_argument(
         "--gpu", help="kind of GPU, such as h100; adds times, and whether the run fits"
@@ -68,7 +69,7 @@ def parse_args() -> argparse.Namespace:
         "--keep",
         default="0.25,0.5,0.75,1.0",
         metavar="X,Y",
-        help="the values of truncation.keep_fraction to plan: 0.25,0.5,1.0",
+        help="the values of truncation.keep_fraction to plan (%(default)s)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the whole plan to this file"
@@ -80,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     stated.add_argument(
         "--max-tokens", type=int, metavar="N", help="tokens of the longest sequence"
     )
-    stated.add_argument("--rows", type=int, metavar="N", help="for training")
+    stated.add_argument("--rows", type=int, metavar="N", help="number of training rows")
     return parser.parse_args()
 
 

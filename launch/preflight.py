@@ -40,14 +40,14 @@ def main() -> None:
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="how long to wait for a missing rank",
+        help="how long to wait for a missing rank (%(default)g)",
     )
     parser.add_argument(
         "--min-bandwidth",
         type=float,
         default=0.0,
         metavar="GB/S",
-        help="fail if the network is slower",
+        help="fail if the network is slower than this",
     )
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument(
         "--hostfile",
         type=Path,
-        help="train on these hosts by launch/hosts.sh instead of on this machine",
+        help="train on these hosts, with launch/hosts.sh, instead of on this machine",
     )
     parser.add_argument(
         "--restarts",
@@ -32,7 +32,7 @@ def main() -> None:
         default=0,
         metavar="N",
         help="with --hostfile: how often to restart a cell after a dead rank or host, as "
-        "launch/hosts.sh does",
+        "launch/hosts.sh does (%(default)s)",
     )
     parser.add_argument(
         "--cache",

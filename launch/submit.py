@@ -2,11 +2,11 @@
 
 python launch/submit.py RECIPE --nodes 2 --gpus-per-node 8 [-- SBATCH_OPTIONS]
 
-Checks recipe and run, copies the code, the resolved recipe and the script into the run's folder,
-and submits. A job near its time limit saves a checkpoint, is requeued and continues by itself.
---fill-cache FOLDER runs launch/cache.py instead of training. --cache with an axis of a study does
-so for STUDY/cache first, and the cells train from it. --generate FILE runs launch/generate.py, a
-share on each rank.
+Checks the recipe and the run, copies the code, the resolved recipe and the script into the run's
+folder, and submits. A job near its time limit saves a checkpoint, is requeued and continues by
+itself. --fill-cache FOLDER runs launch/cache.py instead of training. With an axis of a study,
+--cache first fills STUDY/cache, and the cells train from it. --generate FILE runs
+launch/generate.py instead of training, with a share of the problems on each rank.
 """
 
 import argparse
@@ -199,29 +199,34 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("recipe", help="a name from recipes/, or the path of a .toml file")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one value of the recipe; may be repeated",
     )
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (%(default)s)")
     parser.add_argument(
         "--gpus-per-node",
         type=int,
         required=True,
-        help="GPUs, and so ranks, of each node; 0: train on CPUs",
+        help="GPUs of each node, with one rank on each; 0: train on CPUs",
     )
     parser.add_argument(
         "--gpu",
         help="kind of GPU, such as h100; a run that does not fit into its memory is refused",
     )
     parser.add_argument(
-        "--tasks-per-node", type=int, help="ranks of each node, with --gpus-per-node 0"
+        "--tasks-per-node", type=int, help="ranks of each node, only with --gpus-per-node 0"
     )
     parser.add_argument(
         "--time",
         help="time limit of a job, in SLURM's form 24:00:00; default: that of the partition",
     )
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--constraint")
+    parser.add_argument("--partition", help="as for sbatch")
+    parser.add_argument("--account", help="as for sbatch")
+    parser.add_argument("--constraint", help="as for sbatch")
     # A checkpoint of 8 B parameters is some 110 GB, which take 5 minutes at 0.4 GB/s; a step may
     # come before it.
     parser.add_argument(
