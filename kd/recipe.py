@@ -699,7 +699,7 @@ class MonitorSection(RecipeSection):
         False, description="write the metrics to monitor/ for TensorBoard"
     )
     csv: Annotated[bool, PLACE] = Field(
-        False, description="write the metrics to monitor/ as CSV files"
+        False, description="write the metrics to monitor/scalars.csv"
     )
     wandb_project: Annotated[Filled | None, PLACE] = Field(
         None, description="send the metrics to this project of Weights & Biases"

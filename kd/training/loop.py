@@ -2,6 +2,7 @@
 loop, kd.training.step one step of it.
 """
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -147,9 +148,11 @@ def train(recipe: Recipe, interruption: Interruption, resume: str | None = None)
             interruption,
             progress,
         )
-        with run.watchdog:
-            progress = run_steps(run, progress, run.total_steps, recipe.training)
-        run.finish(progress)
+        # However the run ends, W&B gets the last steps: closing sends them
+        with contextlib.closing(monitors) if monitors else contextlib.nullcontext():
+            with run.watchdog:
+                progress = run_steps(run, progress, run.total_steps, recipe.training)
+            run.finish(progress)
 
 
 class TrainingRun:
@@ -359,11 +362,11 @@ class TrainingRun:
         self.watchdog.pat()
 
     def leave(self, progress: Progress) -> None:
-        if self.monitors:
-            self.monitors.close()
         if self.layout.rank == 0:
             write_json(self.recipe.run_dir / INTERRUPTED, progress._asdict())
             log.info("asked to stop: step %d is saved, continue with --resume auto", progress.step)
+        if self.monitors:  # after the marker, for it may take a minute, and before others have left
+            self.monitors.close()
         barrier()
         raise Interrupted
 

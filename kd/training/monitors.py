@@ -127,7 +127,12 @@ class Monitors:
         if section.csv:
             self._monitors.append(CsvMonitor(folder / "scalars.csv", start_step))
         if section.wandb_project:
-            self._monitors.append(WandbMonitor(recipe, section.wandb_project, folder))
+            try:
+                self._monitors.append(WandbMonitor(recipe, section.wandb_project, folder))
+            except UserError as error:
+                if not start_step:
+                    raise
+                log.warning("%s. This run continues without it", error)
 
     def write(self, record: dict[str, Any]) -> None:
         """record: of metrics.jsonl."""
@@ -180,8 +185,10 @@ class CsvMonitor:
 
     def __init__(self, path: Path, start_step: int) -> None:
         path.parent.mkdir(exist_ok=True)
-        lines = path.read_text(encoding="utf-8").split("\n")[1:-1] if path.exists() else []
-        kept = [line for line in lines if int(line.partition(",")[0]) <= start_step]
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        parts = [line.partition(",") for line in text.split("\n")[1:-1]]
+        # A crash of the machine may leave lines that are none
+        kept = ["".join(p) for p in parts if p[0].isdecimal() and int(p[0]) <= start_step]
         write_text(path, "\n".join(["step,name,value", *kept, ""]))
         self._file = path.open("a", newline="", encoding="utf-8")
         self._rows = csv.writer(self._file, lineterminator="\n")
@@ -215,15 +222,20 @@ class WandbMonitor:
                 config=recipe.model_dump(mode="json"),
                 settings=wandb.Settings(silent=True, finish_timeout=FINISH_SECONDS),
             )
-        except (wandb.Error, OSError) as error:
+        except (wandb.Error, OSError, ValueError) as error:  # ValueError: a setting of W&B's own
             raise UserError(
                 f"monitor.wandb_project = {project!r}: W&B does not start: {error}. Run `wandb "
                 "login`, set WANDB_MODE=offline, or leave monitor.wandb_project out"
             ) from None
         self._end = wandb.teardown
         self._table = wandb.Table
-        offline = f"offline; `wandb sync {Path(self._run.dir).parent}` sends it"
-        log.info("%s", labelled("wandb", offline if self._run.offline else str(self._run.url)))
+        if self._run.disabled:
+            where = "disabled (WANDB_MODE)"
+        elif self._run.offline:
+            where = f"offline; `wandb sync {Path(self._run.dir).parent}` sends it"
+        else:
+            where = str(self._run.url)
+        log.info("%s", labelled("wandb", where))
 
     def write(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)

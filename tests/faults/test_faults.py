@@ -17,6 +17,7 @@ import torch
 from fault_messages import message_of
 from safetensors.torch import load_file
 from tiny import ROOT, launcher_command, wait_until, write_tiny_recipe
+from wandb_files import wandb_history
 
 from kd.constants import EXIT_HANG, EXIT_USER_ERROR
 from kd.engine.checkpoint import step_folders
@@ -134,6 +135,7 @@ def journey(recipe, launch, fault_table) -> dict[str, Any]:
         if damaged:
             leg.damage(damaged)
         time_file = recipe.parent / f"{leg.fault}.time"
+        monitor = ["--set", "monitor.wandb_project=kd"] if leg.fault == "nan" else []
         done = launch(
             "tests/faults/faulty_train.py",
             leg.fault,
@@ -142,7 +144,9 @@ def journey(recipe, launch, fault_table) -> dict[str, Any]:
             *arguments,
             "--resume",
             "auto",
+            *monitor,
             PYTHONPATH=str(ROOT / "tests"),
+            WANDB_MODE="offline",
         )
         ended = time.time()
         starts[leg.fault] = done
@@ -226,6 +230,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(journey, fa
     row = next(row for row in fault_table if row["fault"] == leg.damage_title)
     assert row["lost_steps"] == EVERY
     assert OPTIMIZER_OF_RANK_1 in row["shows"]
+
+
+def test_wandb_has_the_steps_up_to_the_one_that_ended_the_run(journey, recipe):
+    history = wandb_history(recipe.parent / "runs" / "journey" / "monitor")
+    assert "not both finite" in journey["nan"].stderr
+    assert list(history) == list(range(resumed_from(journey["nan"].stderr) + 1, 23))
 
 
 def test_the_first_cause_stands_above_what_the_other_rank_says(journey):

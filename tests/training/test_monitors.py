@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import wait_until
+from tiny import ROOT, wait_until
 from wandb_files import wandb_history
 
 from kd.errors import UserError
@@ -106,7 +110,7 @@ def test_csv_holds_a_repeated_step_once_and_no_torn_line(tmp_path: Path):
             monitor.write({"loss/total": value, "speed/step_ms": 3.0}, step)
         monitor.close()
         with path.open("a") as file:
-            file.write("1" if value == 1.0 else "")  # of a line of step 12, say
+            file.write("\0\0\n1" if value == 1.0 else "")  # damaged; and of a line of step 12
     assert path.read_text().splitlines() == [
         "step,name,value",
         "1,loss/total,1.0",
@@ -191,6 +195,44 @@ def test_wandb_that_does_not_start_is_one_message(recipe, monkeypatch):
     message = r"monitor\.wandb_project = 'kd': .*no API key configured.*WANDB_MODE=offline"
     with pytest.raises(UserError, match=message):
         WandbMonitor(recipe, "kd", recipe.run_dir / "monitor")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("mode", "status", "said"),
+    [
+        ("bogus", 2, "monitor.wandb_project = 'kd': W&B does not start: .*bogus"),
+        ("disabled", 0, r"wandb     disabled \(WANDB_MODE\)"),
+    ],
+)
+def test_a_mode_of_wandb_is_refused_or_said(recipe, tmp_path, mode, status, said):
+    """W&B reads it once in a process."""
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe.model_dump_json())
+    script = (
+        "from kd.cli import run; from kd.logs import configure_logging\n"
+        "from kd.recipe import load_recipe; from kd.training.monitors import Monitors\n"
+        "configure_logging(0)\n"
+        f"run(lambda: Monitors(load_recipe({str(path)!r}), start_step=0).close())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "WANDB_MODE": mode, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert re.search(said, done.stderr, re.DOTALL)
+
+
+def test_a_resumed_run_continues_without_wandb(recipe, monkeypatch, caplog):
+    monkeypatch.setattr("wandb.init", lambda **_: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(UserError, match="no route"):
+        Monitors(recipe, start_step=0)
+    Monitors(recipe, start_step=3).write(RECORD | {"step": 4})
+    assert "no route" in caplog.text
+    assert "This run continues without it" in caplog.text
 
 
 def test_no_monitor_is_opened_without_being_asked_for(recipe):
