@@ -54,8 +54,10 @@ def main() -> None:
     problems = load_problems("--problems", args.problems, args.limit, need_answers=is_judged)
     sampling = sampling_of(recipe.evaluation, args.seed)
     backend = choose_backend(args.backend, args.server, args.tensor_parallel)
-    batch_size = args.batch_size or batch_size_of(backend, recipe.evaluation)
-    num_batches = -(-len(problems) * args.num_samples // batch_size)
+    num_requests = len(problems) * args.num_samples
+    usual = batch_size_of(backend, recipe.evaluation, num_requests, num_ranks)
+    batch_size = args.batch_size or usual
+    num_batches = -(-num_requests // batch_size)
     check_num_batches(num_ranks, num_batches, batch_size, "set a lower --batch-size")
     tokenizer = load_tokenizers(recipe)
     subject = make_subject(
@@ -79,7 +81,8 @@ def main() -> None:
     print(f"{args.output}: {fates}")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """words: sys.argv unless given."""
     parser = recipe_parser(
         "Let the recipe's teacher solve problems, and write its reasoning traces."
     )
@@ -130,7 +133,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         help="set by some launchers and ignored; LOCAL_RANK is read instead",
     )
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def settings(

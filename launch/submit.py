@@ -11,7 +11,10 @@ launch/generate.py instead of training, with a share of the problems on each ran
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import io
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -30,7 +33,7 @@ from kd.cluster.submit import (
     why_pending,
 )
 from kd.errors import UserError
-from kd.recipe import Recipe, load_recipe
+from kd.recipe import ROOT, Recipe, load_recipe
 from kd.study.cells import Axes, Study, axes_of, make_study, write_study
 
 CPUS_PER_GPU = 4
@@ -74,9 +77,9 @@ def make_submissions(
     """
     if arguments.generate is not None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        output, problems = arguments.generate, arguments.problems
-        options = tuple(arguments.generate_options)
-        return [prepare_generation(output, problems, recipe, request, options)]
+        words = generate_arguments(arguments)
+        request = dataclasses.replace(request, tasks_per_node=ranks_per_node(arguments, words))
+        return [prepare_generation(words, recipe, request, tuple(arguments.generate_options))]
     if cache is not None and study is None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         return [prepare_filler(arguments.fill_cache, recipe, request, cache, recipe.run.name)]
@@ -162,6 +165,36 @@ def check_generation(arguments: argparse.Namespace) -> None:
                 f"--generate-arg {option}: write an option of launch/generate.py, such as "
                 "--generate-arg=--num-samples=4"
             )
+
+
+def generate_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
+    """What launch/generate.py makes of --generate-arg. Raises UserError for what it refuses."""
+    parse = runpy.run_path(str(ROOT / "launch" / "generate.py"))["parse_args"]
+    words = ["--recipe", arguments.recipe, "--problems", str(arguments.problems)]
+    words += ["--output", str(arguments.generate), *arguments.generate_options]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: argparse.Namespace = parse(words)
+    except SystemExit:
+        why = said.getvalue().strip().rpartition("error: ")[2]
+        raise UserError(
+            f"--generate-arg {' '.join(arguments.generate_options)}: launch/generate.py says: {why}"
+        ) from None
+    return parsed
+
+
+def ranks_per_node(arguments: argparse.Namespace, words: argparse.Namespace) -> int:
+    """Of a job that generates: one for each --tensor-parallel GPUs."""
+    num_gpus: int = arguments.gpus_per_node
+    each: int = words.tensor_parallel
+    if num_gpus and (each < 1 or num_gpus % each):
+        raise UserError(
+            f"--generate-arg=--tensor-parallel={each}: a rank would have {each} of the {num_gpus} "
+            "GPUs of a node: take a number that divides them"
+        )
+    num_tasks: int = num_gpus // each if num_gpus else arguments.tasks_per_node
+    return num_tasks
 
 
 def study_of(arguments: argparse.Namespace, cache: CacheRequest | None) -> Study | None:
@@ -333,9 +366,8 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--evaluate-ranks",
         type=int,
-        default=1,
         metavar="N",
-        help="ranks of each job of --evaluate, on one node, one GPU per rank (%(default)s)",
+        help="ranks of each job of --evaluate, on one node, one GPU per rank (1)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the scripts, and submit nothing"
@@ -380,11 +412,18 @@ def request_of(arguments: argparse.Namespace) -> JobRequest:
         more_options=tuple(arguments.sbatch_options),
         srun_options=srun_options_of(arguments),
         restarts=arguments.restarts,
-        evaluate_ranks=arguments.evaluate_ranks,
+        evaluate_ranks=evaluate_ranks_of(arguments),
         cpus_per_task=cpus_of(arguments),
         setup=setup and setup.absolute(),
         container=container,
     )
+
+
+def evaluate_ranks_of(arguments: argparse.Namespace) -> int:
+    asked: int | None = arguments.evaluate_ranks
+    if asked is not None and not arguments.evaluate:
+        raise UserError(f"--evaluate-ranks {asked} is of an evaluation: add --evaluate")
+    return 1 if asked is None else asked
 
 
 def srun_options_of(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -407,8 +446,9 @@ def how_to_follow(submission: Submission, ids: list[str], after: str | None) -> 
     job, folder = submission.job, submission.job.folder
     lines, runs = list(submission.plans), ", ".join(map(str, job.runs))
     kind = submission.kind
-    does = {"train": "trains", "evaluate": "evaluates", "cache": "fills", "generate": "writes for"}
-    lines += [f"job {ids[0]} {does.get(kind, 'checks before')} {runs}"]
+    does = {"train": "trains", "evaluate": "evaluates", "cache": "fills", "generate": "writes"}
+    what = runs.removesuffix(".jobs") if kind == "generate" else runs
+    lines += [f"job {ids[0]} {does.get(kind, 'checks before')} {what}"]
     lines += (
         [f"  it starts when job {after} has succeeded, and is cancelled otherwise"] if after else []
     )

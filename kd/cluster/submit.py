@@ -8,6 +8,7 @@ RUN/slurm/1/            one submission; RUN is the recipe's run, a study, an arr
 RUN/slurm.json          of each run: its jobs, and where their submission is
 """
 
+import argparse
 import contextlib
 import glob
 import json
@@ -134,6 +135,9 @@ def prepare(
     launch/preflight.py in the place of both. awaits_cache: the recipes' teacher.cache is filled by
     a job before this one. Raises UserError.
     """
+    from kd.evaluate.evaluation import check_ranks, local_problems  # import torch
+    from kd.generation.backends import usual_backend
+
     _check_jobs_can_run(request)
     plans = []
     for recipe in recipes:
@@ -143,7 +147,8 @@ def prepare(
         if evaluate:
             check_evaluation(recipe)
             if recipe.evaluation.path is not None:
-                load_problems("evaluation.path", recipe.evaluation.path)
+                problems = local_problems(recipe.evaluation, num_samples=None, limit=None)
+                check_ranks(recipe, usual_backend(), [problems], request.evaluate_ranks)
         _check_run(recipe)
     job = _make_job(folder.name, folder, tuple(recipe.run_dir for recipe in recipes))
     kind: Literal["train", "evaluate", "preflight"]
@@ -172,9 +177,15 @@ def prepare_filler(
 
 
 def prepare_generation(
-    output: Path, problems: Path, recipe: Recipe, request: JobRequest, options: tuple[str, ...]
+    arguments: argparse.Namespace, recipe: Recipe, request: JobRequest, options: tuple[str, ...]
 ) -> Submission:
-    """As prepare(), a job of launch/generate.py, which writes output; options: further ones."""
+    """As prepare(), a job of launch/generate.py. arguments: as that parses them; options: its words
+    beyond --recipe, --problems and --output.
+    """
+    from kd.generation.backends import batch_size_of, usual_backend  # import torch
+    from kd.generation.shares import check_num_batches
+
+    output, num_ranks = arguments.output, request.num_tasks
     _check_jobs_can_run(request)
     if recipe.teacher is None:
         raise UserError(
@@ -182,12 +193,18 @@ def prepare_generation(
         )
     if output.exists():
         raise UserError(f"--generate {output}: it exists already: name another file, or remove it")
-    load_problems("--problems", str(problems), need_answers="--keep=correct" in options)
+    need_answers = arguments.keep == "correct"
+    problems = load_problems("--problems", arguments.problems, arguments.limit, need_answers)
+    num_requests = len(problems) * arguments.num_samples
+    usual = batch_size_of(usual_backend(), recipe.evaluation, num_requests, num_ranks)
+    size = arguments.batch_size or usual
+    remedy = "set a lower --generate-arg=--batch-size"
+    check_num_batches(num_ranks, -(-num_requests // size), size, remedy)
     check_can_write(output.parent, f"the folder of --generate {str(output)!r}")
     _check_path(output, "--generate", "name another file")
     _check_inputs_reach_the_job(recipe)
     jobs = output.with_name(output.name + ".jobs")
-    words = ("--problems", str(problems.absolute()), *options)
+    words = ("--problems", str(Path(arguments.problems).absolute()), *options)
     job = _make_job(output.name, jobs, (jobs,), words)
     return Submission(job, (recipe,), (), "generate", generate_script(job, request), None)
 

@@ -98,7 +98,7 @@ def check_ranks(
     """Raises UserError where a rank would have no batch of one of the sets."""
     for found in sets:
         num_requests = len(found.problems) * found.num_samples
-        size = _batch_size(backend, recipe.evaluation, num_requests, num_ranks)
+        size = batch_size_of(backend, recipe.evaluation, num_requests, num_ranks)
         num_batches = -(-num_requests // size)
         check_num_batches(num_ranks, num_batches, size, "set a lower evaluation.batch_size")
 
@@ -119,7 +119,7 @@ def evaluate(
     """
     problems, folder = problem_set.problems, output / (problem_set.task or "")
     requests = make_requests(subject.tokenizer, problems, problem_set.num_samples, recipe.data)
-    batch_size = _batch_size(subject.backend, recipe.evaluation, len(requests), num_ranks)
+    batch_size = batch_size_of(subject.backend, recipe.evaluation, len(requests), num_ranks)
     settings = settings_of(subject, requests, batch_size)
     label, key, judge = subject.label, fingerprint(settings), recipe.evaluation.judge
     judging = judging_sha256(problems, judge, recipe.data.think_close)
@@ -159,14 +159,6 @@ def evaluate(
         write_evaluation(folder, content, response_rows(problems, responses, verdicts))
         remove_shares(shares)
     return content
-
-
-def _batch_size(
-    backend: Backend, evaluation: EvaluationSection, num_requests: int, num_ranks: int
-) -> int:
-    """vLLM batches by itself, so that each rank may have as many requests as another."""
-    size = batch_size_of(backend, evaluation)
-    return size if backend.name == "transformers" else min(size, -(-num_requests // num_ranks))
 
 
 def _is_judged_so(found: EvaluationRecord, recipe: Recipe) -> bool:

@@ -128,8 +128,20 @@ def choose_backend(value: str, url: str | None = None, tensor_parallel: int = 1)
     return Backend(name, version, tensor_parallel=tensor_parallel)
 
 
-def batch_size_of(backend: Backend, evaluation: EvaluationSection) -> int:
-    return evaluation.batch_size if backend.name == "transformers" else VLLM_BATCH_SIZE
+def batch_size_of(
+    backend: Backend, evaluation: EvaluationSection, num_requests: int, num_ranks: int = 1
+) -> int:
+    """Responses between two writes. vLLM batches by itself, so several ranks get equal parts."""
+    if backend.name == "transformers":
+        return evaluation.batch_size
+    part = -(-num_requests // num_ranks)
+    return VLLM_BATCH_SIZE if num_ranks == 1 else min(VLLM_BATCH_SIZE, part)
+
+
+def usual_backend() -> Backend:
+    """What "auto" will choose on a GPU, by what is installed; loads nothing of it."""
+    name: BackendName = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    return Backend(name, version="")
 
 
 def _load_transformers(

@@ -12,6 +12,7 @@ from kd.report.read_runs import Run, Variant
 HALF = 0.5  # the answer is about the length nearest to it, whatever its result
 LENGTH_NAMES = {0.25: "a quarter", 0.5: "half", 0.75: "three quarters"}
 NO_FLOPS = "FLOPs are not recorded for every run, so costs are compared by the tokens read."
+UNRECORDED = "a cost that is not recorded"
 ONE_SEED = (
     "Each length has one evaluated seed: the intervals do not include what differs between seeds."
 )
@@ -130,8 +131,15 @@ def _seeds(curve: Sequence[SeedGroup], task: str) -> str:
 
 def _notes(curve: Sequence[SeedGroup], task: str) -> list[str]:
     notes = []
-    if all(len(cell.scores[task].evaluations) == 1 for cell in curve):
+    single = [cell for cell in curve if len(cell.scores[task].evaluations) == 1]
+    if len(single) == len(curve):
         notes.append(ONE_SEED)
+    elif single:
+        lengths = " and ".join(f"{cell.keep_fraction:g}" for cell in single)
+        notes.append(
+            f"keep_fraction {lengths} has only one evaluated seed: its interval does not include "
+            "what differs between seeds."
+        )
     if any(cell.costs.flops is None for cell in curve):
         notes.append(NO_FLOPS)
     if any(run.cache is not None for cell in curve for run in cell.runs):
@@ -170,10 +178,12 @@ def _without_scores(family: Family) -> Headline:
         full = family.full_of(cell) if cell else None
         if cell and full:
             cost = family.measured_cost([cell, full])
-            text += (
-                f" Training on {_length_name(cell)} (keep_fraction {cell.keep_fraction:g}) takes "
-                f"{_costs(family, cell, cost)} of whole sequences."
-            )
+            costs = _costs(family, cell, cost)
+            if costs != UNRECORDED:
+                text += (
+                    f" Training on {_length_name(cell)} (keep_fraction {cell.keep_fraction:g}) "
+                    f"takes {costs} of whole sequences."
+                )
             runs = (*cell.runs, *full.runs)
             found = family.differences_among({run.name for run in runs})
             return Headline(None, text, runs=runs, differences=tuple(found))
@@ -184,7 +194,7 @@ def _costs(family: Family, cell: SeedGroup, cost: str, with_time: bool = True) -
     names = [cost, "training_s"] if with_time else [cost]
     ratios = {name: family.relative_cost(cell, name) for name in names}
     known = [f"{r:.2f} of the {COST_NAMES[name]}" for name, r in ratios.items() if r is not None]
-    return " and ".join(known) or "a cost that is not recorded"
+    return " and ".join(known) or UNRECORDED
 
 
 def _kept_interval(family: Family, cell: SeedGroup, task: str) -> str | None:

@@ -1,5 +1,6 @@
 """launch/generate.py and launch/evaluate.py, as a user runs them."""
 
+import fcntl
 import json
 import os
 import runpy
@@ -8,14 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from forked import Forked
+from transformers import AutoTokenizer
 
 from kd.errors import UserError
-from kd.evaluate.evaluation import result_files
-from kd.recipe import ROOT, Recipe, load_recipe
+from kd.evaluate.evaluation import evaluate, local_problems, result_files
+from kd.generation.backends import choose_backend, make_subject
+from kd.generation.sampling import sampling_of
+from kd.recipe import ROOT, ModelSection, Recipe, load_recipe
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
 # So hot that even random weights close some thoughts.
@@ -296,10 +301,48 @@ def test_ranks_that_never_meet_leave_the_results_of_one(
     assert {path.name for path in (tmp_path / "two").iterdir() if path.name[0] != "."} == {
         f"{label}{end}" for label in ("a", "b") for end in (".json", ".responses.jsonl")
     }
-    # The rank that ended first asks again: nothing is generated or judged anew
+    # The rank that ended first asks again: nothing is generated or judged anew, and what a rank
+    # left that was killed when it had written goes
     before = (tmp_path / "two" / "a.json").stat().st_mtime_ns
+    left = tmp_path / "two" / f"a.{results[0]['fingerprint']}"
+    left.touch()
     run_rank("two", 1, 2)
     assert (tmp_path / "two" / "a.json").stat().st_mtime_ns == before
+    assert not left.exists()
+    # Another answer key is judged anew, by several ranks too
+    problems = recipe_path.parent / "problems.jsonl"
+    responses = [json.loads(line) for line in one.read_text().splitlines()]
+    given = {row["id"]: {"answer": row["answer"]} for row in responses if row["answer"]}
+    rows = [json.loads(line) for line in problems.read_text().splitlines()]
+    rows = [row | given.get(row["id"], {}) for row in rows]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for rank in range(2):
+        run_rank("two", rank, 2)
+    changed = json.loads((tmp_path / "two" / "b.json").read_text())
+    assert changed["fingerprint"] == results[0]["fingerprint"]
+    assert changed["num_correct"] > results[0]["num_correct"]
+
+
+@pytest.mark.process
+def test_a_rank_waits_to_open_its_share_while_another_one_joins(
+    recipe_path: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(str(recipe_path))
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    sampling = sampling_of(recipe.evaluation, seed=0)
+    section = ModelSection(model=str(model_dir))
+    subject = make_subject("m", section, tokenizer, sampling, choose_backend("transformers"))
+    problems = local_problems(recipe.evaluation, num_samples=None, limit=20)
+    assert evaluate(recipe, subject, problems, tmp_path, 0, 2) is None
+    with (tmp_path / ".m.lock").open("a") as file, ThreadPoolExecutor(1) as other:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        second = other.submit(evaluate, recipe, subject, problems, tmp_path, 1, 2)
+        time.sleep(1.0)
+        assert not list(tmp_path.glob("m.*.1-of-2*"))
+        fcntl.flock(file, fcntl.LOCK_UN)
+        content = second.result(60)
+    assert content is not None
+    assert content["num_problems"] == 20
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,25 @@ def test_what_an_earlier_version_did_not_say_is_as_it_was_then(tmp_path: Path) -
     assert open_share(output, now, 0, 1).num_batches == 1
     with pytest.raises(UserError, match="num_samples: 1 before, 2 now"):
         open_share(output, now | {"num_samples": 2}, 0, 1)
+
+
+def test_an_output_whose_name_begins_alike_keeps_its_shares(
+    tmp_path: Path, whole: TraceFile
+) -> None:
+    longer = tmp_path / "traces.jsonl.v2"
+    fill(longer, 0, 2, stop=4)
+    output = tmp_path / "traces.jsonl"
+    fill(output, 0, 1)
+    assert join_shares(output, SETTINGS, 1) is not None
+    shares.remove_shares(output)
+    assert not output.exists()
+    for rank in range(2):
+        fill(output, rank, 2)
+    assert join_shares(output, SETTINGS, 2) is not None
+    assert output.read_bytes() == whole.output.read_bytes()
+    assert open_share(longer, SETTINGS, 0, 2).num_batches == 2
+    fill(longer, 0, 2)
+    fill(longer, 1, 2)
+    joined = join_shares(longer, SETTINGS, 2)
+    assert joined is not None
+    assert joined.output.read_bytes() == whole.output.read_bytes()

@@ -24,6 +24,7 @@ from kd.recipe import load_recipe
 pytestmark = pytest.mark.process
 
 ON_CPUS = ("--gpus-per-node=0", "--tasks-per-node=2")
+THREE_GPUS = "--generate-arg=--tensor-parallel=3"
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +202,39 @@ def test_a_dry_run_prints_both_scripts_of_an_array_and_writes_nothing(recipe, tm
             "--generate-arg 4: write an option",
         ),
         (
+            (*ON_CPUS, "--generate=t", "--problems=ONE", "--generate-arg=--num-sample=x"),
+            "launch/generate.py says: argument --num-samples: invalid int value: 'x'",
+        ),
+        (
+            (*ON_CPUS, "--generate=t", "--problems=ONE"),
+            "WORLD_SIZE = 2, but there are only 1 batches of 16 responses: start fewer ranks",
+        ),
+        (
+            (*ON_CPUS, "--evaluate", "--evaluate-ranks=2", "--set=evaluation.path=ONE"),
+            "WORLD_SIZE = 2, but there are only 1 batches of 16 responses: start fewer ranks",
+        ),
+        (
+            (
+                "--gpus-per-node=8",
+                "--generate=t",
+                "--problems=ONE",
+                "--generate-arg=--tensor-parallel=3",
+            ),
+            "--tensor-parallel=3: a rank would have 3 of the 8 GPUs of a node",
+        ),
+        ((*ON_CPUS, "--evaluate-ranks=1"), "--evaluate-ranks 1 is of an evaluation: add"),
+        (
             (*ON_CPUS, "--evaluate", "--evaluate-ranks=3"),
             "--evaluate-ranks 3: an evaluation runs on one node, which has 2 ranks",
         ),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_waits_in_a_queue(recipe, arguments, message):
-    assert_refused(submit(recipe, *arguments), message)
+    """ONE: a file of one problem."""
+    one = recipe.parent / "one.jsonl"
+    one.write_text('{"prompt": "1+1", "answer": "2"}\n')
+    words = [argument.replace("=ONE", f"={one}") for argument in arguments]
+    assert_refused(submit(recipe, *words), message)
     assert not (recipe.parent / "runs").exists()
 
 
@@ -279,6 +306,7 @@ def test_a_job_generates_with_the_flags_that_it_is_given(recipe, tmp_path):
     problems.write_text('{"prompt": "1+1", "answer": "2"}\n')
     words = ("--generate=my traces", f"--problems={problems.name}", "--dry-run")
     flags = ("--generate-arg=--num-samples=4", "--generate-arg=--keep=correct")
+    flags += ("--generate-arg=--batch-size=1",)
     done = submit(recipe, *ON_CPUS, *words, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [problems.name]
@@ -286,8 +314,12 @@ def test_a_job_generates_with_the_flags_that_it_is_given(recipe, tmp_path):
     assert shell_values(done.stdout, "runs") == [f"{tmp_path}/my traces.jobs"]
     assert shell_values(done.stdout, "script_options") == [
         *("--problems", str(problems)),
-        *("--num-samples=4", "--keep=correct"),
+        *("--num-samples=4", "--keep=correct", "--batch-size=1"),
     ]
+    shared = ("--gpus-per-node=8", *words, *flags, "--generate-arg=--tensor-parallel=4")
+    done = submit(recipe, *shared, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert '#SBATCH --ntasks-per-node="2"\n#SBATCH --gpus-per-node="8"\n' in done.stdout
 
 
 def test_the_cells_of_a_study_have_a_job_before_them_until_their_cache_is_filled(recipe, tmp_path):
