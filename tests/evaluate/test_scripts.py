@@ -334,7 +334,7 @@ def test_a_rank_waits_to_open_its_share_while_another_one_joins(
     subject = make_subject("m", section, tokenizer, sampling, choose_backend("transformers"))
     problems = local_problems(recipe.evaluation, num_samples=None, limit=20)
     assert evaluate(recipe, subject, problems, tmp_path, 0, 2) is None
-    with (tmp_path / ".m.lock").open("a") as file, ThreadPoolExecutor(1) as other:
+    with ThreadPoolExecutor(1) as other, (tmp_path / ".m.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         second = other.submit(evaluate, recipe, subject, problems, tmp_path, 1, 2)
         time.sleep(1.0)

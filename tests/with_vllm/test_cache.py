@@ -40,8 +40,8 @@ def test_a_server_fills_what_the_teacher_itself_would(
     python: Callable[..., Any], server: str, options: list[str], tmp_path: Path
 ) -> None:
     done = python("cache.py", *options, "--server", server, "--output", tmp_path / "served")
-    assert "the server and a second reading of it differ by" in done.stderr
-    assert "the server and the teacher here differ by" in done.stderr
+    assert "the server and its second answer differ by" in done.stderr
+    assert "the server and the local teacher differ by" in done.stderr
     python("cache.py", *options, "--output", tmp_path / "live")
     served, live = open_cache(tmp_path / "served"), open_cache(tmp_path / "live")
     assert served.manifest.server == f"vllm {vllm.__version__}"

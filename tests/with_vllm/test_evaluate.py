@@ -65,5 +65,5 @@ def test_another_model_than_the_server_has_is_refused_by_name(
     student = "recipes/assets/tiny/student_base"
     options = ["--model", student, "--server", server, "--output", tmp_path]
     done = python("evaluate.py", *common, *options, fails=True)
-    assert f"--server {server} serves {TEACHER}, and not --model = '{student}'" in done.stderr
+    assert f"--server {server} serves {TEACHER}, not --model = '{student}'" in done.stderr
     assert not list(tmp_path.glob("*.json"))
