@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import forked
 import pytest
@@ -15,7 +16,15 @@ from tiny import ROOT, write_tiny_recipe
 
 from kd.cache.cache_records import CachedModel, CachedTokens, CacheManifest
 from kd.cache.kinds import HiddenKind, parameters_of
-from kd.cluster.sbatch import Job, JobRequest, cache_script, seconds_of, train_script
+from kd.cluster.sbatch import (
+    Job,
+    JobRequest,
+    cache_script,
+    evaluate_script,
+    generate_script,
+    seconds_of,
+    train_script,
+)
 from kd.cluster.submit import prepare, read_recipes
 from kd.engine.ds_config import read_ds_config
 from kd.errors import UserError
@@ -354,50 +363,107 @@ def test_the_cells_of_a_study_have_a_job_before_them_until_their_cache_is_filled
     assert_refused(done, "'fp32', 'group': 32} there, {'dtype': 'bf16', 'group': 32} here")
 
 
-# What srun does, and what the job says and whether it is requeued
-ENDS = {
-    "filled": ('touch "$CACHE/filled.json"; exit 1', "filled: ", False),
-    "of a signal": ("kill -USR1 $PPID; sleep 1; more", "2 shards are saved: requeued", True),
-    "of a signal, and no further": ("kill -USR1 $PPID; sleep 1; exit 85", "not requeued", False),
-    "of TERM": ("kill -TERM $PPID; sleep 1; more; exit 85", "told to end by TERM", False),
-    "failed": ("more; exit 1", "requeued, since it left a new shard: restart 1 of at most 3", True),
-    "failed, and no further": ("exit 1", "no filled.json; 1 shards are whole", False),
-    "refused": ("more; exit 2", "srun returned status 2, and there is no filled.json", False),
+class End(NamedTuple):
+    """What srun does where `more` adds to what is on the disk; what the job says and does then."""
+
+    srun: str
+    says: str
+    is_requeued: bool = False
+    is_success: bool = False
+
+
+FILLS = {
+    "filled": End('touch "$RUN/filled.json"; exit 1', "filled: ", is_success=True),
+    "of a signal": End("kill -USR1 $PPID; sleep 1; more", "2 shards are saved: requeued", True),
+    "of a signal, and no further": End("kill -USR1 $PPID; sleep 1; exit 85", "not requeued"),
+    "of TERM": End("kill -TERM $PPID; sleep 1; more; exit 85", "told to end by TERM"),
+    "failed": End("more; exit 1", "left a new shard: restart 1 of at most 3", True),
+    "failed, and no further": End("exit 1", "no filled.json; 1 shards are whole"),
+    "refused": End("more; exit 2", "srun returned status 2, and there is no filled.json"),
+}
+# Of a run with one response; a task dies of USR1, which it does not expect
+EVALUATIONS = {
+    "evaluated": End("more; exit 0", "evaluated: ", is_success=True),
+    "of a signal": End("kill -USR1 $PPID; sleep 1; more; exit 138", "2 responses are saved", True),
+    "of a signal, and no further": End("kill -USR1 $PPID; sleep 1; exit 138", "not requeued"),
+    "of TERM": End("kill -TERM $PPID; sleep 1; exit 138", "told to end by TERM"),
+    "failed": End("more; exit 1", "left a new batch: restart 1 of at most 3", True),
+    "refused": End("more; exit 2", "srun returned status 2, and there is no score"),
+}
+# Of an output of which one batch is there, and next to one whose name begins alike
+GENERATIONS = {
+    "written": End('touch "${RUN%.jobs}"; exit 1', "written: ", is_success=True),
+    "of a signal": End("kill -USR1 $PPID; sleep 1; more; exit 138", "2 batches are saved", True),
+    "of a signal, and no further": End(
+        """kill -USR1 $PPID; sleep 1; echo {} >>"${RUN%.jobs}.v2.0-of-2.progress"; exit 138""",
+        "not requeued",
+    ),
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_a_cache_and_its_shards_decide_how_a_job_that_fills_it_ends(tmp_path, end):
-    srun, message, is_requeued = ENDS[end]
-    cache, programs = tmp_path / "a cache", tmp_path / "programs"
-    (cache / "shards").mkdir(parents=True)
-    (cache / "shards" / "0.json").touch()
-    (cache / "filled.json").touch()  # of an earlier start: it says nothing of this one
+def run_job(folder: Path, run: Path, script: str, end: End, more: str) -> None:
+    """Run a job's script, with what its cluster would do, and look at how it ends."""
+    programs = folder / "programs"
     programs.mkdir()
     stubs = {
-        "srun": f"""more() {{ touch "$CACHE/shards/1.json"; }}; trap '' USR1; {srun}""",
-        "scontrol": f'if [ "$1" = requeue ]; then touch {tmp_path}/requeued; else echo n; fi',
+        "srun": f"more() {{ {more}; }}; trap '' USR1; {end.srun}",
+        "scontrol": f'if [ "$1" = requeue ]; then touch {folder}/requeued; else echo n; fi',
+        "python": "exit 0",
     }
     for name, text in stubs.items():
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
         (programs / name).chmod(0o755)
-    (tmp_path / "code" / "launch").mkdir(parents=True)
-    shutil.copytree(ROOT / "launch" / "slurm", tmp_path / "code" / "launch" / "slurm")
-    (tmp_path / "code" / "launch" / "nodes.env").touch()
-    recipes = (tmp_path / "recipe.json",)
-    job = Job("filler", tmp_path, (cache,), recipes, "", ("--kind", "hidden"))
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "CACHE": str(cache)}
+    (folder / "code" / "launch").mkdir(parents=True)
+    shutil.copytree(ROOT / "launch" / "slurm", folder / "code" / "launch" / "slurm")
+    (folder / "code" / "launch" / "nodes.env").touch()
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "RUN": str(run)}
+    script = script.replace(f"python_dir={Path(sys.executable).parent}", f"python_dir={programs}")
     done = subprocess.run(
-        ["bash", "-c", cache_script(job, JobRequest(1, 0, 2, 60))],
+        ["bash", "-c", script],
         env=variables | {"PATH": f"{programs}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert message in done.stdout, done.stdout + done.stderr
-    assert (done.returncode == 0) == (end == "filled")
-    assert (tmp_path / "requeued").exists() == is_requeued
+    assert end.says in done.stdout, done.stdout + done.stderr
+    assert (done.returncode == 0) == end.is_success
+    assert (folder / "requeued").exists() == end.is_requeued
+
+
+def job_of(folder: Path, run: Path, *options: str) -> Job:
+    return Job("a job", folder, (run,), (folder / "recipe.json",), "", options)
+
+
+@pytest.mark.parametrize("end", FILLS)
+def test_a_cache_and_its_shards_decide_how_a_job_that_fills_it_ends(tmp_path, end):
+    cache = tmp_path / "a cache"
+    (cache / "shards").mkdir(parents=True)
+    (cache / "shards" / "0.json").touch()
+    (cache / "filled.json").touch()  # of an earlier start: it says nothing of this one
+    script = cache_script(job_of(tmp_path, cache, "--kind", "hidden"), JobRequest(1, 0, 2, 60))
+    run_job(tmp_path, cache, script, FILLS[end], 'touch "$RUN/shards/1.json"')
+
+
+@pytest.mark.parametrize("end", EVALUATIONS)
+def test_the_responses_on_the_disk_decide_how_a_job_that_evaluates_ends(tmp_path, end):
+    run = tmp_path / "a run"
+    (run / "evaluation" / "task").mkdir(parents=True)
+    (run / "evaluation" / "task" / "m.0123456789ab.0-of-2.partial").write_text("{}\n")
+    script = evaluate_script(job_of(tmp_path, run), JobRequest(1, 0, 2, 60, evaluate_ranks=2))
+    assert '#SBATCH --ntasks="2"\n' in script
+    more = 'echo {} >>"$RUN/evaluation/m.responses.jsonl"; echo {} >"$RUN/evaluation/m.json"'
+    run_job(tmp_path, run, script, EVALUATIONS[end], more)
+
+
+@pytest.mark.parametrize("end", GENERATIONS)
+def test_the_batches_on_the_disk_decide_how_a_job_that_generates_ends(tmp_path, end):
+    run = tmp_path / "traces.jobs"
+    (tmp_path / "traces.0-of-2.progress").write_text("{}\n{}\n")
+    (tmp_path / "traces.v2.0-of-2.progress").write_text("{}\n{}\n")
+    script = generate_script(job_of(tmp_path, run), JobRequest(1, 0, 2, 60))
+    more = 'printf "{}\\n{}\\n" >"${RUN%.jobs}.1-of-2.progress"'
+    run_job(tmp_path, run, script, GENERATIONS[end], more)
 
 
 def test_a_cell_that_is_trained_and_not_scored_is_evaluated_alone(recipe, tmp_path):

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -133,6 +132,9 @@ def array(cluster: Cluster, folder: Path, interrupted: Interrupted) -> Array:
         f"--set=training.max_steps={interrupted.first_steps + 4}",
         "--set=training.checkpoint_every=100000",
     ]
+    problems = [{"prompt": f"{n}+2-3", "answer": "0"} for n in range(300)]
+    (folder / "many.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    size += ["--set=evaluation.path=many.jsonl", "--set=evaluation.batch_size=1"]
     submitted = submit(
         cluster, folder, "sweep", *size, "--array-over=keep_fraction=0.5,0.25", "--evaluate"
     )
@@ -144,9 +146,8 @@ def array(cluster: Cluster, folder: Path, interrupted: Interrupted) -> Array:
         lambda: cluster.job(f"{train}_1")["Restarts"] == "1", "the second run to be requeued", 60
     )
     cluster.start_now(f"{train}_1")
-    log = submitted.folder / f"evaluate-{evaluation}_1.out"
-    wait_until(lambda: log.exists() and "start 1" in log.read_text(), "the second evaluation", 200)
-    time.sleep(1)  # the script has come to its trap; evaluate.py still imports
+    responses = runs[1] / "evaluation"
+    wait_until(lambda: any(p.stat().st_size for p in responses.glob("*.partial")), "responses", 200)
     cluster.run("scancel", "--batch", "--signal=USR1", f"{evaluation}_1")
     wait_until(
         lambda: cluster.job(f"{evaluation}_1")["Restarts"] == "1",
@@ -299,7 +300,7 @@ def test_evaluation_follows_success(array: Array):
     assert array.evaluation_states == ["COMPLETED", "COMPLETED"]
     for run in array.runs:
         results = json.loads((run / "evaluation" / "export-best.json").read_text())
-        assert (results["recipe"], results["num_problems"]) == (run.name, 1)
+        assert (results["recipe"], results["num_problems"]) == (run.name, 300)
 
 
 def test_a_submission_of_a_finished_run_is_refused(cluster: Cluster, folder: Path, array: Array):
