@@ -1,5 +1,5 @@
 # make demo and make test do all of their own set-up in .venv; the stamp makes the second call quick.
-.PHONY: demo demo-short quick test real vllm fault bench docs lint assets
+.PHONY: demo demo-short install quick test real vllm fault bench docs lint assets
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,6 +10,9 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 
 demo: $(STAMP)
 	bash launch/demo.sh
+
+# Only the environment.
+install: $(STAMP)
 
 demo-short: $(STAMP)
 	DEMO_TRACES=128 DEMO_STEPS=20 DEMO_PROBLEMS=64 bash launch/demo.sh

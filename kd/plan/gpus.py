@@ -1,7 +1,7 @@
 """GPUs that plans are made for: what they hold, and how fast they compute and move bytes.
 
-Rates are those of the data sheets, and plans take the shares of them below: what large products and
-collectives were seen to reach on an H100, and not measured on the others.
+Rates are those of the data sheets, and plans take the shares of them below, which large products
+and collectives are commonly reported to reach on an H100. None was measured here.
 """
 
 from typing import NamedTuple
