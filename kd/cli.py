@@ -131,7 +131,7 @@ def run(main: Callable[[], None]) -> None:
         time.sleep(WAIT_SECONDS)
         _leave(1, f"rank {_rank()} on {socket.gethostname()}: {error}\n")
     except Exception as error:
-        # Whether of the output or of another file or socket, one more line tells.
+        # Writing one more line shows whether the output, or another file or socket, is broken.
         is_of_output = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC)
         if is_of_output and (problem := _problem_of_output(last_words="\n")):
             _leave_without_output(problem, is_done=False)

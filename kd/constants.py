@@ -5,7 +5,7 @@ IGNORE_INDEX = -100
 # What logits of both models take at a time; recipe and plan state it as the loss does.
 LOGITS_GIB = 2.0
 
-# Exit statuses of launch/train.py, beside 0 (done) and 1 (crashed).
+# Exit statuses of launch/train.py, besides 0 (done) and 1 (crashed).
 EXIT_USER_ERROR = 2  # whatever a message said can be put right
 EXIT_INTERRUPTED = 85  # a signal came, a checkpoint was written: start it again with --resume auto
 EXIT_HANG = 86  # the watchdog saw no step

@@ -18,7 +18,7 @@ TIME_WIDTH, LABEL_WIDTH = len("HH:MM:SS "), 10
 
 
 class _AboveTheBar(logging.StreamHandler[TextIO]):
-    """A line of its own on a terminal too, where a progress bar stands on the last one."""
+    """A line of its own on a terminal too, where a progress bar is on the last one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr.isatty():

@@ -2,7 +2,7 @@
 
 from kd.errors import UserError
 
-# File systems take 255. What is written beside a name makes it longer: ".NAME.responses.jsonl".
+# File systems take 255. What is added to a name makes it longer: ".NAME.responses.jsonl".
 MAX_NAME_BYTES = 200
 
 

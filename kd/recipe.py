@@ -61,7 +61,7 @@ from kd.ranges import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-# A checkout has recipes/ and ds_configs/ beside kd; a wheel carries both inside of it (setup.cfg).
+# A checkout has recipes/ and ds_configs/ next to kd; a wheel carries both inside of it (setup.cfg).
 SHIPPED_DIR = ROOT if (ROOT / "recipes" / "bases").is_dir() else ROOT / "kd" / "_shipped"
 RECIPES_DIR = SHIPPED_DIR / "recipes"
 DS_CONFIGS_DIR = SHIPPED_DIR / "ds_configs"

@@ -100,7 +100,7 @@ run_launcher() {
     how=(--force_multi --no_ssh_check) # force_multi: a hostfile of one host means that host, not this one
     for argument in "$@"; do arguments+=("$(through_pdsh "$argument")"); done
   fi
-  set -m # its own process group, so that Ctrl-C comes to this script alone
+  set -m # its own process group, so that Ctrl-C reaches only this script
   deepspeed --hostfile "$hostfile" "${how[@]}" --no_local_rank --master_addr "$master_addr" \
     --master_port "$master_port" "$launch/train.py" --resume auto "${arguments[@]}" </dev/null 2>&1 | follow &
   follower=$!

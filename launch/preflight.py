@@ -59,7 +59,7 @@ def main() -> None:
         from kd.logs import configure_logging
         from kd.preflight.ranks import check_ranks
 
-        configure_logging(rank=1)  # warnings alone
+        configure_logging(rank=1)  # only warnings
         passed = check_ranks(
             recipe, timeout_seconds=arguments.timeout, min_bandwidth=arguments.min_bandwidth
         )

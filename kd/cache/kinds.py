@@ -28,7 +28,7 @@ CHUNK = 512  # rows whose logits are held at a time
 
 
 class Heads(NamedTuple):
-    """What turns states into probabilities; student: for a vector alone."""
+    """What turns states into probabilities; student: only for a vector."""
 
     teacher: Head
     student: Head | None
@@ -38,7 +38,7 @@ class Heads(NamedTuple):
 @dataclass(frozen=True)
 class HiddenKind:
     """The teacher's last hidden states: exact where dtype is no narrower than they are. Serves any
-    divergence and temperature; the teacher's head is read beside it.
+    divergence and temperature; the teacher's head is read too.
 
     int8: each group of channels of a token is divided by its own largest value.
     """
@@ -111,7 +111,7 @@ class TopKKind:
 @dataclass(frozen=True)
 class SampledKind:
     """K tokens drawn from the teacher at one temperature, each of weight 1 / K, and its entropy:
-    forward_kl alone, unbiased in expectation (arXiv 2503.16870), at 4 bytes a draw.
+    only forward_kl, unbiased in expectation (arXiv 2503.16870), at 4 bytes a draw.
     """
 
     k: int = 12
@@ -142,7 +142,7 @@ class SampledKind:
 @dataclass(frozen=True)
 class VectorKind:
     """The teacher's probabilities at one temperature, times the student's head, and their entropy:
-    forward_kl alone, exact while that head stays as it is.
+    only forward_kl, exact while that head stays as it is.
 
     head_sha256: of the student's head and bias, as they were multiplied.
     """
@@ -200,7 +200,7 @@ def kind_of(name: str, parameters: dict[str, Any]) -> Kind:
 
 
 def parameters_of(kind: Kind) -> dict[str, Any]:
-    """What a manifest holds beside its name."""
+    """What a manifest holds besides its name."""
     return {key: value for key, value in asdict(kind).items() if key != "name"}
 
 

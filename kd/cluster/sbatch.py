@@ -142,7 +142,7 @@ def _of_all_ranks(request: JobRequest) -> dict[str, object]:
 
 
 def _signal(request: JobRequest) -> dict[str, object]:
-    """To the batch script alone, which tells srun."""
+    """Only to the batch script, which passes it to srun."""
     return {"signal": f"B:USR1@{request.signal_seconds}"}
 
 

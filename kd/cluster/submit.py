@@ -338,7 +338,7 @@ def _check_fits(recipe: Recipe, request: JobRequest) -> str:
 
 
 def _check_filler_fits(recipe: Recipe, request: JobRequest, kind: str) -> str:
-    """The memory of the GPUs, of which a filler's ranks hold the teacher alone."""
+    """The memory of the GPUs, of which a filler's ranks hold only the teacher."""
     from kd.plan.gpus import named_gpu  # imports torch
     from kd.plan.memory import RESERVED_GIB, plan_filler
     from kd.training.fill_cache import TOKENS_PER_MICRO_BATCH

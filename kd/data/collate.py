@@ -42,7 +42,7 @@ class Batch:
     labels are already shifted: labels[b, t] is the token that hidden state t predicts, or
     IGNORE_INDEX.
     row_index lists the supervised positions as flat indices into B * L, in rising order;
-    region_index, aligned with it, tells where in its whole trace each predicted token stands
+    region_index, aligned with it, says where in its whole trace each predicted token is
     (kd.data.regions).
     places has an entry for each sequence, and none for a batch of padding.
     """

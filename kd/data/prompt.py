@@ -52,7 +52,7 @@ def open_prompt(
         turns.insert(0, {"role": "system", "content": data.system_prompt})
     prompt = apply_template(tokenizer, turns, data, tools)
     behind = prompt[_end_of_messages(prompt, turns) :]
-    for has_text in (True, False):  # beside a text templates may treat calls in another way
+    for has_text in (True, False):  # next to a text, templates may treat calls in another way
         others = [_without_calls(turn, has_text) for turn in turns]
         if others != turns:
             _check_printed("tool_calls", prompt, tokenizer, others, data, tools)

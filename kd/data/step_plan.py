@@ -89,7 +89,7 @@ def rollouts_of_step(
     step: int, num_examples: int, shape: BatchShape, samples_per_prompt: int, *, seed: int
 ) -> IntArray:
     """The examples whose prompts get sampled responses, int64 (num_rollouts,), each as often in a
-    row as it is sampled. A function of seed and step alone.
+    row as it is sampled. A function of seed and step only.
     """
     chosen_G = _global_batch(step, num_examples, shape, seed)
     prompts = chosen_G[_sampled(step, shape, seed)[::samples_per_prompt]]

@@ -8,7 +8,7 @@ Fault = Literal["unclosed", "reopened", "text before"]
 def split_thought(text: str, opening: str, closing: str) -> tuple[str, str] | Fault:
     """(thought, what follows it), or why not.
 
-    closing occurs once. opening stands before all else; it may be absent, as in a response to a
+    closing occurs once. opening comes before all else; it may be absent, as in a response to a
     prompt that ends with it because the chat template opened the thought.
     """
     thought, closed, answer = text.partition(closing)

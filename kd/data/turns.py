@@ -111,7 +111,7 @@ def _one_of(given: Mapping[str, Any], key: str, other: str) -> Any:
 
 
 def _thought_of(given: Mapping[str, Any]) -> str:
-    """What the message keeps of its thought beside content, blank when it has none."""
+    """What the message keeps of its thought next to content, blank when it has none."""
     found = {_content_of(given[key]).strip() for key in _THOUGHT_FIELDS if key in given} - {""}
     if len(found) > 1:
         raise BadRow(f"{', '.join(key for key in _THOUGHT_FIELDS if key in given)} disagree")

@@ -6,7 +6,7 @@ follows the thought:
 
     9*9-8+6    <think>9*9=1;1-8=3;3+6=9;=9!9-6=3;3+8=1;1*9=9;9*9=1;1-8=3;3+6=9;</think>9
 
-By this construction the answer stands before half of the sequence. Factors are 3, 7 and 9, which
+By this construction the answer comes before half of the sequence. Factors are 3, 7 and 9, which
 modulo 10 have inverses and carry every error on.
 
     python -m kd.demo.arithmetic --output DIR [--seed 0]

@@ -28,7 +28,7 @@ Split = Literal["train", "validation", "report"]
 TEMPLATES = sorted(set(tasks_ok))
 NUM_ROWS: dict[Split, int] = {"train": 2000, "validation": 128, "report": 200}
 DIFFICULTY = 1.0  # the only one there is
-ANSWER_MARKER = "\n#### "  # stands before the number that ends a solution
+ANSWER_MARKER = "\n#### "  # precedes the number that ends a solution
 
 
 def split_of(template: int) -> Split:

@@ -106,7 +106,7 @@ def fetch_gguf(folder: Path) -> Path:
 
 
 def _write_folder(folder: Path, save: Callable[[Path], None]) -> None:
-    """Let save() fill a folder beside and rename it: a folder that exists is whole."""
+    """Let save() fill another folder and rename it: a folder that exists is whole."""
     if folder.exists():
         return
     partial = folder.with_name(folder.name + ".partial")

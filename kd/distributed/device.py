@@ -35,7 +35,7 @@ def device_type() -> Literal["cuda", "cpu"]:
 
 
 def device_of_rank(local_rank: int) -> torch.device:
-    """cuda:0 where the scheduler shows each task its own GPU alone, whatever LOCAL_RANK. Raises
+    """cuda:0 where the scheduler shows each task only its own GPU, whatever LOCAL_RANK. Raises
     UserError for a rank without a GPU.
     """
     if device_type() == "cpu":

@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks of a run."""
+"""Where a process is among the ranks of a run."""
 
 from dataclasses import dataclass
 

@@ -18,8 +18,8 @@ from kd.errors import UserError
 
 T = TypeVar("T")
 
-# What torch needs to know, and what srun tells each task of a step; a batch script that is no task
-# lacks the second.
+# What torch needs to know, and what srun sets for each task of a step. A batch script is no task,
+# and lacks the second.
 OF_SLURM = {
     "RANK": "SLURM_PROCID",
     "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
@@ -81,7 +81,7 @@ def find_rank() -> tuple[int, int, int]:
 
 
 def _complete() -> None:
-    """RANK stands alone with some launchers: the others are taken from what they say in their own
+    """Some launchers set only RANK: the others are taken from what they say in their own
     names. Raises UserError for one that nobody says, or that is no such number.
     """
     numbers = {"RANK": int(os.environ["RANK"]) if os.environ["RANK"].isdecimal() else -1}

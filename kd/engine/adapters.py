@@ -1,4 +1,4 @@
-"""LoRA adapters within a model's state: merged into the matrices beside them, and written as peft
+"""LoRA adapters within a model's state: merged into their matrices, and written as peft
 reads them. Names are peft's: q_proj.base_layer.weight and q_proj.lora_A.default.weight of q_proj.
 """
 

@@ -96,7 +96,7 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
         mine = {str(path.relative_to(partial)): entry for path, entry in checksums.items()}
         files = {name: entry for part in gather_objects(mine) for name, entry in part.items()}
         if rank == 0:
-            for name in set(_files(partial)) - files.keys():  # written beside the engine
+            for name in set(_files(partial)) - files.keys():  # not written by the engine
                 files[name] = _checksum(partial / name, sync=True)
             files = dict(sorted(files.items()))
             write_json(

@@ -42,7 +42,7 @@ def repartition(
 ) -> None:
     """Divide the parameters of a partitioned model over the ranks of `group` instead.
 
-    transformers cannot load into groups: rank 0 alone reads the checkpoint, and other groups would
+    transformers cannot load into groups: only rank 0 reads the checkpoint, and other groups would
     keep their random start. Done here module by module, so that no rank holds more than its shards
     and one module.
 

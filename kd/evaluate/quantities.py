@@ -80,7 +80,7 @@ _UNIT_FRACTION = re.compile(rf"\s*\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s
 
 
 def _in_a_line(match: re.Match[str]) -> str:
-    """m/s for \\frac{m}{s}, of known symbols alone."""
+    """m/s for \\frac{m}{s}, of known symbols only."""
     above, above_power, below, below_power = match.groups(default="")
     if not {above, below} <= _SYMBOLS:
         return match[0]
@@ -180,7 +180,7 @@ def _repeating(lead: str, period: str) -> Fraction:
 
 
 def _unit(rest: str, spaced: bool) -> str | None:
-    r"""The unit that follows a number; None where what follows is no unit. A letter alone is one
+    r"""The unit that follows a number; None where what follows is no unit. A single letter is one
     after a space only, and then a known one: `5 m`, but not `5m` or `5 x`.
     """
     if re.fullmatch(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|degrees?)?(?:\s*\\?text\{\s*\})*", rest):

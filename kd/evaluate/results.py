@@ -1,4 +1,4 @@
-"""What an evaluation leaves: one JSON of results per model, every response beside it, and a table
+"""What an evaluation leaves: one JSON of results per model, every response next to it, and a table
 of all models.
 """
 

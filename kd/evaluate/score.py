@@ -119,7 +119,7 @@ def accuracy_interval(counts: Sequence[int], num_samples: int) -> tuple[float, f
     Wilson's, of as many independent responses as have the variance of the mean over problems
     (Kish's effective sample size): num_problems of them when the samples of a problem agree,
     num_problems * num_samples when they differ at random. All right or all wrong, or a single
-    problem: num_problems, since nothing tells how samples differ.
+    problem: num_problems, since nothing says how samples differ.
     """
     num_problems = len(counts)
     share = sum(counts) / (num_problems * num_samples)

@@ -24,7 +24,7 @@ def load_generator(field: str, section: ModelSection) -> PreTrainedModel:
 
 
 def weights_sha256(model: str) -> str | None:
-    """Of the first MiB of each file of weights: tells a model trained anew in its folder."""
+    """Of the first MiB of each file of weights: changes when a model is trained anew."""
     folder = find_input(model)
     if folder is None:
         return None  # a hub id, which its revision pins

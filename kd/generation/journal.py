@@ -1,4 +1,4 @@
-"""A file of traces that grows batch by batch: after a crash it goes on as if it had never stopped.
+"""A file of traces that grows batch by batch: after a crash it continues as if nothing happened.
 
 Rows are appended to OUTPUT.partial, which becomes OUTPUT when all batches are done: a file that
 exists is whole. OUTPUT.progress is the journal: its first line holds the settings, each further

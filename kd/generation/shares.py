@@ -3,7 +3,7 @@ finish joins them.
 
 Batch b is rank b modulo N's, so that the file and its journal are, byte for byte, those of one rank
 that generates the same responses. Rank R of N appends to OUTPUT.R-of-N.partial and keeps a journal
-beside it, so that it may be killed at any time. No rank waits for another, and none needs a network
+next to it, so that it may be killed at any time. No rank waits for another, or needs a network
 between them: whoever finishes its share and finds all of them finished joins them.
 """
 

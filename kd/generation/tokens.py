@@ -1,4 +1,4 @@
-"""Token ids from a model: each sequence drawn by a seed of its own, whatever stands beside it.
+"""Token ids from a model: each sequence is drawn by its own seed, whatever is in its batch.
 
 Shapes: B sequences, L tokens, V vocabulary.
 """

@@ -195,7 +195,7 @@ def check_top_k(
     tail: str,
 ) -> None:
     """Raise a ValueError for a teacher's K tokens that do not fit labels and vocabulary, of
-    supervised rows alone.
+    supervised rows only.
     """
     if (
         ids.shape[:-1] != labels.shape

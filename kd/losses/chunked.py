@@ -30,8 +30,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def chunked_loss(
     inputs: Inputs, plan: ChunkPlan, row_function: RowFunction, *, with_diagnostics: bool = False
 ) -> tuple[DistillationLoss, RowDiagnostics | None]:
-    """Return the loss, which alone carries a gradient, and diagnostics where they are asked for and
-    there is a teacher.
+    """Return the loss, the only result with a gradient, and diagnostics if they are asked for
+    and there is a teacher.
 
     For each chunk of the student's rows: its logits; for each part of it the teacher's, from which
     `row_function` makes values and, in the place of the student's logits, dlogits; and what these

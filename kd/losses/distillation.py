@@ -175,7 +175,7 @@ def distillation_loss(
     Raises:
         ValueError: an argument out of range or of the wrong shape, dtype, layout or device; a
             backend that is not available; on the CPU a label outside the shared vocabulary, an
-            index in row_index that is no label's or stands there twice, a token weight that is
+            index in row_index that is no label's or is there twice, a token weight that is
             negative or not finite. Elsewhere these are asynchronous assertions.
         TypeError: an argument of another type, such as an array of NumPy or a bool for a number.
     """
@@ -242,7 +242,7 @@ def distillation_loss(
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """Return the backend that "auto" stands for on this device.
+    """Return the backend that "auto" means on this device.
 
     Raises:
         ValueError: the backend cannot run there.

@@ -1,4 +1,4 @@
-"""forward_kl from what it needs of the teacher alone: an expected logit and an entropy.
+"""forward_kl from all that it needs of the teacher: an expected logit and an entropy.
 
     KL(p || q) = logsumexp(s / T) - E_p[s] / T - H(p)
 

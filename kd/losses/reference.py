@@ -58,7 +58,7 @@ def reference_logits(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def reference_diagnostics(inputs: Inputs) -> RowDiagnostics:
-    """Return what each row tells; the inputs must have a teacher."""
+    """Return the diagnostics of each row; the inputs must have a teacher."""
     student_logits_NV, teacher_logits_NV = reference_logits(inputs)
     assert teacher_logits_NV is not None
     log_q_NV = torch.log_softmax(student_logits_NV / inputs.objective.temperature, dim=-1)

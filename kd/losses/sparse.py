@@ -66,7 +66,7 @@ def sparse_distillation_loss(
     two agree.
 
     Arguments that are not named here are those of `distillation_loss`, but that kd is reported at
-    kd_weight=0 too. Memory and products are those of the student alone, 2 * N * V * 3 * H FLOP.
+    kd_weight=0 too. Memory and products are only those of the student, 2 * N * V * 3 * H FLOP.
 
     Args:
         teacher_ids: (..., K), int64, distinct tokens below the vocabulary in each supervised row.
@@ -183,7 +183,7 @@ def _top_k_block(rows: RowChunk, objective: Objective, student: Head) -> None:
     divergence_B, w_BO = objective.spec.of_rows(
         log_p_BO.exp(), q_BO, log_p_BO - log_q_BO, objective.parameter
     )
-    # below 0 by rounding alone
+    # below 0 only by rounding
     torch.mul(divergence_B.clamp_min(0), temperature**2, out=rows.kd_C)
     if rows.dlogits_CV is None:
         return

@@ -366,7 +366,7 @@ def _across_lanes(top, total):
 
 @triton.jit
 def _from_sums(means, parameter, DIVERGENCE: tl.constexpr):
-    """The divergence and sum(w), which the first pass tells; zeros without a teacher."""
+    """The divergence and sum(w), which the first pass gives; zeros without a teacher."""
     reverse, mean_x, forward, _ = means
     value = mean_x * 0.0
     w_sum = value

@@ -69,7 +69,7 @@ def load_partitioned(
     """The model under ds_config: when that is stage 3, each rank keeps its shard of each weight as
     it is read.
 
-    Rank 0 alone reads the files, and its host holds one whole checkpoint meanwhile.
+    Only rank 0 reads the files, and its host holds one whole checkpoint meanwhile.
     """
     if not is_zero3(ds_config):
         return load_whole(section, ds_config, role=role)

@@ -1,5 +1,5 @@
 """Which weights of a student are trained: all of them, all but its lm_head or embeddings, or LoRA
-adapters beside its matrices.
+adapters of its matrices.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What a run costs, from its recipe, the JSON of its engines and the shapes of its models alone."""
+"""What a run costs: computed from its recipe, its engines' JSON and the shapes of its models."""
 
 from kd.plan.memory import MemoryPlan, memory_plan
 from kd.plan.shapes import check_shapes, model_shapes

@@ -64,5 +64,5 @@ def layer_activations(
 
 
 def _normalised(width: int, lora: LoraSection | None) -> int:
-    """Bytes of what a norm multiplies by its weight: kept for that weight's gradient alone."""
+    """Bytes of what a norm multiplies by its weight: kept only for that weight's gradient."""
     return width if lora is None else 0

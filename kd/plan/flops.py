@@ -2,8 +2,8 @@
 
 As torch.utils.flop_counter counts, and PaLM's MFU (arXiv 2204.02311, appendix B): of attention the
 whole L x L scores, though causal kernels skip up to half of them; what gradient checkpointing
-computes once more is told apart, and is no part of MFU. Attention is that of llama, qwen2, qwen3
-and their like: a window or a recurrence in its place costs less.
+computes once more is counted separately, and is no part of MFU. Attention is that of llama,
+qwen2, qwen3 and their like: a window or a recurrence in its place costs less.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class PairShapes:
-    """What the FLOPs of a run depend on, its lengths apart.
+    """What the FLOPs of a run depend on besides its lengths.
 
     num_frozen_weights: of student.num_active_weights, those that get no gradient.
     """
@@ -122,7 +122,7 @@ def loss_flops(
     *,
     trains_head: bool = True,
 ) -> float:
-    """Of `kd.losses.chunked` over supervised rows alone, 2 * N * V * (3 * Hs + Ht): logits of both
+    """Of `kd.losses.chunked` over supervised rows only, 2 * N * V * (3 * Hs + Ht): logits of both
     models, and the gradients of the student's hidden states and head, over the shared vocabulary.
     A frozen head has none, and there are 2 * Hs.
     """

@@ -52,7 +52,7 @@ GPUS = {
 
 
 class Site(NamedTuple):
-    """What a run's speed depends on beside its recipe."""
+    """What a run's speed depends on besides its recipe."""
 
     gpu: Gpu
     num_nodes: int = 1

@@ -81,7 +81,7 @@ class DataTraces:
 
 @dataclass(frozen=True)
 class StatedTraces:
-    """A sequence of average length that stands for all, and the longest one."""
+    """A sequence of average length that represents all, and the longest one."""
 
     mean: int
     longest: int

@@ -113,7 +113,7 @@ def memory_plan(recipe: Recipe, num_nodes: int = 1, gpus_per_node: int = 1) -> M
     gib_per_rank, moment, gather_peak_gib = rank_memory(recipe, student, teacher, batch_tokens)
     kept = functools.partial(saved_activations, student.shapes, batch_tokens, student.width)
     saved = functools.partial(kept, lora=recipe.student.lora)
-    # Rank 0 alone reads the files of a model that is partitioned while it is loaded, and else every
+    # Only rank 0 reads the files of a model that is partitioned while it is loaded, and else every
     # rank.
     loading = max(
         engine.model_bytes * (1 if engine.stage == 3 else gpus_per_node) for engine in engines
@@ -175,7 +175,7 @@ def _teacher_engine(recipe: Recipe, num_nodes: int, gpus_per_node: int) -> ZeroE
     if recipe.teacher is None or shapes is None:
         return None
     shard = recipe.teacher.shard if recipe.teacher.cache is None else "gpu"
-    # "auto" is chosen for training alone: what fills a cache divides it over the world
+    # "auto" is chosen only for training: what fills a cache divides it over the world
     num_sharing = {"gpu": 1, "node": gpus_per_node}.get(shard, num_nodes * gpus_per_node)
     ds_config = read_ds_config(recipe, "teacher")
     return ZeroEngine(shapes, ds_config, num_sharing, trainable=None, is_plain=shard == "gpu")

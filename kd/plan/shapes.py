@@ -72,7 +72,7 @@ def model_shapes(section: ModelSection, *, role: str) -> ModelShapes:
 
 
 def teacher_shapes(recipe: Recipe) -> ModelShapes | None:
-    """Of the teacher that a run holds: with a cache of hidden states its head alone, with one of
+    """Of the teacher that a run holds: with a cache of hidden states only its head, with one of
     tokens nothing.
 
     One that is not filled yet is planned as hidden states, which take most. Raises UserError as

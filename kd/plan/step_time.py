@@ -106,7 +106,7 @@ def _sampling_seconds(recipe: Recipe, engines: Engines, lengths: Lengths, site: 
 def validation_seconds(
     engines: Engines, flops: StepFlops, lengths: Lengths, site: Site, num_rows: int
 ) -> float:
-    """Of num_rows sequences like those of a step, through both models forward alone.
+    """Of num_rows sequences like those of a step, forward through both models, without backward.
 
     Of the student's hooks a part is backward's, and of the loss's products the gradients are.
     """

@@ -1,6 +1,6 @@
 """What is trained of a student: all of it, all but lm_head or embeddings, or LoRA adapters.
 
-Adapters are those beside the matrices of llama, qwen2, qwen3 and their like; other architectures
+Adapters are those of the matrices of llama, qwen2, qwen3 and their like; other architectures
 have about as many.
 """
 

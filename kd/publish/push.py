@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from kd.errors import UserError
 from kd.hub import causes, first_line
 
-# transformers would load the weights of an earlier export beside those of this one.
+# transformers would load the weights of an earlier export along with those of this one.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter/*")
 _AGAIN = "push again"
 _REMEDIES = {

@@ -1,6 +1,6 @@
 """The sampled part of a global batch: read Rollouts.of_step() from top to bottom.
 
-A function of run.seed and the step alone, and of the model's weights: nothing to save, nothing to
+A function of run.seed, the step and the model's weights: nothing to save, nothing to
 restore on resume. Each response is drawn by a seed of its own, so that neither the number of ranks
 nor its neighbours in a batch choose other tokens; sums in another order may.
 """

@@ -44,7 +44,7 @@ def sampled_response(
 def as_example(
     response: SampledResponse, loss_sections: Sequence[SectionName], row: int, source: int
 ) -> Example:
-    """Its prompt is read alone, and its response supervised where loss_sections say so."""
+    """Its prompt is only read, and its response is supervised where loss_sections say so."""
     num_response = len(response.token_ids)
     num_thought = response.num_thought_tokens
     num_tokens_3 = np.array([len(response.prompt_ids), num_thought, num_response - num_thought])

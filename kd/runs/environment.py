@@ -33,7 +33,7 @@ VARIABLES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and hardware, as written beside every run."""
+    """Versions, commit and hardware, as written into every run's folder."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

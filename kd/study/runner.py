@@ -81,7 +81,7 @@ class Runner:
             self._score_references()
 
     def _fill_cache(self) -> None:
-        """Once for all cells, which differ in what they read of it alone."""
+        """Once for all cells, which differ only in what they read of it."""
         study = self.study
         if study.cache_request is None:
             return
@@ -134,7 +134,7 @@ class Runner:
                 )
 
     def _train(self, cell: Cell) -> None:
-        """Raises Interrupted also when the ranks alone were told to stop, as on preemption."""
+        """Raises Interrupted also when only the ranks were told to stop, as on preemption."""
         run = cell.recipe.run_dir
         try:
             self._call(*self._train_command(cell), cell.point.name, leaves=[run / SUCCESS])

@@ -49,7 +49,7 @@ class CachedTeacher:
         yield self._cache.kind.targets(moved, self._head, self._cache.manifest.vocab_size)
 
     def _read(self, batch: Batch) -> Fields:
-        """By name (B, L, ...), on the host, zero where no token of a sequence stands."""
+        """By name (B, L, ...), on the host, zero where a sequence has no token."""
         num_rows, num_columns = batch.input_ids.shape
         fields: Fields = {}
         for start, place in zip(batch.starts, batch.places, strict=True):

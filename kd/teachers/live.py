@@ -19,7 +19,7 @@ from kd.models.probe import Probed
 
 
 class TeacherModule(nn.Module):
-    """What runs, and what the teacher's engine wraps: the backbone only; the head stands apart."""
+    """What runs, and what the teacher's engine wraps: the backbone only; not the head."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

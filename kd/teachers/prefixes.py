@@ -1,6 +1,6 @@
 """Whether a teacher's states of a prefix are those of the whole: a cache for all lengths needs it.
 
-Causal attention alone does not say so: longrope and dynamic NTK scale every position by the longest
+Causal attention does not imply it: longrope and dynamic NTK scale every position by the longest
 one of a batch, from a number of tokens on that the model's configuration names.
 """
 

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 def build_teacher(
     recipe: Recipe, data: Data, tokenizer: PreTrainedTokenizerFast, layout: Layout
 ) -> LiveTeacher | CachedTeacher | None:
-    """The recipe's teacher, or the cache that stands in its place.
+    """The recipe's teacher, or the cache that replaces it.
 
     Collective: every rank must call this.
     """

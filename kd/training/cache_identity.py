@@ -27,7 +27,7 @@ from kd.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-ELSEWHERE = "not here"  # in the place of a hash, where a server had the weights alone
+ELSEWHERE = "not here"  # in the place of a hash, where only a server had the weights
 
 
 def make_manifest(
@@ -38,7 +38,7 @@ def make_manifest(
     server: str | None = None,
 ) -> CacheManifest:
     """Of what a cache for this recipe would hold. weights: SHA-256 of the teacher's, where they
-    need not be read. server: what fills it; the weights may then be elsewhere alone.
+    need not be read. server: what fills it; the weights may then be only there.
     """
     teacher = recipe.teacher
     assert teacher is not None
@@ -90,7 +90,7 @@ def check_is_of(cache: Cache, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
     """Raise UserError unless the cache is of the recipe's teacher and tokens.
 
     Where the teacher's weights are not here, which only a cache of hidden states needs, its name
-    and revision are compared alone.
+    and revision are all that is compared.
     """
     assert recipe.teacher is not None
     there = cache.manifest

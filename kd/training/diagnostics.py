@@ -30,7 +30,7 @@ def region_sums(
     (num_sources * NUM_SUMS,), zeros without rows.
 
     The host does not wait for the device. Sums are the same in every run, as scattered atomic
-    additions would not be, and a row that is not finite spoils its own region alone, as a product
+    additions would not be, and a row that is not finite spoils only its own region, as a product
     with a one-hot matrix would not have it.
     """
     if rows_MN is None:

@@ -80,7 +80,7 @@ def _batch(recipe: Recipe, layout: Layout, shape: BatchShape) -> str:
         return f"{whole}: on each rank {size}, as many as a step needs, {shape.layout}"
     number = recipe.max_micro_batches(layout.data_parallel_size)
     size = f"{number} micro-batch{'es' if number > 1 else ''} of at most "
-    return f"{whole}: on each rank {size}{training.micro_batch_size}, {shape.layout}"
+    return f"{whole}: on each rank {size}{training.micro_batch_size} sequences, {shape.layout}"
 
 
 def _loss(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""RUN/plan.json: the plan of a run beside what it takes, in the same units. Rank 0 plans and
+"""RUN/plan.json: the plan of a run next to what it takes, in the same units. Rank 0 plans and
 measures for itself.
 
 {"format_version": 2, "planned": {name: value}, "measured": {name: value}}, null where it is not
@@ -167,7 +167,7 @@ class PlanReport:
 
 
 def _with_live_teacher(recipe: Recipe) -> PairShapes | None:
-    """Of a recipe whose teacher's cache stands for it: the shapes with the teacher."""
+    """The shapes with the teacher, of a recipe that reads a cache instead."""
     is_cached = recipe.teacher is not None and recipe.teacher.cache is not None
     return pair_of(recipe.with_values({"teacher.cache": None})) if is_cached else None
 

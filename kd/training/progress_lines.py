@@ -9,7 +9,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# Of a run's time that may go by waiting for a disk before it is worth a word
+# Of a run's time that may go by waiting for a disk before it is worth a warning
 WAITING_SHARE = 0.05
 # Lines back from which the time left is estimated, so that one slow interval does not decide
 RECENT_LINES = 10

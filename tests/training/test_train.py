@@ -187,7 +187,7 @@ def test_the_log_says_what_runs_where_and_then_one_line_a_step(whole, whole_run)
     assert facts["layout"] == ["padded: packing takes flash attention"]
     assert "teacher sdpa (flash attention needs a GPU)" in facts["attention"][0]
     assert facts["batch"] == [
-        "8 sequences a step: on each rank 2 micro-batches of at most 2, padded"
+        "8 sequences a step: on each rank 2 micro-batches of at most 2 sequences, padded"
     ]
     assert facts["loss"] == ["0.5 forward_kl + 0.5 cross-entropy, over prompt+cot+answer"]
 
