@@ -39,8 +39,8 @@ class Probed(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a probe finds of a whole model. keeps_packed_apart: whether packed sequences, with positions
-    that restart, have the states that each has by itself.
+    """What a probe finds of a whole model. keeps_packed_apart: whether sequences that are packed,
+    with positions that restart, have the states that each has by itself.
     """
 
     probed: Probed
