@@ -53,7 +53,7 @@ ALLOWED = {
         "runs",
         "teachers",
     },
-    "cluster": {"cli", "distributed", "evaluate", "plan", "runs", "training"},
+    "cluster": {"cli", "distributed", "evaluate", "generation", "plan", "runs", "training"},
     "preflight": {"cluster", "distributed", "engine", "models", "plan", "runs"},
     "study": {"cache", "cli", "cluster", "data", "evaluate", "runs", "training"},
     "report": {"evaluate", "runs"},
