@@ -22,7 +22,7 @@ from kd.evaluate.tasks import TASKS, load_task, parse_tasks
 from kd.generation.backends import Backend, Request, Subject, batch_size_of
 from kd.generation.generator import weights_sha256
 from kd.generation.responses import fingerprint, in_order, open_progress, respond
-from kd.generation.sampling import sampling_of
+from kd.generation.sampling import Response, sampling_of
 from kd.generation.shares import check_num_batches, join_shares, remove_shares, share_name
 from kd.recipe import EvaluationSection, Recipe
 from kd.runs.lock import hold, holding
@@ -121,8 +121,8 @@ def evaluate(
     requests = make_requests(subject.tokenizer, problems, problem_set.num_samples, recipe.data)
     batch_size = batch_size_of(subject.backend, recipe.evaluation, len(requests), num_ranks)
     settings = settings_of(subject, requests, batch_size)
-    label, key, judge = subject.label, fingerprint(settings), recipe.evaluation.judge
-    judging = judging_sha256(problems, judge, recipe.data.think_close)
+    label, key = subject.label, fingerprint(settings)
+    judging = judging_sha256(problems, recipe.evaluation.judge, recipe.data.think_close)
     shares, lock = folder / f"{label}.{key}", f".{label}.lock"
     hold(folder, f".{share_name(label, rank, num_ranks)}.lock")
     share = None
@@ -143,22 +143,34 @@ def evaluate(
             if whole is None:
                 return None
             responses = in_order(whole)
-        answers = [problem.answer for problem in problems]
-        verdicts, summary = score(responses, answers, recipe.evaluation, recipe.data.think_close)
-        content = results(
-            recipe,
-            subject,
-            summary,
-            task=problem_set.task,
-            problems=problem_set.source,
-            judge=judge,
-            judging_sha256=judging,
-            backend=settings["backend"],
-            fingerprint=key,
-        )
-        write_evaluation(folder, content, response_rows(problems, responses, verdicts))
+        facts = {"judging_sha256": judging, "backend": settings["backend"], "fingerprint": key}
+        content, rows = _judge(recipe, subject, problem_set, responses, facts)
+        write_evaluation(folder, content, rows)
         remove_shares(shares)
     return content
+
+
+def _judge(
+    recipe: Recipe,
+    subject: Subject,
+    problem_set: ProblemSet,
+    responses: Sequence[Response],
+    facts: dict[str, str],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The content of LABEL.json, and the rows of its responses. facts: for the first."""
+    problems, evaluation = problem_set.problems, recipe.evaluation
+    answers = [problem.answer for problem in problems]
+    verdicts, summary = score(responses, answers, evaluation, recipe.data.think_close)
+    content = results(
+        recipe,
+        subject,
+        summary,
+        task=problem_set.task,
+        problems=problem_set.source,
+        judge=evaluation.judge,
+        **facts,
+    )
+    return content, response_rows(problems, responses, verdicts)
 
 
 def _is_judged_so(found: EvaluationRecord, recipe: Recipe) -> bool:
