@@ -35,9 +35,9 @@ test: $(STAMP) assets
 	mkdir -p build
 	make lint >build/lint.log 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -m "slurm and not fault" $(PYTEST_ARGS) >build/test-slurm.log 2>&1 & slurm=$$!; \
+	hosts=; trap 'kill "$$lint" "$$slurm" $$hosts' INT TERM; status=0; \
+	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS) || status=$$?; \
 	$(BIN)/python -m pytest -m "hosts and not fault" $(PYTEST_ARGS) >build/test-hosts.log 2>&1 & hosts=$$!; \
-	trap 'kill "$$lint" "$$slurm" "$$hosts"' INT TERM; status=0; \
-	$(BIN)/python -m pytest -n 2 -m "not process" $(PYTEST_ARGS) && \
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) \
 	  -m "process and not ($(ON_CLUSTER) or real or vllm or fault or benchmark)" || status=$$?; \
 	for other in "$$lint" "$$slurm" "$$hosts"; do wait "$$other" || status=$$?; done; \
