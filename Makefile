@@ -17,9 +17,10 @@ install: $(STAMP)
 demo-short: $(STAMP)
 	DEMO_TRACES=128 DEMO_STEPS=20 DEMO_PROBLEMS=64 bash launch/demo.sh
 
-# Marks (setup.cfg lists them): tests/conftest.py adds `process` to whatever is marked dist, slurm, hosts,
-# fault, real, vllm, benchmark, or gpu and profile (Triton compiles in processes), or asks for a fixture that starts scripts; a test that starts a process in
-# another way has the mark itself, or fails. `slow` tests start none and take seconds.
+# Marks (setup.cfg lists them): tests/conftest.py adds `process` to whatever is marked dist, slurm,
+# hosts, fault, real, vllm, benchmark, or gpu and profile (Triton compiles in processes), or asks for
+# a fixture that starts scripts; a test that starts a process in another way has the mark itself, or
+# fails. `slow` tests start none and take seconds.
 
 ON_CLUSTER := (slurm or hosts) and not fault
 
@@ -28,9 +29,9 @@ quick: $(STAMP) assets
 	$(BIN)/python -m pytest -n 2 -m "not process and not slow" $(PYTEST_ARGS)
 
 # Two at a time: first the tests that start no process, then the others, a file in one place, since
-# it may share what it has launched. Those on a real SLURM and on two hosts mostly wait: they run at
-# the same time, and their output follows. fault, real, vllm and benchmark have targets of their own below;
-# .ci/run calls them all.
+# it may share what it has launched. lint, and those on a real SLURM and on two hosts, which mostly
+# wait, run at the same time, and their output follows. fault, real, vllm and benchmark have targets
+# of their own below; .ci/run calls them all.
 test: $(STAMP) assets
 	mkdir -p build
 	make lint >build/lint.log 2>&1 & lint=$$!; \

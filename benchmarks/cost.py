@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kd.cli import run
+from kd.cli import overrides_argument, run
 from kd.cluster.local import local_launch
 from kd.errors import UserError
 from kd.files import write_json, write_text
@@ -71,9 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps of each run")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each length")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
-    )
+    overrides_argument(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     arguments.keep = arguments.keep.split(",")

@@ -35,7 +35,7 @@ from step_profile import profile_line, profile_step
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from kd.cli import run
+from kd.cli import overrides_argument, run
 from kd.data.collate import Batch, collate
 from kd.data.dataset import Example
 from kd.data.step_plan import BatchShape, deal
@@ -199,9 +199,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers", action="store_true", help="instead, a step on the CPU beside TRL and plain torch"
     )
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE"
-    )
+    overrides_argument(parser)
     arguments = parser.parse_args()
     if arguments.output is None and arguments.compare is None:
         parser.error("--output DIR or --compare DIR DIR is needed")

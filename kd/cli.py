@@ -24,6 +24,12 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe", required=True, help="a name from recipes/, or the path of a .toml file"
     )
+    overrides_argument(parser)
+    return parser
+
+
+def overrides_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --set, for load_recipe(name, arguments.overrides)."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -32,7 +38,6 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
         metavar="SECTION.KEY=VALUE",
         help="override one value of the recipe; may be repeated",
     )
-    return parser
 
 
 def generation_arguments(parser: argparse.ArgumentParser) -> None:

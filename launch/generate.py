@@ -57,8 +57,7 @@ def main() -> None:
     num_requests = len(problems) * args.num_samples
     usual = batch_size_of(backend, recipe.evaluation, num_requests, num_ranks)
     batch_size = args.batch_size or usual
-    num_batches = -(-num_requests // batch_size)
-    check_num_batches(num_ranks, num_batches, batch_size, "set a lower --batch-size")
+    check_num_batches(num_ranks, num_requests, batch_size, "set a lower --batch-size")
     tokenizer = load_tokenizers(recipe)
     subject = make_subject(
         "teacher", recipe.teacher, tokenizer, sampling, backend, field="teacher.model"

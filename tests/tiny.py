@@ -170,3 +170,13 @@ student = "zero3_cpu.json"
 teacher = "zero3_cpu.json"
 """)
     return recipe
+
+
+def write_scored_recipe(folder: Path) -> Path:
+    """write_tiny_recipe(), with one problem to be scored on."""
+    problems = folder / "problems.jsonl"
+    problems.write_text('{"prompt": "1+2", "answer": "3"}\n')
+    recipe = write_tiny_recipe(folder)
+    evaluation = f'[evaluation]\npath = "{problems}"\njudge = "exact"\nmax_new_tokens = 4\n'
+    recipe.write_text(f"{recipe.read_text()}\n{evaluation}temperature = 0.0\n")
+    return recipe

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from kd.cli import axis_arguments
+from kd.cli import axis_arguments, overrides_argument
 from kd.cluster.sbatch import JobRequest
 from kd.errors import UserError
 
@@ -17,14 +17,48 @@ def parse_arguments(words: list[str], description: str) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="a name from recipes/, or the path of a .toml file")
+    overrides_argument(parser)
+    _resource_arguments(parser)
     parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override one value of the recipe; may be repeated",
+        "--preflight",
+        action="store_true",
+        help="submit launch/preflight.py instead of the run, with the same resources and settings",
     )
+    parser.add_argument(
+        "--setup",
+        type=Path,
+        help="a shell file that the job sources first, for modules or an environment",
+    )
+    parser.add_argument("--container", metavar="IMAGE", help="run in this image, with apptainer")
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="submit a second job that runs launch/evaluate.py after the run has succeeded",
+    )
+    parser.add_argument(
+        "--array-over",
+        metavar="FIELD=V1,V2",
+        help="submit an array with a run for each value: keep_fraction=0.25,0.5,0.75,1.0",
+    )
+    axis_arguments(parser)
+    _cache_arguments(parser)
+    _generation_arguments(parser)
+    parser.add_argument(
+        "--evaluate-ranks",
+        type=int,
+        metavar="N",
+        help="ranks of each job of --evaluate, on one node, one GPU per rank (1)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, print the scripts, and submit nothing"
+    )
+    arguments = parser.parse_args(words[: len(words) - len(options) - ("--" in words)])
+    arguments.sbatch_options = options
+    return arguments
+
+
+def _resource_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what JobRequest is made of."""
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes (%(default)s)")
     parser.add_argument(
         "--gpus-per-node",
@@ -75,28 +109,9 @@ def parse_arguments(words: list[str], description: str) -> argparse.Namespace:
         metavar="--FLAG=VALUE",
         help="an option for srun, such as --srun-arg=--mpi=pmix; may be repeated",
     )
-    parser.add_argument(
-        "--preflight",
-        action="store_true",
-        help="submit launch/preflight.py instead of the run, with the same resources and settings",
-    )
-    parser.add_argument(
-        "--setup",
-        type=Path,
-        help="a shell file that the job sources first, for modules or an environment",
-    )
-    parser.add_argument("--container", metavar="IMAGE", help="run in this image, with apptainer")
-    parser.add_argument(
-        "--evaluate",
-        action="store_true",
-        help="submit a second job that runs launch/evaluate.py after the run has succeeded",
-    )
-    parser.add_argument(
-        "--array-over",
-        metavar="FIELD=V1,V2",
-        help="submit an array with a run for each value: keep_fraction=0.25,0.5,0.75,1.0",
-    )
-    axis_arguments(parser)
+
+
+def _cache_arguments(parser: argparse.ArgumentParser) -> None:
     caches = parser.add_argument_group(
         "a teacher that runs once", "options of launch/cache.py and launch/study.py"
     )
@@ -127,6 +142,9 @@ def parse_arguments(words: list[str], description: str) -> argparse.Namespace:
         metavar="K",
         help="tokens per position of top_k (128) or sampled (12)",
     )
+
+
+def _generation_arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_argument_group("responses of the teacher, with launch/generate.py")
     texts.add_argument(
         "--generate",
@@ -149,18 +167,6 @@ def parse_arguments(words: list[str], description: str) -> argparse.Namespace:
         help="an option for launch/generate.py, such as --generate-arg=--num-samples=4; may be "
         "repeated",
     )
-    parser.add_argument(
-        "--evaluate-ranks",
-        type=int,
-        metavar="N",
-        help="ranks of each job of --evaluate, on one node, one GPU per rank (1)",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check, print the scripts, and submit nothing"
-    )
-    arguments = parser.parse_args(words[: len(words) - len(options) - ("--" in words)])
-    arguments.sbatch_options = options
-    return arguments
 
 
 def request_of(arguments: argparse.Namespace) -> JobRequest:

@@ -199,7 +199,7 @@ def prepare_generation(
     usual = batch_size_of(usual_backend(), recipe.evaluation, num_requests, num_ranks)
     size = arguments.batch_size or usual
     remedy = "set a lower --generate-arg=--batch-size"
-    check_num_batches(num_ranks, -(-num_requests // size), size, remedy)
+    check_num_batches(num_ranks, num_requests, size, remedy)
     check_can_write(output.parent, f"the folder of --generate {str(output)!r}")
     _check_path(output, "--generate", "name another file")
     _check_inputs_reach_the_job(recipe)

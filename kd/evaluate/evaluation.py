@@ -99,8 +99,7 @@ def check_ranks(
     for found in sets:
         num_requests = len(found.problems) * found.num_samples
         size = batch_size_of(backend, recipe.evaluation, num_requests, num_ranks)
-        num_batches = -(-num_requests // size)
-        check_num_batches(num_ranks, num_batches, size, "set a lower evaluation.batch_size")
+        check_num_batches(num_ranks, num_requests, size, "set a lower evaluation.batch_size")
 
 
 def evaluate(
@@ -127,7 +126,8 @@ def evaluate(
     hold(folder, f".{share_name(label, rank, num_ranks)}.lock")
     share = None
     with holding(folder, lock, JUDGING_SECONDS):  # no other rank joins meanwhile
-        if read_responses(folder, label, key) is None:
+        responses = read_responses(folder, label, key)
+        if responses is None:
             share = open_progress(shares, settings, rank, num_ranks)
     if share is not None:
         respond(requests, batch_size, subject.load, share, rank, num_ranks)
@@ -137,7 +137,8 @@ def evaluate(
         if done is not None:
             remove_shares(shares)  # of a rank that was killed when it had written
             return done
-        responses = read_responses(folder, label, key)
+        if responses is None:  # others may have joined and written them since
+            responses = read_responses(folder, label, key)
         if responses is None:
             whole = join_shares(shares, settings, num_ranks)
             if whole is None:

@@ -84,8 +84,9 @@ def share_name(name: str, rank: int, num_ranks: int) -> str:
     return name if num_ranks == 1 else f"{name}.{rank}-of-{num_ranks}"
 
 
-def check_num_batches(num_ranks: int, num_batches: int, batch_size: int, remedy: str) -> None:
+def check_num_batches(num_ranks: int, num_requests: int, batch_size: int, remedy: str) -> None:
     """Raises UserError for ranks that would have nothing to generate."""
+    num_batches = -(-num_requests // batch_size)
     if num_ranks > num_batches:
         raise UserError(
             f"WORLD_SIZE = {num_ranks}, but there are only {num_batches} batches of {batch_size} "

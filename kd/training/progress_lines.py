@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,10 +32,10 @@ class WallTime:
     """
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def add(self, what: str, seconds: float) -> None:
-        self.seconds[what] += seconds  # type: ignore[assignment]  # a Counter sums floats too
+        self.seconds[what] += seconds
 
     @contextlib.contextmanager
     def spent_on(self, what: str) -> Iterator[None]:

@@ -6,17 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, write_tiny_recipe
+from tiny import ROOT, write_scored_recipe
 
 pytestmark = pytest.mark.benchmark
 
 
 def test_an_arm_that_samples_is_trained_once_for_each_way_of_counting(tmp_path: Path) -> None:
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text('{"prompt": "1+2", "answer": "3"}\n')
-    recipe = write_tiny_recipe(tmp_path)
-    evaluation = f'[evaluation]\npath = "{problems}"\njudge = "exact"\nmax_new_tokens = 4\n'
-    recipe.write_text(f"{recipe.read_text()}\n{evaluation}temperature = 0.0\n")
+    recipe = write_scored_recipe(tmp_path)
     work, arm = tmp_path / "work", "student's, 16 tokens"
     command = [sys.executable, str(ROOT / "benchmarks" / "rollouts.py"), "--recipe", str(recipe)]
     command += ["--arm", arm, "--seeds", "1", "--budget-steps", "8"]

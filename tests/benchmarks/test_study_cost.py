@@ -6,17 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, write_tiny_recipe
+from tiny import ROOT, write_scored_recipe
 
 pytestmark = pytest.mark.benchmark
 
 
 def test_a_cell_from_a_cache_says_what_a_cell_with_a_teacher_says(tmp_path: Path) -> None:
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text('{"prompt": "1+2", "answer": "3"}\n')
-    recipe = write_tiny_recipe(tmp_path)
-    evaluation = f'[evaluation]\npath = "{problems}"\njudge = "exact"\nmax_new_tokens = 4\n'
-    recipe.write_text(f"{recipe.read_text()}\n{evaluation}temperature = 0.0\n")
+    recipe = write_scored_recipe(tmp_path)
     script = [sys.executable, str(ROOT / "benchmarks" / "study_cost.py"), "--recipe", str(recipe)]
     command = [*script, "--keep", "0.5", "--seeds", "1", "--set", "training.max_steps=2"]
     command += ["--work", str(tmp_path / "work"), "--output", str(tmp_path)]
